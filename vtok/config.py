@@ -1,0 +1,239 @@
+"""Run configuration: dataclasses, one yaml, dotted overrides.
+
+    OmegaConf.merge(structured(RunConfig), yaml, dotlist) in struct mode, then to_object
+
+`model.name` picks the family module; its `Config` becomes the `model:` node and its `Objective.Config` the `objective:`
+node. An unknown key, a wrong type, a missing value or an unknown family fails here, before a device is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import vtok.families
+
+
+@dataclass
+class DataConfig:
+    """Where clips come from and what the model sees of them."""
+
+    shards: str = ""  # folder with index.json, a brace pattern of tars, https: or pipe:; several joined by "::"
+    weights: list[float] | None = None  # sampling weight of each "::" part (images and videos mixed); None: by size
+    val_shards: str = ""  # held-out shards; split by source video, see `vtok shards`
+    root: str = ""  # prefix of relative paths in shards and val_shards
+    cache_dir: str = ""  # local copies of https: and pipe: shards; "" = none
+    num_frames: int = 16
+    size: list[int] = field(default_factory=lambda: [64, 64])  # (height, width) in pixels
+    fps: float | None = 8.0  # frames are picked at this rate; None keeps the source's
+    crop: str = "random"  # random | center | none (resize only, aspect not kept); validation always crops the centre
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # random resized crop: share of the short side
+    hflip: float = 0.0  # probability of a horizontal flip
+    batch_size: int = 16  # clips per rank and step
+    val_batch_size: int = 16
+    num_workers: int = 2
+    shuffle_buffer: int = 256  # samples; 0 keeps the order of the shards
+    val_clips: int | None = None  # at most this many validation clips; None = all
+    seed: int = 0
+    max_bad_fraction: float = 0.01  # share of samples that may be broken before the run stops
+    max_pixels: int = 1 << 31  # frames x height x width a clip may decode to
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.01  # matrices only: biases, norms, embeddings and one-dimensional tensors are not decayed
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # cosine | constant | wsd (constant, then linear over the last fifth)
+    min_lr_ratio: float = 0.01
+    clip_grad_norm: float = 1.0  # joint over every parameter group; 0 = off
+    lr_multipliers: dict[str, float] = field(default_factory=dict)  # parameter-name prefix -> factor on lr
+    ema_decay: float = 0.0  # exponential moving average of the model's weights, used to evaluate and export; 0 = off
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = 1000
+    max_minutes: float | None = None  # stop at a step boundary after this wall time; the schedule follows the clock
+    strategy: str = "auto"  # auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true | 16-mixed
+    accumulate: int = 1
+    compile: bool = False
+    log_every: int = 20  # steps
+    val_every: int = 0  # steps; 0 = at the end only
+    sample_every: int = 0  # steps between sample videos; 0 = with validation
+    checkpoint_minutes: float = 10.0
+    checkpoint_every: int = 0  # steps; 0 = by minutes only
+    max_bad_steps: int = 3  # non-finite losses or gradients in a row before the run stops
+    progress: bool = True
+    tensorboard: bool = True
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the DeepSpeed config
+
+
+@dataclass
+class EvalConfig:
+    budgets: list[int] = field(default_factory=list)  # tokens; [] = 1, 4, 16, ... up to the model's maximum
+    controls: list[str] = field(default_factory=lambda: ["dct", "downsample", "mean_colour", "mean_frame"])
+    codecs: list[str] = field(default_factory=lambda: ["x264", "x265", "av1"])
+    lpips_weights: str = ""  # path of LPIPS weights; "" = LPIPS is null and says so
+    lpips_sha256: str = ""
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"  # the run directory is <out>/<name>
+    out: str = "runs"
+    seed: int = 0
+    init_from: str = ""  # export folder or Hub repository whose weights the model starts from
+    model: Any = None
+    objective: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out) / self.name
+
+
+def family_names() -> list[str]:
+    """Names of the package's families, sorted."""
+    return sorted(info.name for info in pkgutil.iter_modules(vtok.families.__path__))
+
+
+def load_family(name: str, *, trusted: bool = True) -> ModuleType:
+    """The module of a family: `flexible` is vtok.families.flexible, a dotted name is imported as it stands.
+
+    Args:
+        trusted: False for names read from a file that came from elsewhere (an export, a Hub repository): then only the
+            package's own families are imported, so that weights never choose code.
+    Raises: ValueError naming the choices, or the export a module lacks.
+    """
+    if "." in name and trusted:
+        module = importlib.import_module(name)
+    elif name in family_names():
+        module = importlib.import_module(f"vtok.families.{name}")
+    else:
+        hint = "" if trusted or "." not in name else "; files from elsewhere may name the package's families only"
+        raise ValueError(f"model.name={name!r} is not a family; choose one of {family_names()}{hint}")
+    missing = [part for part in ("Config", "Model", "Objective") if not hasattr(module, part)]
+    if missing:
+        raise ValueError(f"model.name={name!r}: {module.__name__} does not export {', '.join(missing)}")
+    return module
+
+
+def _explain(error: OmegaConfBaseException, where: str, base: DictConfig) -> ValueError:
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
+    parent = OmegaConf.select(base, key.rpartition(".")[0]) if "." in key else base
+    choices = sorted(str(k) for k in parent) if isinstance(parent, DictConfig) else []
+    near = difflib.get_close_matches(key.rpartition(".")[2], choices, 1)
+    message = str(error).splitlines()[0].rstrip(". ")
+    advice = f"; did you mean {near[0]!r}?" if near and near[0] != key.rpartition(".")[2] else ""
+    if "not in" in message and choices:
+        advice += f" Known keys here: {', '.join(choices)}"
+    return ValueError(f"{where}: {key or 'config'}: {message}{advice}")
+
+
+def _merge(base: DictConfig, node: Any, where: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, node)
+    except OmegaConfBaseException as error:
+        raise _explain(error, where, base) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def from_dict(cls: type, values: dict[str, Any], *, where: str) -> Any:
+    """A dataclass from plain values, checked like a yaml: unknown keys and wrong types are errors naming the key."""
+    return OmegaConf.to_object(_merge(OmegaConf.structured(cls), OmegaConf.create(values), where))
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The checked configuration of a run.
+
+    Args:
+        path: a yaml file. A top-level `base: other.yaml` (relative to it) is read first and overridden by it.
+        overrides: dotted `key=value`, the last word.
+    Raises: ValueError naming the key, the value and the choices. FileNotFoundError for a missing yaml.
+    """
+    node = _read(Path(path))
+    for item in overrides or []:
+        if "=" not in item:
+            raise ValueError(f"override {item!r} is not of the form key=value")
+    command_line = OmegaConf.from_dotlist(list(overrides or []))
+    return _resolve([(str(path), node), ("command line", command_line)])
+
+
+def loads(values: dict[str, Any], *, where: str = "config", trusted: bool = True) -> RunConfig:
+    """The same from a plain dict."""
+    return _resolve([(where, OmegaConf.create(values))], trusted=trusted)
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such config: {path}")
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:
+        raise ValueError(f"{path}: not readable as yaml: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise ValueError(f"{path}: expected a mapping at the top, got {type(node).__name__}")
+    base = node.pop("base", None)
+    if base:
+        merged = OmegaConf.merge(_read(path.parent / base), node)
+        assert isinstance(merged, DictConfig)
+        return merged
+    return node
+
+
+def _resolve(layers: list[tuple[str, DictConfig]], *, trusted: bool = True) -> RunConfig:
+    names = [OmegaConf.select(node, "model.name") for _, node in layers]
+    name = next((n for n in reversed(names) if n), None)
+    if not name:
+        raise ValueError(f"model.name is missing; choose one of {family_names()}")
+    family = load_family(str(name), trusted=trusted)
+    base = OmegaConf.structured(RunConfig)
+    base.model = OmegaConf.structured(family.Config)
+    base.objective = OmegaConf.structured(family.Objective.Config)
+    for where, node in layers:
+        base = _merge(base, node, where)
+    try:
+        config = OmegaConf.to_object(base)
+    except OmegaConfBaseException as error:
+        raise _explain(error, layers[0][0], base) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as yaml, readable by `load`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass (nested ones too) as plain JSON-ready values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a dataclass: to compare two resolved configurations."""
+    out: dict[str, Any] = {}
+    for f in fields(config):
+        value, key = getattr(config, f.name), f"{prefix}{f.name}"
+        out.update(flatten(value, key + ".") if is_dataclass(value) else {key: value})
+    return out
