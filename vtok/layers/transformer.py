@@ -1,0 +1,153 @@
+"""Pre-norm transformer over a packed sequence with an explicit attention mask.
+
+A mask is a boolean [L, L] or [B, L, L] tensor, True where a query (row) may look at a key (column). Dense
+scaled-dot-product attention is the path; FlexAttention reads the same mask on CUDA and must give the same numbers.
+
+Letters: B batch, L sequence length, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last dimension, in float32, times a learned gain if `affine`."""
+
+    def __init__(self, dim: int, *, affine: bool = True):
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.dim,), None if self.weight is None else self.weight.to(x.dtype), 1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; queries and keys are RMS-normalised per head (`qk_norm`), which keeps bf16 stable."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = True, bias: bool = True):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        head = width // num_heads
+        self.q_norm = RMSNorm(head) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None, *, flex: bool = False) -> Tensor:
+        q_BHLD, k_BHLD, v_BHLD = rearrange(self.qkv(x), "B L (three H D) -> three B H L D", three=3, H=self.num_heads)
+        q_BHLD, k_BHLD = self.q_norm(q_BHLD).to(v_BHLD.dtype), self.k_norm(k_BHLD).to(v_BHLD.dtype)
+        if flex and mask is not None:
+            out_BHLD = flex_attend(q_BHLD, k_BHLD, v_BHLD, mask)
+        else:
+            dense = mask if mask is None or mask.ndim == 2 else mask[:, None]
+            out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=dense)
+        return self.out(rearrange(out_BHLD, "B H L D -> B L (H D)"))
+
+
+def flex_attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor) -> Tensor:
+    """FlexAttention under a dense boolean mask: blocks that are False throughout are skipped.
+
+    An accelerator for CUDA, held equal to the dense path by a test. On the CPU FlexAttention has no backward pass.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    batch, heads, length, _ = q_BHLD.shape
+    if mask.ndim == 2:
+        block = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, length, length, device=q_BHLD.device.type)
+    else:
+        block = create_block_mask(
+            lambda b, h, q, k: mask[b, q, k], batch, None, length, length, device=q_BHLD.device.type
+        )
+    attend = torch.compile(flex_attention, dynamic=False) if q_BHLD.is_cuda else flex_attention
+    out = attend(q_BHLD, k_BHLD, v_BHLD, block_mask=block)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class MLP(nn.Module):
+    """`gelu`: two matrices; `swiglu`: gated, with hidden width 2/3 as large so that the parameters stay equal
+    (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, width: int, *, ratio: float = 4.0, kind: str = "gelu"):
+        super().__init__()
+        if kind not in ("gelu", "swiglu"):
+            raise ValueError(f"mlp={kind!r} is unknown; choose gelu or swiglu")
+        self.gated = kind == "swiglu"
+        hidden = int(width * ratio * (2 / 3 if self.gated else 1))
+        self.up = nn.Linear(width, hidden * (2 if self.gated else 1))
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, num_heads: int, *, mlp_ratio: float = 4.0, mlp: str = "gelu", qk_norm: bool = True):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attention = Attention(width, num_heads, qk_norm=qk_norm)
+        self.norm2 = RMSNorm(width)
+        self.mlp = MLP(width, ratio=mlp_ratio, kind=mlp)
+
+    def forward(self, x: Tensor, mask: Tensor | None, *, flex: bool = False) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask, flex=flex)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final norm: [B, L, D] -> [B, L, D].
+
+    Initialised with truncated normals of standard deviation 0.02, residual outputs scaled down by sqrt(2 depth)
+    (GPT-2's rule), so that the stack begins close to the identity.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        mlp: str = "gelu",
+        qk_norm: bool = True,
+        flex: bool = False,
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio=mlp_ratio, mlp=mlp, qk_norm=qk_norm) for _ in range(depth)
+        )
+        self.norm = RMSNorm(width)
+        self.flex, self.checkpoint = flex, checkpoint
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for out in (block.attention.out, block.mlp.down):
+                out.weight.data.div_((2 * max(depth, 1)) ** 0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        flex = self.flex and x.is_cuda
+        for block in self.blocks:
+            if self.checkpoint and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, mask, flex=flex, use_reentrant=False)
+            else:
+                x = block(x, mask, flex=flex)
+        return self.norm(x)

@@ -1,0 +1,292 @@
+"""Every quantizer behind one return type: latents in, `Quantized(embeddings, indices, loss, report)` out.
+
+    z [..., D] --bound, round--> embeddings [..., D] (straight-through) + indices [..., Q] int64
+
+All arithmetic is float32 whatever autocast says: in bfloat16 neighbouring FSQ levels merge and half the ids are lost
+(vector-quantize-pytorch issue 114). Inference is plain torch; VQ trains through vector-quantize-pytorch, whose codebook
+buffers it shares name for name, so that an export needs torch alone. Identity is a peer: continuous tokens, no ids.
+
+Id order: mixed radix with dimension 0 least significant for FSQ (as vector-quantize-pytorch and its followers), and
+dimension 0 most significant for LFQ (as vector-quantize-pytorch; SEED-Voken counts the other way round).
+
+Letters: D width of a token's code, Q ids per token, V codebook size, L levels of one dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.types import Quantized
+
+try:  # training only: inference and exports carry the plain-torch codebook below
+    from vector_quantize_pytorch import VectorQuantize
+except ImportError:
+    VectorQuantize = None
+
+
+@dataclass
+class QuantizerConfig:
+    name: str = "fsq"  # fsq | vq | lfq | identity
+    levels: list[int] = field(default_factory=lambda: [8, 8, 8, 5, 5, 5])  # fsq: levels of each dimension
+    codebook_size: int = 4096  # vq, lfq
+    dim: int = 12  # vq, identity: width of a token's code (lfq: log2(codebook_size))
+    commitment: float = 0.25  # vq, lfq: weight of the pull of the latents towards their code
+    cosine: bool = True  # vq: unit-length latents and codes
+    ema_decay: float = 0.99  # vq: codebook as a moving average; 0 trains it by gradient instead
+    kmeans_init: bool = True  # vq: first batch's cluster centres
+    dead_code_threshold: float = 0.0  # vq: codes whose average count falls below are re-seeded; 0 = never
+    stochastic_temperature: float = 0.0  # vq: sample codes from softmax(similarity / temperature) in training (LARP)
+    entropy: float = 0.1  # lfq: weight of per-sample minus batch entropy
+    entropy_temperature: float = 0.01  # lfq: of the soft assignment in that term
+    entropy_group_bits: int = 9  # lfq: batch entropy is exact within groups of so many bits, summed over groups
+    kl: float = 0.0  # identity: weight of KL(N(mean, std) || N(0, 1)); 0 = plain latents
+
+
+def _float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantization: bound every dimension by tanh and round it to L levels.
+
+    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3.1. Ids equal vector-quantize-pytorch's.
+
+    forward: z [..., D] -> embeddings [..., D] in [-1, 1], indices [..., 1] in [0, prod(levels)).
+    """
+
+    levels: Tensor
+
+    def __init__(self, levels: list[int]):
+        super().__init__()
+        if not levels or min(levels) < 2 or math.prod(levels) >= 1 << 31:
+            raise ValueError(f"quantizer.levels={levels}: every level must be 2 or more, their product below 2^31")
+        self.dim = self.latent_dim = len(levels)
+        self.codebook_sizes = (math.prod(levels),)
+        self.index_factors = (tuple(levels),)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+
+    def bound(self, z: Tensor) -> Tensor:
+        """z squashed so that rounding gives L distinct values."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(z.dtype)
+        return (z + (offset / half.to(z.dtype)).atanh()).tanh() * half.to(z.dtype) - offset
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = _float32(z)
+            bounded = self.bound(z)
+            rounded = bounded + (bounded.round() - bounded).detach()
+            codes = rounded / (self.levels // 2)
+            digits = rounded.detach().round().long() + self.levels // 2
+            indices = (digits * self.basis).sum(-1, keepdim=True)
+            return Quantized(codes, indices, z.new_zeros(()), {})
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices [..., 1] -> the same float32 embeddings [..., D] that `forward` gave."""
+        digits = indices // self.basis % self.levels
+        return (digits - self.levels // 2).float() / (self.levels // 2)
+
+
+class _Codebook(nn.Module):
+    """Plain-torch stand-in for vector-quantize-pytorch's codebook: the same buffers, no training."""
+
+    def __init__(self, codebook_size: int, dim: int):
+        super().__init__()
+        self.register_buffer("initted", torch.tensor(False))
+        self.register_buffer("cluster_size", torch.ones(1, codebook_size))
+        self.register_buffer("embed_avg", torch.zeros(1, codebook_size, dim))
+        self.register_buffer("embed", torch.zeros(1, codebook_size, dim))
+
+
+class _CodebookOnly(nn.Module):
+    def __init__(self, codebook_size: int, dim: int):
+        super().__init__()
+        self._codebook = _Codebook(codebook_size, dim)
+
+
+class VQ(nn.Module):
+    """Vector quantization: the nearest row of a codebook (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937).
+
+    The codebook is a moving average (`ema_decay`), started by k-means on the first batch, or trained by gradient
+    (`ema_decay=0`). `cosine` compares unit vectors (Yu et al. 2021, https://arxiv.org/abs/2110.04627);
+    `stochastic_temperature` draws the code in training instead of taking the nearest (LARP, Wang et al. 2024,
+    https://arxiv.org/abs/2410.21264, section 3.2). The initialised flag and all averages are buffers: a resume never
+    re-seeds the codebook.
+
+    forward: z [..., D] -> embeddings [..., D], indices [..., 1] in [0, V).
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.dim = self.latent_dim = config.dim
+        self.codebook_sizes = (config.codebook_size,)
+        self.index_factors = (self.codebook_sizes,)
+        self.cosine = config.cosine
+        if VectorQuantize is None:
+            self.layer = _CodebookOnly(config.codebook_size, config.dim)
+        else:
+            gradient = config.ema_decay == 0
+            self.layer = VectorQuantize(
+                dim=config.dim,
+                codebook_size=config.codebook_size,
+                decay=config.ema_decay or 0.8,
+                ema_update=not gradient,
+                learnable_codebook=gradient,
+                kmeans_init=config.kmeans_init,
+                threshold_ema_dead_code=config.dead_code_threshold,
+                use_cosine_sim=config.cosine,
+                commitment_weight=config.commitment,
+                stochastic_sample_codes=config.stochastic_temperature > 0,
+                sample_codebook_temp=config.stochastic_temperature or 1.0,
+                rotation_trick=False,
+            )
+
+    @property
+    def codebook(self) -> Tensor:
+        """[V, D] float32."""
+        return self.layer._codebook.embed[0]
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """[...] int64, the id of the code nearest to each latent; ties go to the lowest id."""
+        flat = z.reshape(-1, self.dim)
+        codebook = self.codebook.to(flat.dtype)
+        ids = [
+            (chunk @ codebook.T if self.cosine else -torch.cdist(chunk, codebook)).argmax(-1)
+            for chunk in flat.split(max(1, (1 << 26) // codebook.shape[0]))  # at most 256 MB of similarities at once
+        ]
+        return torch.cat(ids).reshape(z.shape[:-1]) if ids else flat.new_zeros(z.shape[:-1], dtype=torch.int64)
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = _float32(z)
+            if self.cosine:
+                z = F.normalize(z, dim=-1)
+            if not self.training:
+                indices = self.nearest(z)[..., None]
+                return Quantized(self.lookup(indices).to(z.dtype), indices, z.new_zeros(()), {})
+            if VectorQuantize is None:
+                raise RuntimeError("training a VQ codebook needs vector-quantize-pytorch: pip install vtok")
+            real = z.reshape(-1, self.dim) if mask is None else z[mask]  # padding must not move the codebook
+            codes, ids, loss = self.layer(real[None])
+            if mask is None:
+                return Quantized(codes.reshape(z.shape), ids.reshape(*z.shape[:-1], 1), loss.sum(), {})
+            indices = self.nearest(z.detach())[..., None].masked_scatter(mask[..., None], ids[0, :, None])
+            return Quantized(z.masked_scatter(mask[..., None], codes[0]), indices, loss.sum(), {})
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices [..., 1] -> embeddings [..., D]."""
+        return F.embedding(indices[..., 0], self.codebook)
+
+
+class LFQ(nn.Module):
+    """Lookup-free quantization: the sign of every dimension (MAGVIT-v2, Yu et al. 2023,
+    https://arxiv.org/abs/2310.05737, eqs. 3-5).
+
+    The entropy term is per-sample minus batch entropy of softmax(-distance / temperature). With codes in {-1, 1}^D that
+    softmax factorises over bits, so the per-sample part is an exact sum of binary entropies; the batch part is exact
+    within groups of `entropy_group_bits` bits and summed over groups (an upper bound of the joint entropy, as BSQ,
+    Zhao et al. 2024, https://arxiv.org/abs/2406.07548, eq. 9): tokens x codebook is never built.
+
+    forward: z [..., D] -> embeddings [..., D] in {-1, 1}, indices [..., 1] in [0, 2^D), bit 0 most significant.
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.dim = self.latent_dim = round(math.log2(config.codebook_size))
+        if 1 << self.dim != config.codebook_size or self.dim < 1:
+            raise ValueError(f"quantizer.codebook_size={config.codebook_size}: LFQ needs a power of two")
+        self.codebook_sizes = (config.codebook_size,)
+        self.index_factors = ((2,) * self.dim,)
+        self.config = config
+        self.register_buffer("basis", 1 << torch.arange(self.dim), persistent=False)
+
+    def entropy(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(per-sample, batch) entropy in nats of the soft assignment of z [M, D]."""
+        # softmax over {-1, 1} of -(z - c)^2 / temperature is a sigmoid of 4 z / temperature
+        logits = 4 * z / self.config.entropy_temperature
+        one, zero = logits.sigmoid(), (-logits).sigmoid()
+        sample = -(one * F.logsigmoid(logits) + zero * F.logsigmoid(-logits)).sum(-1).mean()
+        batch = z.new_zeros(())
+        for bits in torch.stack([zero, one], -1).split(self.config.entropy_group_bits, dim=1):
+            joint = bits[:, 0]  # [M, 2], grown to [M, 2^group] one bit at a time
+            for bit in range(1, bits.shape[1]):
+                joint = (joint[:, :, None] * bits[:, bit][:, None, :]).flatten(1)
+            mean = joint.mean(0)
+            batch = batch - (mean * mean.clamp_min(1e-12).log()).sum()
+        return sample, batch
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = _float32(z)
+            signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
+            # dimension 0 of the code is the last digit of vector-quantize-pytorch's `bits`: most significant first
+            indices = ((signs > 0).long() * self.basis.flip(0)).sum(-1, keepdim=True)
+            loss, report = z.new_zeros(()), {}
+            if self.training:
+                real = z.reshape(-1, self.dim) if mask is None else z[mask]
+                sample, batch = self.entropy(real)
+                commit = (real - torch.where(real > 0, 1.0, -1.0)).square().mean()
+                loss = self.config.entropy * (sample - batch) + self.config.commitment * commit
+                report = {"entropy_sample": sample.detach(), "entropy_batch": batch.detach()}
+            return Quantized(z + (signs - z).detach(), indices, loss, report)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices [..., 1] -> embeddings [..., D] in {-1, 1}."""
+        return (indices // self.basis.flip(0) % 2).float() * 2 - 1
+
+
+class Identity(nn.Module):
+    """No quantization: continuous tokens, without ids. With `kl` > 0 the latents are a mean and a log-variance.
+
+    forward: z [..., D], or [..., 2 D] with `kl` -> embeddings [..., D]; drawn in training, the mean otherwise
+    (Kingma & Welling 2013, https://arxiv.org/abs/1312.6114, eq. 10 for the KL term, summed over D, mean over tokens).
+    """
+
+    codebook_sizes: tuple[int, ...] = ()
+    index_factors: tuple[tuple[int, ...], ...] = ()
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.dim, self.kl = config.dim, config.kl
+        self.latent_dim = 2 * self.dim if self.kl else self.dim
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        z = _float32(z)
+        if not self.kl:
+            return Quantized(z, None, z.new_zeros(()), {})
+        mean, logvar = z.chunk(2, -1)
+        logvar = logvar.clamp(-30, 20)
+        if not self.training:
+            return Quantized(mean, None, z.new_zeros(()), {})
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(-1)
+        kl = kl.mean() if mask is None else kl[mask].mean()
+        drawn = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+        return Quantized(drawn, None, self.kl * kl, {"kl": kl.detach()})
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        raise ValueError("quantizer.name=identity makes continuous tokens: they have no indices to look up")
+
+
+Quantizer = FSQ | VQ | LFQ | Identity
+
+
+def build_quantizer(config: QuantizerConfig) -> Quantizer:
+    """The quantizer a config names.
+
+    Every one has `dim` (width of an embedding), `latent_dim` (width `forward` takes), `codebook_sizes` (Q sizes) and
+    `index_factors` (the mixed-radix digits of each id, least significant first: what an entropy model factorises by).
+    Raises: ValueError for an unknown name or sizes that do not fit.
+    """
+    if config.name == "fsq":
+        return FSQ(list(config.levels))
+    classes = {"vq": VQ, "lfq": LFQ, "identity": Identity}
+    if config.name not in classes:
+        raise ValueError(f"quantizer.name={config.name!r} is unknown; choose fsq, {', '.join(classes)}")
+    return classes[config.name](config)
