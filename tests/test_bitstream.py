@@ -1,0 +1,351 @@
+"""The .vtok container and the entropy model: every id comes back, every damage is noticed, sizes are the ideal ones."""
+
+import io
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vtok import bitstream, entropy
+from vtok.bitstream import Chunk, Header, Reader, Writer
+from vtok.entropy import StaticModel
+from vtok.types import Tokens
+
+SHA = bytes(range(32))
+LEVELS = (8, 8, 8, 5, 5, 5)
+
+
+def make_tokens(counts, sizes, *, seed=0, frames=None, first_group=0, skew=False):
+    """One clip's tokens with `counts[g]` tokens in group g and random ids."""
+    rng = np.random.default_rng(seed)
+    total = sum(counts)
+    draw = [rng.integers(0, size, total) if not skew else (rng.random(total) ** 4 * size).astype(int) for size in sizes]
+    indices = np.stack(draw, 1).astype(np.int64)
+    group = np.repeat(np.arange(len(counts)), counts) + first_group
+    rank = np.concatenate([np.arange(n) for n in counts])
+    return Tokens(
+        embeddings=torch.zeros(1, total, 1),
+        lengths=torch.tensor([total]),
+        positions=torch.full((1, total, 3), math.nan),
+        group=torch.from_numpy(group)[None],
+        rank=torch.from_numpy(rank)[None].long(),
+        indices=torch.from_numpy(indices)[None],
+        codebook_sizes=tuple(sizes),
+        times=torch.zeros(1, len(counts), 2),
+        frames=torch.tensor([frames]) if frames is not None else None,
+    )
+
+
+def make_file(chunks, sizes, *, model=None, frames=7, **header):
+    out = io.BytesIO()
+    coding = "static" if model else "packed"
+    head = Header(
+        model_id=header.pop("model_id", "flexible-0123456789ab"),
+        weights_sha256=header.pop("weights_sha256", SHA),
+        size=(48, 64),
+        fps=Fraction(30000, 1001),
+        codebook_sizes=tuple(sizes),
+        coding=coding,
+        entropy_sha256=model.sha256 if model else b"",
+        **header,
+    )
+    writer = Writer(out, head, entropy=model)
+    for chunk in chunks:
+        writer.write(chunk)
+    writer.close(frames=frames)
+    return out.getvalue()
+
+
+def read_file(data, *, model=None, weights=SHA):
+    reader = Reader(io.BytesIO(data), name="x.vtok")
+    reader.expect("flexible-0123456789ab", weights, entropy=model)
+    return reader, list(reader)
+
+
+def fitted(sizes, *, index_factors=None, max_rank=4, seed=5):
+    tokens = make_tokens([40] * 10, sizes, seed=seed, skew=True)
+    return StaticModel.fit([tokens], index_factors=index_factors or [(size,) for size in sizes], max_rank=max_rank)
+
+
+codebooks = st.lists(st.sampled_from([1, 2, 3, 7, 10, 255, 256, 1000, 64000, 1 << 18]), min_size=1, max_size=3)
+steps = st.lists(
+    st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.one_of(st.none(), st.integers(0, 99))),
+    min_size=0,
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=codebooks, steps=steps, seed=st.integers(0, 1000), static=st.booleans())
+def test_any_ids_come_back(sizes, steps, seed, static):
+    model = StaticModel.fit([], index_factors=[(s,) for s in sizes], max_rank=2) if static else None
+    written = [make_tokens(counts, sizes, seed=seed + i, frames=frames) for i, (counts, frames) in enumerate(steps)]
+    data = make_file(written, sizes, model=model, frames=123)
+    reader, chunks = read_file(data, model=model)
+    assert reader.header.codebook_sizes == tuple(sizes) and reader.header.fps == Fraction(30000, 1001)
+    assert len(chunks) == len(written)
+    for chunk, tokens, (counts, frames) in zip(chunks, written, steps):
+        assert chunk.counts == tuple(counts) and chunk.frames == frames
+        assert np.array_equal(chunk.indices, tokens.indices[0].numpy())
+    total = sum(sum(counts) for counts, _ in steps)
+    assert reader.footer is not None
+    assert (reader.footer.frames, reader.footer.tokens) == (123, total)
+    assert bitstream.read_footer(io.BytesIO(data)) == reader.footer
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=codebooks, count=st.integers(0, 40), seed=st.integers(0, 1000))
+def test_packing_costs_the_exact_number_of_bits(sizes, count, seed):
+    indices = make_tokens([count], sizes, seed=seed).indices[0].numpy()
+    data = entropy.pack(indices, sizes)
+    exact = (math.prod(sizes) ** count - 1).bit_length()
+    assert entropy.packed_bits(sizes, count) == exact
+    assert len(data) == math.ceil(exact / 8)
+    assert np.array_equal(entropy.unpack(data, count, sizes), indices)
+
+
+def test_packing_64000_codes_beats_whole_bits():
+    count = 256
+    assert entropy.packed_bits((64000,), count) == math.ceil(count * math.log2(64000)) == 4088  # 16 bits each: 4096
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    factors=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3), seed=st.integers(0)
+)
+def test_digits_are_the_inverse_of_ids(factors, seed):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.integers(0, math.prod(each), 20) for each in factors], 1)
+    digits = entropy.to_symbols(ids, factors)
+    radices = np.array([radix for each in factors for radix in each])
+    assert (digits >= 0).all() and (digits < radices).all()
+    assert np.array_equal(entropy.from_symbols(digits, factors), ids)
+
+
+def test_blocks_longer_than_one_integer(monkeypatch):
+    sizes = (7, 300)
+    tokens = make_tokens([5000, 1], sizes)
+    model = fitted(sizes)
+    for given_model in (None, model):
+        _, chunks = read_file(make_file([tokens], sizes, model=given_model), model=given_model)
+        assert np.array_equal(chunks[0].indices, tokens.indices[0].numpy())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_every_single_bit_flip_is_detected(static):
+    sizes = (10, 64000)
+    model = fitted(sizes) if static else None
+    data = make_file([make_tokens([2, 1], sizes, frames=4), make_tokens([3], sizes, frames=2)], sizes, model=model)
+    assert len(data) < 250
+    for bit in range(len(data) * 8):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(bitstream.VtokFileError):
+            read_file(bytes(broken), model=model)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_every_truncation_and_every_appendix_is_detected(static):
+    sizes = (500,)
+    model = fitted(sizes) if static else None
+    data = make_file([make_tokens([4, 4], sizes)] * 3, sizes, model=model)
+    for length in range(len(data)):
+        with pytest.raises(bitstream.VtokFileError) as error:
+            read_file(data[:length], model=model)
+        assert isinstance(error.value, bitstream.TruncatedFile) or length == 0
+        with pytest.raises(bitstream.VtokFileError):
+            bitstream.read_footer(io.BytesIO(data[:length]))
+    with pytest.raises(bitstream.DamagedFile, match="more after its end"):
+        read_file(data + b"\0", model=model)
+    with pytest.raises(bitstream.DamagedFile):
+        read_file(data + data, model=model)
+
+
+def test_a_dropped_repeated_or_swapped_record_is_detected(monkeypatch):
+    monkeypatch.setattr(bitstream, "RECORD_TOKENS", 1)
+    sizes = (500,)
+    parts = [
+        make_file([make_tokens([8], sizes, seed=s) for s in seeds], sizes) for seeds in ([], [1], [1, 2], [1, 2, 3])
+    ]
+    head = len(parts[0]) - 60
+    while parts[0][:head] != parts[3][:head]:
+        head -= 1
+    size = len(parts[2]) - len(parts[1])  # of one record
+    data, body = parts[3], head
+    records = [data[body + i * size : body + (i + 1) * size] for i in range(3)]
+    assert b"".join([data[:body], *records, data[body + 3 * size :]]) == data
+    for order in ([0, 2], [0, 1, 1, 2], [1, 0, 2]):
+        with pytest.raises(bitstream.DamagedFile):
+            read_file(b"".join([data[:body], *(records[i] for i in order), data[body + 3 * size :]]))
+
+
+def test_foreign_and_newer_files():
+    data = make_file([make_tokens([4], (10,))], (10,))
+    for foreign in (b"", b"RIFF....AVI LIST", b"\x89PNG\r\n\x1a\n0000", b"\0" * 100):
+        with pytest.raises(bitstream.ForeignFile, match="x.vtok is not a .vtok file"):
+            Reader(io.BytesIO(foreign), name="x.vtok")
+    newer = bytearray(data)
+    newer[8] = 2
+    with pytest.raises(bitstream.NewerVersion, match="version 2, this vtok reads up to 1"):
+        Reader(io.BytesIO(bytes(newer)))
+
+
+def test_the_wrong_model_is_refused_naming_both():
+    model = fitted((10,))
+    data = make_file([make_tokens([4], (10,))], (10,), model=model)
+    with pytest.raises(bitstream.WrongModel, match="flexible-0123456789ab.*but this is other-ffff"):
+        Reader(io.BytesIO(data)).expect("other-ffff", b"\xff" * 32, entropy=model)
+    with pytest.raises(bitstream.WrongModel, match="entropy.safetensors"):
+        Reader(io.BytesIO(data)).expect("flexible-0123456789ab", SHA)
+    with pytest.raises(bitstream.WrongModel, match="static entropy model"):
+        Reader(io.BytesIO(data)).expect("flexible-0123456789ab", SHA, entropy=fitted((10,), seed=6))
+    with pytest.raises(bitstream.WrongModel):
+        list(Reader(io.BytesIO(data)))
+
+
+def test_records_are_small_beside_their_ids():
+    chunks = [make_tokens([64], (64000,), seed=i, frames=16) for i in range(100)]
+    data = make_file(chunks, (64000,))
+    ids = math.ceil(entropy.packed_bits((64000,), 6400) / 8)
+    assert len(data) < ids * 1.01 + 200
+
+
+def test_a_record_is_written_once_it_is_full():
+    out = io.BytesIO()
+    head = Header("m", SHA, (8, 8), Fraction(25), (256,))
+    writer = Writer(out, head)
+    sizes = []
+    for i in range(300):
+        writer.write(make_tokens([16], (256,), seed=i, frames=16))
+        sizes.append(out.tell())
+    assert max(b - a for a, b in zip(sizes, sizes[1:])) <= 1100  # 1024 tokens of one byte, and the frame around them
+    assert len(set(sizes)) > 3
+
+
+def test_streams_may_number_their_groups_from_their_start():
+    tokens = make_tokens([2, 3], (9,), first_group=17)
+    chunk = Chunk.from_tokens(tokens, first_group=17)
+    assert chunk.counts == (2, 3)
+    back = chunk.to_tokens(lambda ids: ids.float(), (9,), first_group=17)
+    assert torch.equal(back.group, tokens.group) and torch.equal(back.rank, tokens.rank)
+    assert torch.equal(back.indices, tokens.indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": torch.tensor([[0, 2, 1]])}, "ranks inside a group"),
+        ({"group": torch.tensor([[1, 0, 0]])}, "not in time order"),
+        ({"indices": None, "codebook_sizes": ()}, "no indices"),
+        ({"indices": torch.tensor([[[0], [9], [1]]])}, r"\[0, 9\], but codebook 0 has 9 entries"),
+    ],
+)
+def test_tokens_that_cannot_be_written(change, message):
+    tokens = replace(make_tokens([3], (9,)), times=None, **change)
+    with pytest.raises(ValueError, match=message):
+        make_file([tokens], (9,))
+
+
+def test_more_tokens_than_the_budget_are_refused():
+    with pytest.raises(ValueError, match="more than the budget of 2"):
+        make_file([make_tokens([3], (9,))], (9,), budget=2)
+
+
+# --- the static model ---
+
+
+def test_static_bits_match_the_coded_size_and_beat_uniform():
+    factors = [LEVELS]
+    train = make_tokens([64] * 30, (64000,), seed=1, skew=True)
+    test = make_tokens([64] * 8, (64000,), seed=2, skew=True)
+    model = StaticModel.fit([train], index_factors=factors, max_rank=64)
+    ideal = float(model.bits(test))
+    indices, ranks = entropy.real_ids(test)
+    coded = entropy.encode_static(indices, ranks, model)
+    assert 0 <= len(coded) * 8 - ideal < 8 + 16 + entropy.PRECISION  # whole bytes, the block's length, the first state
+    assert ideal < float(test.bits) * 0.97
+    assert np.array_equal(entropy.decode_static(coded, ranks, model), indices)
+
+
+def test_static_bits_are_the_entropy_of_a_known_source():
+    """Ids drawn from probabilities 1/2, 1/4, 1/8, 1/8 cost 1.75 bits each."""
+    rng = np.random.default_rng(0)
+
+    def draw(n):
+        ids = torch.from_numpy(rng.choice(4, size=n, p=[0.5, 0.25, 0.125, 0.125]))[None, :, None]
+        return replace(make_tokens([n], (4,)), indices=ids)
+
+    model = StaticModel.fit([draw(50_000)], index_factors=[(4,)], max_rank=1)
+    assert float(model.bits(draw(50_000))) / 50_000 == pytest.approx(1.75, abs=0.02)
+
+
+def test_tables_follow_the_rank():
+    tokens = make_tokens([2] * 500, (4,))
+    ids = torch.where(tokens.rank == 0, 3, torch.randint(0, 4, tokens.rank.shape, generator=torch.manual_seed(0)))
+    tokens = replace(tokens, indices=ids[..., None])
+    by_rank = StaticModel.fit([tokens], index_factors=[(4,)], max_rank=2)
+    shared = StaticModel.fit([tokens], index_factors=[(4,)], max_rank=1)
+    assert float(by_rank.bits(tokens)) == pytest.approx(1000, rel=0.03)  # rank 0 is free, rank 1 costs 2 bits
+    assert float(shared.bits(tokens)) > 1400
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 10**9), min_size=1, max_size=50), smoothing=st.sampled_from([0.01, 0.5, 1.0, 10.0])
+)
+def test_frequencies_are_whole_and_complete(counts, smoothing):
+    table = np.array([counts], np.int64)
+    pseudo = Fraction(smoothing).limit_denominator(1024)
+    out = entropy._integer_frequencies(table, pseudo)
+    assert out.sum() == 1 << entropy.PRECISION and out.min() >= 1
+    share = (table + smoothing) / (table + smoothing).sum()
+    assert np.allclose(out / out.sum(), share, atol=len(counts) / (1 << entropy.PRECISION) + 1e-3 * share.max())
+
+
+def test_padding_is_neither_counted_nor_charged():
+    tokens = make_tokens([5], (16,))
+    padded = replace(tokens, lengths=torch.tensor([3]))
+    model = fitted((16,))
+    cut = tokens.truncate(3)
+    assert float(model.bits(padded)) == float(model.bits(cut))
+    again = [StaticModel.fit([t], index_factors=[(16,)], max_rank=4).frequencies for t in (padded, cut)]
+    assert torch.equal(*again)
+
+
+def test_static_model_survives_safetensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = fitted((64000, 10), index_factors=[LEVELS, (10,)])
+    save_file(model.tensors(), tmp_path / "entropy.safetensors")
+    back = StaticModel.from_tensors(load_file(tmp_path / "entropy.safetensors"))
+    assert back.sha256 == model.sha256 and back.index_factors == model.index_factors
+    tensors = model.tensors()
+    tensors["frequencies"][0, 0] += 1
+    with pytest.raises(ValueError, match="sum to"):
+        StaticModel.from_tensors(tensors)
+    with pytest.raises(ValueError, match="missing"):
+        StaticModel.from_tensors({"frequencies": tensors["frequencies"]})
+
+
+def test_oversized_tables_are_refused_with_the_fix():
+    with pytest.raises(ValueError, match="give index_factors .* or max_rank <= 65"):
+        StaticModel.fit([], index_factors=[(64000,)], max_rank=256)
+    assert StaticModel.affordable_ranks([LEVELS], 256) == 256
+    assert StaticModel.affordable_ranks([(1 << 23,)], 256) == 0
+
+
+def test_factors_come_from_the_model_and_must_multiply():
+    class Model:
+        codebook_sizes = (64000,)
+
+    assert entropy.factors_of(Model()) == ((64000,),)
+    Model.index_factors = (LEVELS,)
+    assert entropy.factors_of(Model()) == (LEVELS,)
+    Model.index_factors = ((8, 8),)
+    with pytest.raises(ValueError, match="do not multiply"):
+        entropy.factors_of(Model())

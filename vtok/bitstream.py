@@ -1,0 +1,510 @@
+"""The `.vtok` container: a video as token ids, written and read front to back in constant memory.
+
+    header | record | record | ... | footer          docs/formats.md describes every byte
+
+Each record holds the ids of some steps of a stream and a checksum that continues the one before it; the footer holds
+the totals and a sha256 of all that precedes it. How ids become bytes is `vtok.entropy`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtok.entropy import (
+    StaticModel,
+    check_ids,
+    decode_static,
+    encode_static,
+    factors_of,
+    pack,
+    packed_bits,
+    real_ids,
+    take_varint,
+    unpack,
+    varint,
+)
+from vtok.types import Tokens
+
+__all__ = [
+    "Chunk",
+    "DamagedFile",
+    "Footer",
+    "ForeignFile",
+    "Header",
+    "NewerVersion",
+    "Reader",
+    "StaticModel",
+    "TruncatedFile",
+    "VtokFileError",
+    "Writer",
+    "WrongModel",
+    "factors_of",
+    "packed_bits",
+    "read_footer",
+]
+
+MAGIC = b"\x89VTOK\r\n\x1a"  # like PNG's: a high bit and both line endings, so that text-mode copies are noticed
+END_MAGIC = b"VTKE"
+VERSION = 1
+CODINGS = ("packed", "static")
+RECORD, FOOTER = 0x52, 0x46  # "R", "F"
+RECORD_TOKENS = 1024  # a record is closed once it holds this many tokens: about 2 kB, 10 bytes of it overhead
+MAX_RECORD = 1 << 24  # bytes; a longer record is damage, and is refused before memory is asked for
+MAX_GROUPS = 1 << 16  # groups of one record
+
+
+class VtokFileError(ValueError):
+    """A .vtok file that cannot be used."""
+
+
+class ForeignFile(VtokFileError):
+    """Not a .vtok file at all."""
+
+
+class DamagedFile(VtokFileError):
+    """A checksum, or a value that a checksum covers, is wrong."""
+
+
+class TruncatedFile(DamagedFile):
+    """The file ends before its footer does."""
+
+
+class NewerVersion(VtokFileError):
+    """Written by a later version of the format than this one reads."""
+
+
+class WrongModel(VtokFileError):
+    """Encoded with another model, or with another entropy model."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a .vtok file says before its first token.
+
+    model_id: `<family>-<hash>`. weights_sha256: 32 bytes, of the model's model.safetensors.
+    size: (height, width) in pixels of the frames that went in, and of those that come out. fps: frames per second.
+    codebook_sizes: Q sizes. coding: "packed" or "static". entropy_sha256: of the static model; b"" when packed.
+    budget: most tokens a group may hold; 0 where none was asked. tokens_per_second: Fraction(0) where none was asked.
+    """
+
+    model_id: str
+    weights_sha256: bytes
+    size: tuple[int, int]
+    fps: Fraction
+    codebook_sizes: tuple[int, ...]
+    coding: str = "packed"
+    entropy_sha256: bytes = b""
+    budget: int = 0
+    tokens_per_second: Fraction = Fraction(0)
+
+    def __post_init__(self) -> None:
+        if self.coding not in CODINGS:
+            raise ValueError(f"coding={self.coding!r} is unknown; choose one of {', '.join(CODINGS)}")
+        if len(self.weights_sha256) != 32 or len(self.entropy_sha256) != (32 if self.coding == "static" else 0):
+            raise ValueError("a sha256 has 32 bytes; entropy_sha256 goes with coding='static' only")
+        if self.size[0] < 1 or self.size[1] < 1 or self.fps <= 0 or self.tokens_per_second < 0 or self.budget < 0:
+            raise ValueError(f"size={self.size}, fps={self.fps}, budget={self.budget} must be positive")
+        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes={self.codebook_sizes}: continuous tokens have no .vtok form")
+
+
+@dataclass(frozen=True)
+class Footer:
+    """Totals, known only at the end: frames, groups and tokens of the whole video, and the number of records."""
+
+    frames: int
+    groups: int
+    tokens: int
+    records: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one step of a stream, one clip, as a file holds them.
+
+    indices: [K, Q] int64 ids, group by group and inside a group by rank. counts: tokens of each group, zeros included.
+    frames: frames that these tokens stand for; None where the model does not say.
+    """
+
+    indices: np.ndarray
+    counts: tuple[int, ...]
+    frames: int | None
+
+    @classmethod
+    def from_tokens(cls, tokens: Tokens, *, first_group: int = 0) -> Chunk:
+        """The ids of one clip's tokens, whose groups are numbered from `first_group`.
+
+        Raises: ValueError for more than one clip, for continuous tokens, for ranks that are not 0, 1, 2 ... in
+        each group: such tokens would need their ranks in the file, and no nested model makes them.
+        """
+        if tokens.group.shape[0] != 1:
+            raise ValueError(
+                f"a .vtok file holds one clip, got a batch of {tokens.group.shape[0]}: write one file each"
+            )
+        indices, rank = real_ids(tokens)
+        group = tokens.group[0, : len(rank)].cpu().numpy().astype(np.int64)
+        group = group - first_group
+        if len(group) and ((np.diff(group) < 0).any() or group[0] < 0):
+            raise ValueError(f"tokens are not in time order: their groups decrease, or begin before {first_group}")
+        counts = np.bincount(group, minlength=tokens.times.shape[1] if tokens.times is not None else 1)
+        if (rank != np.concatenate([np.arange(n) for n in counts] or [[]])).any():
+            raise ValueError("the ranks inside a group must be 0, 1, 2 ... in order to be written to a .vtok file")
+        return cls(indices, tuple(counts.tolist()), int(tokens.frames[0]) if tokens.frames is not None else None)
+
+    def to_tokens(
+        self,
+        lookup: Callable[[Tensor], Tensor],
+        codebook_sizes: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        first_group: int = 0,
+    ) -> Tokens:
+        """The same as Tokens of one clip, its embeddings looked up; positions are NaN (the file holds none)."""
+        indices = torch.from_numpy(self.indices).to(device)[None]  # [1, K, Q]
+        counts = np.array(self.counts, np.int64)
+        group = torch.from_numpy(np.repeat(np.arange(len(counts)), counts) + first_group).to(device)[None]
+        rank = torch.from_numpy(np.concatenate([np.arange(n) for n in counts])).to(device, torch.int64)[None]
+        return Tokens(
+            embeddings=lookup(indices),
+            lengths=torch.tensor([indices.shape[1]], device=device),
+            positions=torch.full((1, indices.shape[1], 3), math.nan, device=device),
+            group=group,
+            rank=rank,
+            indices=indices,
+            codebook_sizes=codebook_sizes,
+            frames=torch.tensor([self.frames], device=device) if self.frames is not None else None,
+        )
+
+    @property
+    def ranks(self) -> np.ndarray:
+        return np.concatenate([np.arange(n) for n in self.counts]).astype(np.int64)
+
+
+class Writer:
+    """Writes a .vtok file front to back (the file needs no seek): `write` each step's tokens, then `close`.
+
+    Memory is that of one record (1024 tokens or a little more), whatever the length of the video.
+    Raises: ValueError where the static model is missing or does not fit the header.
+    """
+
+    def __init__(self, file: BinaryIO, header: Header, *, entropy: StaticModel | None = None) -> None:
+        _check_entropy(header, entropy)
+        self.header, self._file, self._entropy = header, file, entropy
+        self._sha, self._crc = hashlib.sha256(), 0
+        self._pending: list[Chunk] = []
+        self._totals = {"frames": 0, "groups": 0, "tokens": 0, "records": 0}
+        self._put(_header_bytes(header))
+
+    def write(self, tokens: Tokens | Chunk) -> None:
+        """Add the tokens of one clip's next step, their groups numbered from 0."""
+        chunk = tokens if isinstance(tokens, Chunk) else Chunk.from_tokens(tokens)
+        check_ids(chunk.indices, self.header.codebook_sizes)
+        most = max(chunk.counts, default=0)
+        if self.header.budget and most > self.header.budget:
+            raise ValueError(f"a group holds {most} tokens, more than the budget of {self.header.budget}")
+        if len(chunk.counts) > MAX_GROUPS or not chunk.counts:
+            raise ValueError(f"a step holds {len(chunk.counts)} groups; a record holds 1 to {MAX_GROUPS}")
+        pending = self._pending
+        alike = pending and (len(pending[0].counts), pending[0].frames) == (len(chunk.counts), chunk.frames)
+        full = sum(len(c.indices) for c in pending) >= RECORD_TOKENS
+        if pending and (not alike or full or (len(pending) + 1) * len(chunk.counts) > MAX_GROUPS // 16):
+            self._flush()
+        self._pending.append(chunk)
+
+    def close(self, *, frames: int) -> Footer:
+        """Write what is pending and the footer. `frames`: frames of the whole video, what decoding must return."""
+        self._flush()
+        footer = Footer(frames, self._totals["groups"], self._totals["tokens"], self._totals["records"])
+        body = b"".join(map(varint, (footer.frames, footer.groups, footer.tokens, footer.records)))
+        body += self._sha.digest()
+        frame = bytes([FOOTER]) + varint(len(body)) + body
+        self._file.write(frame + zlib.crc32(frame, self._crc).to_bytes(4, "little"))
+        self._file.write((len(frame) + 12).to_bytes(4, "little") + END_MAGIC)
+        return footer
+
+    def _flush(self) -> None:
+        chunks, self._pending = self._pending, []
+        if not chunks:
+            return
+        counts = [n for chunk in chunks for n in chunk.counts]
+        indices = np.concatenate([chunk.indices for chunk in chunks])
+        frames = chunks[0].frames
+        uniform = len(set(counts)) == 1
+        body = b"".join(map(varint, (len(chunks), len(chunks[0].counts), 0 if frames is None else frames + 1)))
+        body += varint(counts[0] + 1) if uniform else varint(0) + b"".join(map(varint, counts))
+        if self._entropy is None:
+            body += pack(indices, self.header.codebook_sizes)
+        else:
+            ranks = np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
+            body += encode_static(indices, ranks, self._entropy)
+        if len(body) > MAX_RECORD:
+            raise ValueError(f"a step of {len(indices)} tokens needs {len(body)} bytes, a record holds {MAX_RECORD}")
+        frame = bytes([RECORD]) + varint(len(body)) + body
+        self._put(frame)
+        self._totals["groups"] += len(counts)
+        self._totals["tokens"] += len(indices)
+        self._totals["records"] += 1
+
+    def _put(self, frame: bytes) -> None:
+        # Each checksum goes on from the one before: records that were dropped, repeated or swapped are noticed too.
+        self._crc = zlib.crc32(frame, self._crc)
+        frame += self._crc.to_bytes(4, "little")
+        self._sha.update(frame)
+        self._file.write(frame)
+
+
+class Reader:
+    """Reads a .vtok file front to back (the file needs no seek): `header` at once, then iterate over its chunks.
+
+    A record is checked before any of its ids is given out; the end of the iteration has checked the whole file, and
+    `footer` is set. Call `expect` before the first chunk when the file is static-coded.
+    Raises: ForeignFile, NewerVersion, TruncatedFile, DamagedFile; WrongModel from `expect`.
+    """
+
+    def __init__(self, file: BinaryIO, *, name: str = "this file") -> None:
+        self._file, self._name = file, name
+        self._sha, self._crc = hashlib.sha256(), 0
+        self._entropy: StaticModel | None = None
+        self.footer: Footer | None = None
+        self.header = self._read_header()
+
+    def expect(self, model_id: str, weights_sha256: bytes, *, entropy: StaticModel | None = None) -> None:
+        """Require that the file was made with this model (and static model). Raises: WrongModel naming both."""
+        header = self.header
+        if header.weights_sha256 != weights_sha256:
+            raise WrongModel(
+                f"{self._name} was encoded with model {header.model_id} (weights sha256 "
+                f"{header.weights_sha256.hex()[:16]}...), but this is {model_id} ({weights_sha256.hex()[:16]}...); "
+                "decode it with the model that encoded it"
+            )
+        if header.coding == "static":
+            if entropy is None:
+                raise WrongModel(
+                    f"{self._name} is coded with the static entropy model of {header.model_id}, which this copy of the "
+                    "model lacks (entropy.safetensors in the export)"
+                )
+            if entropy.sha256 != header.entropy_sha256:
+                raise WrongModel(
+                    f"{self._name} was coded with the static entropy model {header.entropy_sha256.hex()[:16]}..., but "
+                    f"this copy of {model_id} has {entropy.sha256.hex()[:16]}...; use the export that encoded it"
+                )
+            self._entropy = entropy
+
+    def __iter__(self) -> Iterator[Chunk]:
+        groups = tokens = records = 0
+        while True:
+            with self._damage():
+                tag, body, frame = self._read_frame()
+                if tag == FOOTER:
+                    self.footer = self._check_footer(frame, body, groups=groups, tokens=tokens, records=records)
+                    return
+                self._sha.update(frame)
+                chunks = self._chunks(body)
+            for chunk in chunks:
+                groups += len(chunk.counts)
+                tokens += len(chunk.indices)
+                yield chunk
+            records += 1
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Checksums stop accidents; what passes them and still cannot be is called damage too, never a bare error."""
+        try:
+            yield
+        except VtokFileError:
+            raise
+        except (ValueError, ZeroDivisionError, IndexError, OverflowError) as error:
+            raise DamagedFile(f"{self._name} is damaged: {error}") from error
+
+    def _chunks(self, body: bytes) -> list[Chunk]:
+        header = self.header
+        chunks, at = take_varint(body, 0)
+        groups, at = take_varint(body, at)
+        frames, at = take_varint(body, at)
+        if chunks < 1 or groups < 1 or chunks * groups > MAX_GROUPS:
+            raise DamagedFile(f"{self._name}: a record of {chunks} x {groups} groups")
+        uniform, at = take_varint(body, at)
+        if uniform:
+            counts = [uniform - 1] * (chunks * groups)
+        else:
+            counts = []
+            for _ in range(chunks * groups):
+                count, at = take_varint(body, at)
+                counts.append(count)
+        # An id costs at least 2**-22 of a bit, so no count can be checked by the bytes alone: bound it first.
+        if sum(counts) > MAX_RECORD or (header.budget and max(counts) > header.budget):
+            raise DamagedFile(f"{self._name}: a record of {sum(counts)} tokens")
+        if header.coding == "packed":
+            indices = unpack(body[at:], sum(counts), header.codebook_sizes)
+        else:
+            if self._entropy is None:
+                raise WrongModel(
+                    f"{self._name} is static-coded: it can only be read with {header.model_id}'s own model"
+                )
+            ranks = np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
+            indices = decode_static(body[at:], ranks, self._entropy)
+        out, cursor = [], 0
+        for c in range(chunks):
+            here = tuple(counts[c * groups : (c + 1) * groups])
+            out.append(Chunk(indices[cursor : cursor + sum(here)], here, frames - 1 if frames else None))
+            cursor += sum(here)
+        return out
+
+    def _check_footer(self, frame: bytes, body: bytes, *, groups: int, tokens: int, records: int) -> Footer:
+        footer, sha = _parse_footer(body)
+        if sha != self._sha.digest():
+            raise DamagedFile(f"{self._name} is damaged: its sha256 is not the one it states")
+        if (footer.groups, footer.tokens, footer.records) != (groups, tokens, records):
+            raise DamagedFile(
+                f"{self._name} is damaged: it states {footer}, but holds {groups} groups, {tokens} tokens"
+            )
+        tail = self._read(8)
+        if tail != (len(frame) + 8).to_bytes(4, "little") + END_MAGIC:
+            raise DamagedFile(f"{self._name} is damaged: its last 8 bytes are not an end mark")
+        if self._file.read(1):
+            raise DamagedFile(f"{self._name} is damaged: there is more after its end mark")
+        return footer
+
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) != size:
+            raise TruncatedFile(f"{self._name} is cut off: {size - len(data)} of the next {size} bytes are missing")
+        return data
+
+    def _read_varint(self) -> tuple[int, bytes]:
+        raw = bytearray(self._read(1))
+        while raw[-1] & 0x80 and len(raw) < 10:
+            raw += self._read(1)
+        return take_varint(bytes(raw), 0)[0], bytes(raw)
+
+    def _read_frame(self) -> tuple[int, bytes, bytes]:
+        tag = self._read(1)
+        size, raw = self._read_varint()
+        if tag[0] not in (RECORD, FOOTER) or size > MAX_RECORD:
+            raise DamagedFile(f"{self._name} is damaged: a record starts with {tag.hex()} and claims {size} bytes")
+        body = self._read(size)
+        return tag[0], body, self._checked(tag + raw + body)
+
+    def _checked(self, frame: bytes) -> bytes:
+        self._crc = zlib.crc32(frame, self._crc)
+        stored = self._read(4)
+        if stored != self._crc.to_bytes(4, "little"):
+            raise DamagedFile(f"{self._name} is damaged: a checksum does not match")
+        return frame + stored
+
+    def _read_header(self) -> Header:
+        magic = self._file.read(len(MAGIC))
+        if magic != MAGIC:
+            if magic and MAGIC.startswith(magic):
+                raise TruncatedFile(f"{self._name} is cut off after {len(magic)} bytes")
+            raise ForeignFile(f"{self._name} is not a .vtok file: it starts with {magic.hex() or 'nothing'}")
+        fixed = self._read(4)
+        version, size = int.from_bytes(fixed[:2], "little"), int.from_bytes(fixed[2:], "little")
+        if version > VERSION:
+            raise NewerVersion(
+                f"{self._name} has format version {version}, this vtok reads up to {VERSION}; install a newer vtok "
+                "(or the file is damaged)"
+            )
+        body = self._read(size)
+        self._sha.update(self._checked(magic + fixed + body))
+        if version < 1:
+            raise DamagedFile(f"{self._name} has format version {version}")
+        with self._damage():
+            return _parse_header(body)
+
+
+def read_footer(file: BinaryIO, *, name: str = "this file") -> Footer:
+    """The totals of a seekable .vtok file from its last bytes, without reading (or checking) its records."""
+    length = file.seek(0, 2)
+    if length < len(MAGIC) + 8:
+        raise TruncatedFile(f"{name} is cut off after {length} bytes")
+    file.seek(length - 8)
+    tail = file.read(8)
+    size = int.from_bytes(tail[:4], "little")
+    if tail[4:] != END_MAGIC or size + len(MAGIC) > length or size < 20:
+        raise TruncatedFile(f"{name} does not end with a footer: it was cut off or never finished")
+    file.seek(length - size)
+    body = file.read(size - 12)
+    if body[0] != FOOTER:
+        raise DamagedFile(f"{name} is damaged: its footer is not where its end mark says")
+    try:
+        return _parse_footer(body[take_varint(body, 1)[1] :])[0]
+    except ValueError as error:
+        raise DamagedFile(f"{name} is damaged: {error}") from error
+
+
+def _parse_footer(body: bytes) -> tuple[Footer, bytes]:
+    values, at = [], 0
+    for _ in range(4):
+        value, at = take_varint(body, at)
+        values.append(value)
+    return Footer(*values), body[at:]
+
+
+def _check_entropy(header: Header, entropy: StaticModel | None) -> None:
+    if (header.coding == "static") != (entropy is not None):
+        raise ValueError(f"coding={header.coding!r} {'needs' if entropy is None else 'takes no'} static model")
+    if entropy is not None:
+        if entropy.codebook_sizes != header.codebook_sizes:
+            raise ValueError(
+                f"the static model is for codebooks {entropy.codebook_sizes}, the tokens have {header.codebook_sizes}"
+            )
+        if entropy.sha256 != header.entropy_sha256:
+            raise ValueError("header.entropy_sha256 is not the static model's sha256")
+
+
+def _header_bytes(header: Header) -> bytes:
+    name = header.model_id.encode()
+    body = bytes([CODINGS.index(header.coding)]) + varint(len(name)) + name
+    body += header.weights_sha256 + header.entropy_sha256
+    rate = header.tokens_per_second
+    numbers = (*header.size, header.fps.numerator, header.fps.denominator, header.budget)
+    body += b"".join(map(varint, (*numbers, rate.numerator, rate.denominator)))
+    body += b"".join(map(varint, (len(header.codebook_sizes), *header.codebook_sizes)))
+    return MAGIC + VERSION.to_bytes(2, "little") + len(body).to_bytes(2, "little") + body
+
+
+def _parse_header(body: bytes) -> Header:
+    if body[0] >= len(CODINGS):
+        raise ValueError(f"coding {body[0]} is unknown")
+    coding = CODINGS[body[0]]
+    size, at = take_varint(body, 1)
+    model_id = body[at : at + size].decode()
+    at += size
+    weights, at = body[at : at + 32], at + 32
+    entropy = b""
+    if coding == "static":
+        entropy, at = body[at : at + 32], at + 32
+    values = []
+    for _ in range(8):
+        value, at = take_varint(body, at)
+        values.append(value)
+    height, width, num, den, budget, rate_num, rate_den, count = values
+    sizes = []
+    for _ in range(count):
+        value, at = take_varint(body, at)
+        sizes.append(value)
+    if at != len(body):
+        raise ValueError(f"the header has {len(body) - at} bytes too many")
+    return Header(
+        model_id=model_id,
+        weights_sha256=weights,
+        size=(height, width),
+        fps=Fraction(num, den),
+        codebook_sizes=tuple(sizes),
+        coding=coding,
+        entropy_sha256=entropy,
+        budget=budget,
+        tokens_per_second=Fraction(rate_num, rate_den),
+    )
