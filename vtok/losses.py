@@ -1,4 +1,4 @@
-"""Losses as plain functions. Videos are [B, C, T, H, W] in [-1, 1]; every function returns a scalar unless it says so."""
+"""Losses as plain functions. Videos are [B, C, T, H, W] in [-1, 1]; results are scalars unless stated."""
 
 from __future__ import annotations
 

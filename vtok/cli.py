@@ -1,0 +1,60 @@
+"""`vtok COMMAND ...`: one line per command, imported when asked for, so that `vtok --help` costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+COMMANDS = {
+    "shards": ("vtok.data.shards:main", "pack videos into WebDataset shards, or --verify them"),
+    "corpus": ("vtok.data.synthetic:main", "write a procedural corpus of real mp4 files with captions and questions"),
+    "train": ("vtok.train:main", "train: CONFIG.yaml [key=value ...]"),
+    "eval": ("vtok.evaluate:main", "measure a run or an export beside its controls and real codecs"),
+    "export": ("vtok.export:main_export", "one folder that loads anywhere: RUN --out DIR [--push USER/REPO]"),
+    "encode": ("vtok.export:main_encode", "MODEL VIDEO --out FILE.vtok"),
+    "decode": ("vtok.export:main_decode", "MODEL FILE.vtok --out VIDEO"),
+    "info": ("vtok.export:main_info", "what a run, export, config or .vtok file holds"),
+    "demo": ("vtok.demo:main", "shards, training, evaluation, export and a report in one go"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: vtok COMMAND ...   (vtok COMMAND --help for its options)\n\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 when it fails with a message for the user, 2 when the call is off."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        import vtok
+
+        print(vtok.__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"vtok: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _, function = COMMANDS[argv[0]][0].partition(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)(argv[1:]) or 0)
+    except ModuleNotFoundError as error:
+        print(
+            f"vtok {argv[0]}: {error}; install the extra that has it: pip install 'vtok[train,eval]'", file=sys.stderr
+        )
+        return 1
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        print(f"vtok {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"vtok {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Who may look at whom: boolean masks [L, L], True where the query (row) sees the key (column).
+
+Sequences are [patches | registers], patches in time order over `blocks` equal time blocks, registers block by block.
+
+| mask                    | a patch of block t sees         | register i of block t sees                        |
+|-------------------------|---------------------------------|---------------------------------------------------|
+| full                    | everything                      | everything                                        |
+| causal_last             | all patches                     | all patches, registers <= i (one block only)      |
+| time_block_causal       | everything of blocks <= t       | everything of blocks <= t                         |
+| time_block_causal_last  | patches of t, all of blocks < t | patches of t, registers <= i of t, all before t   |
+
+`decoder` masks: `full`; for time blocks, registers see registers of blocks <= t, and the patch queries of block t see
+registers of blocks <= t and only their own block's queries (AdapTok, https://arxiv.org/abs/2505.17011, 3.2), so that
+decoding block t never needs a later token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ENCODER_MASKS = ("full", "causal_last", "time_block_causal", "time_block_causal_last")
+
+
+def _layout(patches: int, registers: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(is_register, block, rank inside the block's registers) of every position, each [L]."""
+    is_register = torch.arange(patches + registers) >= patches
+    block = torch.cat([torch.arange(n) * blocks // max(n, 1) for n in (patches, registers)])
+    rank = torch.cat([torch.zeros(patches, dtype=torch.int64), torch.arange(registers) % max(registers // blocks, 1)])
+    return is_register, block, rank
+
+
+def encoder_mask(kind: str, *, patches: int, registers: int, blocks: int = 1) -> Tensor | None:
+    """The encoder's mask; None when everything sees everything."""
+    if kind not in ENCODER_MASKS:
+        raise ValueError(f"mask={kind!r} is unknown; choose one of {', '.join(ENCODER_MASKS)}")
+    if kind == "full":
+        return None
+    is_register, block, rank = _layout(patches, registers, blocks)
+    same, before = block[:, None] == block[None, :], block[:, None] > block[None, :]
+    if kind == "time_block_causal":
+        return same | before
+    seen = ~is_register[None, :] | (is_register[:, None] & (rank[:, None] >= rank[None, :]))
+    return (same & seen) | before
+
+
+def decoder_mask(kind: str, *, patches: int, registers: int, blocks: int = 1) -> Tensor | None:
+    """The decoder's mask for an encoder mask of that kind."""
+    if not kind.startswith("time_block"):
+        return None
+    is_register, block, _ = _layout(patches, registers, blocks)
+    same, before = block[:, None] == block[None, :], block[:, None] > block[None, :]
+    to_register = is_register[None, :] & (same | before)
+    return to_register | (same & ~is_register[:, None] & ~is_register[None, :])
+
+
+def with_valid_keys(mask: Tensor | None, valid: Tensor) -> Tensor | None:
+    """The mask with keys hidden where `valid` [B, L] is False; every position still sees itself, so that no row is
+    empty. [L, L] (or None) when all keys are valid, [B, L, L] otherwise."""
+    if bool(valid.all()):
+        return mask
+    seen = valid[:, None, :] if mask is None else mask & valid[:, None, :]
+    return seen | torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
