@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from vtok import losses
+from vtok.budget import nested_keep
 from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip, Tokenizer, to_uint8
@@ -211,12 +213,9 @@ def test_one_backward_equals_two(kind, discriminator):
     """Gradients of the summed loss are those of separate generator and discriminator passes."""
     config = Config(**SMALL, **FORMS["full"])
     settings = ObjectiveConfig(
-        adversarial=0.3,
-        adversarial_kind=kind,
-        discriminator=discriminator,
-        discriminator_width=32,
-        discriminator_depth=1,
-        lecam=0.01,
+        adversarial=losses.AdversarialConfig(
+            weight=0.3, kind=kind, discriminator=discriminator, width=32, depth=1, num_heads=1, lecam=0.01
+        )
     )
     torch.manual_seed(0)
     model, objective = Model(config).train(), Objective(settings, config).train()
@@ -224,15 +223,13 @@ def test_one_backward_equals_two(kind, discriminator):
     torch.manual_seed(1)
     loss = objective(model, pixels, 0)
     loss.total.backward()
-    net = objective.discriminator
+    adversary = objective.adversarial
+    net = adversary.discriminator
     joint = {n: p.grad.clone() for n, p in net.named_parameters()}
     generator = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     net.zero_grad()
-    objective.real_average.zero_(), objective.fake_average.zero_()
-    from vtok import losses
-    from vtok.budget import nested_keep
-
+    adversary.real_average.zero_(), adversary.fake_average.zero_()
     torch.manual_seed(1)
     keep = nested_keep(8, 2)
     recon, quantized = model(pixels.video, pixels.frames(), keep)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from vtok.layers.discriminator import PatchDiscriminator3d, TransformerDiscriminator
 
 
 def frame_mask(lengths: Tensor, frames: int) -> Tensor:
@@ -64,3 +68,87 @@ def adaptive_weight(loss: Tensor, adversarial: Tensor, wrt: Tensor, *, limit: fl
     of_loss = torch.autograd.grad(loss, wrt, retain_graph=True)[0]
     of_adversarial = torch.autograd.grad(adversarial, wrt, retain_graph=True)[0]
     return (of_loss.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, limit).detach()
+
+
+@dataclass
+class AdversarialConfig:
+    weight: float = 0.0  # of the generator's term; 0 = no discriminator
+    kind: str = "hinge"  # hinge | nonsaturating
+    start: int = 0  # first step with the adversarial terms
+    adaptive: bool = False  # scale the generator's term by the ratio of gradients at the decoder's output layer
+    smoothing: float = 0.0  # nonsaturating: real labels are 1 - smoothing
+    lecam: float = 0.0  # weight of the LeCam regulariser
+    lecam_decay: float = 0.999  # of its averages
+    discriminator: str = "conv3d"  # conv3d | transformer
+    width: int = 64
+    depth: int = 3
+    num_heads: int = 8  # transformer only
+    patch: list[int] = field(default_factory=lambda: [4, 8, 8])  # transformer only
+
+
+class Adversarial(nn.Module):
+    """Discriminator, its losses and LeCam averages: both players in ONE backward pass.
+
+    The discriminator's parameters are switched off while the generator's term is computed and on again for its own term
+    on the detached reconstruction, so that the gradients of the sum are those of two separate passes; one optimizer
+    with a parameter group for each then does what two would (and DeepSpeed takes only one).
+    """
+
+    real_average: Tensor
+    fake_average: Tensor
+
+    def __init__(self, config: AdversarialConfig, *, channels: int, frames: int, size: tuple[int, int]):
+        super().__init__()
+        self.config = c = config
+        if c.kind not in ("hinge", "nonsaturating"):
+            raise ValueError(f"objective.adversarial.kind={c.kind!r} is unknown; choose hinge or nonsaturating")
+        if c.discriminator == "conv3d":
+            self.discriminator = PatchDiscriminator3d(channels=channels, width=c.width, num_layers=c.depth)
+        elif c.discriminator == "transformer":
+            self.discriminator = TransformerDiscriminator(
+                channels=channels,
+                frames=frames,
+                size=size,
+                patch=(c.patch[0], c.patch[1], c.patch[2]),
+                width=c.width,
+                depth=c.depth,
+                num_heads=c.num_heads,
+            )
+        else:
+            raise ValueError(f"objective.adversarial.discriminator={c.discriminator!r}; choose conv3d or transformer")
+        self.register_buffer("real_average", torch.zeros(()))
+        self.register_buffer("fake_average", torch.zeros(()))
+
+    def forward(self, recon: Tensor, video: Tensor, loss: Tensor, *, last: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted generator term plus the discriminator's own, and a report.
+
+        loss: what the generator minimises otherwise, last: weight of its output layer (both for `adaptive`).
+        """
+        c, hinge = self.config, self.config.kind == "hinge"
+        self.discriminator.requires_grad_(False)
+        fake = self.discriminator(recon)
+        adversarial = generator_adversarial(fake) if hinge else generator_nonsaturating(fake)
+        self.discriminator.requires_grad_(True)
+        weight = torch.as_tensor(c.weight, device=recon.device)
+        if c.adaptive and torch.is_grad_enabled():
+            weight = weight * adaptive_weight(loss, adversarial, last)
+        real_logits, fake_logits = self.discriminator(video), self.discriminator(recon.detach())
+        if hinge:
+            own = discriminator_hinge(real_logits, fake_logits)
+        else:
+            own = discriminator_nonsaturating(real_logits, fake_logits, smoothing=c.smoothing)
+        report = {
+            "adversarial": adversarial.detach(),
+            "adversarial_weight": weight.detach(),
+            "discriminator": own.detach(),
+            "logits_real": real_logits.detach().mean(),
+            "logits_fake": fake_logits.detach().mean(),
+        }
+        if c.lecam:
+            if self.training:
+                self.real_average.lerp_(report["logits_real"].float(), 1 - c.lecam_decay)
+                self.fake_average.lerp_(report["logits_fake"].float(), 1 - c.lecam_decay)
+            term = lecam(real_logits, fake_logits, real_average=self.real_average, fake_average=self.fake_average)
+            own = own + c.lecam * term
+            report["lecam"] = term.detach()
+        return weight * adversarial + own, report

@@ -39,7 +39,7 @@ class QuantizerConfig:
     cosine: bool = True  # vq: unit-length latents and codes
     ema_decay: float = 0.99  # vq: codebook as a moving average; 0 trains it by gradient instead
     kmeans_init: bool = True  # vq: first batch's cluster centres
-    dead_code_threshold: float = 0.0  # vq: codes whose average count falls below are re-seeded; 0 = never
+    dead_code_threshold: int = 0  # vq: codes whose average count falls below are re-seeded; 0 = never
     stochastic_temperature: float = 0.0  # vq: sample codes from softmax(similarity / temperature) in training (LARP)
     entropy: float = 0.1  # lfq: weight of per-sample minus batch entropy
     entropy_temperature: float = 0.01  # lfq: of the soft assignment in that term
@@ -60,6 +60,7 @@ class FSQ(nn.Module):
     """
 
     levels: Tensor
+    basis: Tensor
 
     def __init__(self, levels: list[int]):
         super().__init__()
@@ -151,7 +152,9 @@ class VQ(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """[V, D] float32."""
-        return self.layer._codebook.embed[0]
+        embed = self.layer._codebook.embed
+        assert isinstance(embed, Tensor)
+        return embed[0]
 
     def nearest(self, z: Tensor) -> Tensor:
         """[...] int64, the id of the code nearest to each latent; ties go to the lowest id."""
@@ -196,6 +199,8 @@ class LFQ(nn.Module):
 
     forward: z [..., D] -> embeddings [..., D] in {-1, 1}, indices [..., 1] in [0, 2^D), bit 0 most significant.
     """
+
+    basis: Tensor
 
     def __init__(self, config: QuantizerConfig):
         super().__init__()

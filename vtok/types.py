@@ -275,7 +275,7 @@ class Tokens:
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tokens(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        return replace(self, **{name: v.to(device) for name, v in moved.items() if isinstance(v, Tensor)})
 
 
 class Loss(NamedTuple):

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from vtok import losses
 from vtok.budget import NestedConfig, nested_keep
-from vtok.layers.discriminator import PatchDiscriminator3d, TransformerDiscriminator
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.perceptual import load_lpips
 from vtok.layers.positions import Positions
@@ -141,14 +140,11 @@ class Model(nn.Module):
         self.max_tokens = c.num_tokens * c.blocks
         num_registers = c.num_tokens * c.blocks
         pixels = c.channels * c.patch[0] * c.patch[1] * c.patch[2]
-        stack = dict(
-            mlp_ratio=c.mlp_ratio, mlp=c.mlp, qk_norm=c.qk_norm, flex=c.flex_attention, checkpoint=c.checkpoint
-        )
 
         self.patch_in = nn.Linear(pixels, c.width)
         self.encoder_positions = Positions(c.width, c.grid, kind=c.positions)
         self.registers = nn.Parameter(torch.randn(num_registers, c.width) * 0.02)
-        self.encoder = Transformer(c.width, c.encoder_depth, c.num_heads, **stack)
+        self.encoder = self._transformer(c.encoder_depth)
         self.to_latent = nn.Linear(c.width, self.quantizer.latent_dim)
 
         self.from_code = nn.Linear(self.quantizer.dim, c.width)
@@ -156,7 +152,7 @@ class Model(nn.Module):
         self.decoder_positions = Positions(c.width, c.grid, kind=c.positions)
         self.query = nn.Parameter(torch.randn(c.width) * 0.02)
         self.dropped = nn.Parameter(torch.randn(c.width) * 0.02) if c.dropped == "mask" else None
-        self.decoder = Transformer(c.width, c.decoder_depth, c.num_heads, **stack)
+        self.decoder = self._transformer(c.decoder_depth)
         self.patch_out = nn.Linear(c.width, pixels)
 
         if c.registers == "pyramid":
@@ -174,6 +170,19 @@ class Model(nn.Module):
             for residual in (self.to_latent, self.patch_out):  # the network begins as no correction at all
                 nn.init.zeros_(residual.weight)
                 nn.init.zeros_(residual.bias)
+
+    def _transformer(self, depth: int) -> Transformer:
+        c = self.config
+        return Transformer(
+            c.width,
+            depth,
+            c.num_heads,
+            mlp_ratio=c.mlp_ratio,
+            mlp=c.mlp,
+            qk_norm=c.qk_norm,
+            flex=c.flex_attention,
+            checkpoint=c.checkpoint,
+        )
 
     # ---- chunks and patches ------------------------------------------------------------------------------------
 
@@ -565,35 +574,18 @@ class ObjectiveConfig:
     perceptual_weights: str = ""  # path of the LPIPS weights
     perceptual_sha256: str = ""
     quantizer: float = 1.0  # weight of the quantizer's own loss
-    adversarial: float = 0.0  # weight of the generator's term
-    adversarial_kind: str = "hinge"  # hinge | nonsaturating
-    adversarial_start: int = 0  # first step with the adversarial terms
-    adversarial_adaptive: bool = False  # scale by the ratio of gradients at the decoder's output layer
-    discriminator: str = "conv3d"  # conv3d | transformer
-    discriminator_width: int = 64
-    discriminator_depth: int = 3
-    discriminator_patch: list[int] = field(default_factory=lambda: [4, 8, 8])  # transformer only
-    discriminator_smoothing: float = 0.0  # nonsaturating: real labels are 1 - smoothing
-    lecam: float = 0.0
-    lecam_decay: float = 0.999
+    adversarial: losses.AdversarialConfig = field(default_factory=losses.AdversarialConfig)
 
 
 class Objective(nn.Module):
-    """What stays in the lab: losses, perceptual net, discriminator.
-
-    One backward for generator and discriminator: the discriminator's parameters are switched off while the generator's
-    term is computed, and on again for its own term on the detached reconstruction.
-    """
+    """What stays in the lab: losses, perceptual net, discriminator."""
 
     Config = ObjectiveConfig
 
     def __init__(self, config: ObjectiveConfig, model_config: Config, *, load: LoadTokenizer | None = None):
         super().__init__()
-        self.config = config
-        c = config
+        self.config = c = config
         nested_keep(model_config.num_tokens, 1, config=c.nested)  # a law that does not fit fails here
-        if c.adversarial_kind not in ("hinge", "nonsaturating"):
-            raise ValueError(f"objective.adversarial_kind={c.adversarial_kind!r}; choose hinge or nonsaturating")
         self.perceptual = None
         if c.perceptual:
             if not c.perceptual_weights:
@@ -601,30 +593,18 @@ class Objective(nn.Module):
                     f"objective.perceptual={c.perceptual} needs objective.perceptual_weights, a file of LPIPS weights"
                 )
             self.perceptual = load_lpips(c.perceptual_weights, sha256=c.perceptual_sha256).requires_grad_(False)
-        self.discriminator = None
-        if c.adversarial:
-            if c.discriminator == "conv3d":
-                self.discriminator = PatchDiscriminator3d(
-                    channels=model_config.channels, width=c.discriminator_width, num_layers=c.discriminator_depth
-                )
-            elif c.discriminator == "transformer":
-                self.discriminator = TransformerDiscriminator(
-                    channels=model_config.channels,
-                    frames=model_config.num_frames,
-                    size=(model_config.size[0], model_config.size[1]),
-                    patch=(c.discriminator_patch[0], c.discriminator_patch[1], c.discriminator_patch[2]),
-                    width=c.discriminator_width,
-                    depth=c.discriminator_depth,
-                    num_heads=max(c.discriminator_width // 64, 1),
-                )
-            else:
-                raise ValueError(f"objective.discriminator={c.discriminator!r}; choose conv3d or transformer")
-            self.register_buffer("real_average", torch.zeros(()))
-            self.register_buffer("fake_average", torch.zeros(()))
+        self.adversarial = None
+        if c.adversarial.weight:
+            self.adversarial = losses.Adversarial(
+                c.adversarial,
+                channels=model_config.channels,
+                frames=model_config.num_frames,
+                size=(model_config.size[0], model_config.size[1]),
+            )
 
     def idle(self, step: int) -> tuple[str, ...]:
         """Parameter prefixes that rest at this step: learning rate 0, or weight decay would still move them."""
-        return ("discriminator",) if self.config.adversarial and step < self.config.adversarial_start else ()
+        return ("adversarial",) if self.adversarial is not None and step < self.config.adversarial.start else ()
 
     def forward(self, model: Model, clip: Clip, step: int) -> Loss:
         c = self.config
@@ -644,42 +624,8 @@ class Objective(nn.Module):
             distance = losses.perceptual(self.perceptual, recon, video, mask=mask)
             total = total + c.perceptual * distance
             report["perceptual"] = distance.detach()
-        if self.discriminator is not None and step >= c.adversarial_start:
-            total, terms = self._adversarial(self.discriminator, model, recon, video, total)
+        if self.adversarial is not None and step >= c.adversarial.start:
+            term, terms = self.adversarial(recon, video, total, last=model.patch_out.weight)
+            total = total + term
             report |= terms
         return Loss(total, {"loss": total.detach(), **report})
-
-    def _adversarial(
-        self, discriminator: nn.Module, model: Model, recon: Tensor, video: Tensor, total: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        c = self.config
-        hinge = c.adversarial_kind == "hinge"
-        discriminator.requires_grad_(False)
-        fake = discriminator(recon)
-        adversarial = losses.generator_adversarial(fake) if hinge else losses.generator_nonsaturating(fake)
-        discriminator.requires_grad_(True)
-        weight = torch.as_tensor(c.adversarial, device=recon.device)
-        if c.adversarial_adaptive and torch.is_grad_enabled():
-            weight = weight * losses.adaptive_weight(total, adversarial, model.patch_out.weight)
-        real_logits, fake_logits = discriminator(video), discriminator(recon.detach())
-        if hinge:
-            own = losses.discriminator_hinge(real_logits, fake_logits)
-        else:
-            own = losses.discriminator_nonsaturating(real_logits, fake_logits, smoothing=c.discriminator_smoothing)
-        report = {
-            "adversarial": adversarial.detach(),
-            "adversarial_weight": weight.detach(),
-            "discriminator": own.detach(),
-            "logits_real": real_logits.detach().mean(),
-            "logits_fake": fake_logits.detach().mean(),
-        }
-        if c.lecam:
-            if self.training:
-                self.real_average.lerp_(report["logits_real"].float(), 1 - c.lecam_decay)
-                self.fake_average.lerp_(report["logits_fake"].float(), 1 - c.lecam_decay)
-            regulariser = losses.lecam(
-                real_logits, fake_logits, real_average=self.real_average, fake_average=self.fake_average
-            )
-            own = own + c.lecam * regulariser
-            report["lecam"] = regulariser.detach()
-        return total + weight * adversarial + own, report
