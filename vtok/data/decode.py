@@ -1,9 +1,11 @@
 """Encoded bytes to uint8 RGB frames and back, with PyAV.
 
 Decoding is strict: libav's decoders conceal damage by default (twenty flipped bytes give a full set of wrong frames and
-no error), so every decoder here runs with `err_detect=explode`, corrupt packets and frames are refused, and anything
-that goes wrong becomes a `DecodeError`. Only known media containers are opened, and never a playlist or a network
-address, so that bytes from an untrusted shard cannot make the decoder read other files.
+no error), so every decoder here runs with `err_detect=crccheck+explode`, corrupt packets and frames are refused, an end
+before the stated duration is refused, and anything that goes wrong becomes a `DecodeError`. What a format cannot tell
+(VP9 and WebP carry no redundancy: a flipped bit is another valid picture) is left to the checksums of the shards. Only
+known media containers are opened, and never a playlist or a network address, so that bytes from an untrusted shard
+cannot make the decoder read other files.
 
 Time: seconds from the first displayed frame. A frame is shown from its own timestamp until the next one's, so picking
 by time is right for variable frame rates too.
@@ -49,6 +51,9 @@ FORMATS = (
     "png_pipe,jpeg_pipe,webp_pipe,webp,webp_anim,bmp_pipe,tiff_pipe,mjpeg"
 )
 MAX_FRAME_PIXELS = 1 << 28  # 16384 x 16384: what one frame may allocate, whatever its header says
+
+
+STRICT = "crccheck+explode"
 
 
 class DecodeError(ValueError):
@@ -122,6 +127,10 @@ def decode_window(
         return reader.window(times=times, start_s=start_s, num_frames=num_frames, fps=fps)
 
 
+class PastEnd(DecodeError):
+    """The video ends before the first wanted time."""
+
+
 class VideoReader:
     """One open video (or image): several windows of it cost one opening.
 
@@ -144,8 +153,8 @@ class VideoReader:
 
     def _open(self) -> None:
         self.close()
-        options = {"err_detect": "explode", "protocol_whitelist": "file", "format_whitelist": FORMATS}
-        codec_options = {"err_detect": "explode", "max_pixels": str(self._max_frame_pixels)}
+        options = {"err_detect": STRICT, "protocol_whitelist": "file", "format_whitelist": FORMATS}
+        codec_options = {"err_detect": STRICT, "max_pixels": str(self._max_frame_pixels)}
         file: Any = io.BytesIO(self._source) if isinstance(self._source, bytes) else f"file:{self._source}"
         if isinstance(self._source, bytes) and not self._source:
             raise DecodeError("0 bytes")
@@ -280,7 +289,7 @@ class VideoReader:
             if len(frames) == num_frames:
                 break
         if not frames:
-            raise DecodeError(f"the video ends before {start_s:.3f} s")
+            raise PastEnd(f"the video ends before {start_s:.3f} s")
         _check_sizes(frames)
         return torch.from_numpy(np.stack(frames)), torch.tensor(times, dtype=torch.float64)
 
@@ -315,8 +324,9 @@ class VideoReader:
             while done < len(wanted) and wanted[done] < end - self._tolerance:
                 emit(shown)
         if out is None:
-            what = "0 frames" if shown is None else f"the video ends at {end:.3f} s, before {wanted[0]:.3f} s"
-            raise DecodeError(what)
+            if shown is None:
+                raise DecodeError("0 frames")
+            raise PastEnd(f"the video ends at {end:.3f} s, before {wanted[0]:.3f} s")
         return torch.from_numpy(out[:done]), torch.tensor(wanted[:done], dtype=torch.float64)
 
     def _shown_for(self, frame: VideoFrame) -> float:
@@ -382,6 +392,24 @@ class VideoReader:
                     yield frame, seconds
         except Exception as error:
             raise _as_decode_error(error) from error
+        stated = self._stated_duration()
+        if previous is not None and stated is not None and previous + step < stated - max(0.5, 2 * step):
+            raise DecodeError(f"cut short: the video ends at {previous + step:.3f} s of {stated:.3f} s")
+
+    def _stated_duration(self) -> float | None:
+        """Seconds of the video stream alone, where the container states them (not those of a longer sound track)."""
+        stream = self._stream
+        if self.is_image:
+            return None
+        if stream.duration:
+            return stream.duration * self._base
+        parts = stream.metadata.get("DURATION", "").split(":")  # Matroska: "00:00:01.333000000"
+        if len(parts) == 3:
+            try:
+                return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2]) - self._origin * self._base
+            except ValueError:
+                return None
+        return self.duration_s if len(self._container.streams) == 1 else None
 
     def _scan_duration(self) -> float:
         """Seconds from the packets' times: for containers that do not state a duration."""
@@ -443,7 +471,7 @@ def _check_sizes(frames: Sequence[np.ndarray]) -> None:
 
 
 # x265 and SVT-AV1 write to stderr past libav's logging.
-_QUIET = {"libx265": {"x265-params": "log-level=none"}}
+_DEFAULTS = {"libx265": {"x265-params": "log-level=none"}}
 os.environ.setdefault("SVT_LOG", "1")
 
 
@@ -483,7 +511,7 @@ def write_video(
         container = {"ffv1": "matroska", "png": "mov"}.get(codec, "mp4")
     target: Any = str(path) if isinstance(path, Path) else path
     rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1 << 16)
-    settings = {**({} if crf is None else {"crf": str(crf)}), **_QUIET.get(codec, {}), **(options or {})}
+    settings = {**({} if crf is None else {"crf": str(crf)}), **_DEFAULTS.get(codec, {}), **(options or {})}
     count, size = 0, (0, 0)
     try:
         with av.open(target, "w", format=container) as output:
