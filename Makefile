@@ -1,0 +1,62 @@
+# Every target makes .venv first, with every package at the version constraints.txt names.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-fast lint
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make .venv with the pinned packages (a second call does nothing)
+
+demo: $(STAMP)  ## Train, measure and export a small tokenizer; VIDEOS=dir VAL=dir use your own clips
+	$(BIN)/vtok demo $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(VAL),--val "$(VAL)")
+
+test: lint  ## Lint, types and every test; PYTEST_ARGS="-k report" picks some
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: lint  ## The same without the tests that launch processes or a browser
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# A virtual environment that does not run, or runs another Python, is made anew. Debian splits ensurepip into the
+# package python3-venv: without it, the system's pip is asked to furnish an empty environment.
+# deepspeed builds its operators at the first use, not here: DS_BUILD_OPS=0. Build requirements come from
+# constraints.txt too, so the build is not isolated.
+$(STAMP): constraints.txt pyproject.toml
+	@supported='import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))'; \
+	python=; \
+	for candidate in $(PYTHON) python3.11 python3.12 python3; do \
+	  if "$$candidate" -c "$$supported" 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "vtok needs Python 3.11 or 3.12; python3 here is: $$(python3 --version 2>&1 || true)." >&2; \
+	  echo "Install one (Debian 12: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	if ! { $(BIN)/python -c "$$supported" && $(BIN)/python -m pip --version; } >/dev/null 2>&1; then \
+	  rm -rf $(VENV); \
+	  if "$$python" -c 'import ensurepip' 2>/dev/null; then \
+	    "$$python" -m venv $(VENV); \
+	  elif "$$python" -m pip --version >/dev/null 2>&1; then \
+	    "$$python" -m venv --without-pip $(VENV); \
+	    "$$python" -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip; \
+	  else \
+	    echo "$$python has neither ensurepip nor pip; on Debian: apt-get install python3-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
+	  --editable '.[dev]' 'pyright[nodejs]'
+	@touch $@
