@@ -64,8 +64,8 @@ class FSQ(nn.Module):
 
     def __init__(self, levels: list[int]):
         super().__init__()
-        if not levels or min(levels) < 2 or math.prod(levels) >= 1 << 31:
-            raise ValueError(f"quantizer.levels={levels}: every level must be 2 or more, their product below 2^31")
+        if not levels or min(levels) < 3 or math.prod(levels) >= 1 << 31:  # the bound of 2 levels is lopsided
+            raise ValueError(f"quantizer.levels={levels}: every level must be 3 or more, their product below 2^31")
         self.dim = self.latent_dim = len(levels)
         self.codebook_sizes = (math.prod(levels),)
         self.index_factors = (tuple(levels),)
@@ -112,34 +112,75 @@ class _CodebookOnly(nn.Module):
         self._codebook = _Codebook(codebook_size, dim)
 
 
-class VQ(nn.Module):
-    """Vector quantization: the nearest row of a codebook (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937).
+class _VectorQuantizer(nn.Module):
+    """Nearest row of a codebook, in plain torch: the inference half of both VQ classes."""
 
-    The codebook is a moving average (`ema_decay`), started by k-means on the first batch, or trained by gradient
-    (`ema_decay=0`). `cosine` compares unit vectors (Yu et al. 2021, https://arxiv.org/abs/2110.04627);
-    `stochastic_temperature` draws the code in training instead of taking the nearest (LARP, Wang et al. 2024,
-    https://arxiv.org/abs/2410.21264, section 3.2). The initialised flag and all averages are buffers: a resume never
-    re-seeds the codebook.
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        self.dim = self.latent_dim = config.dim
+        self.codebook_sizes = (config.codebook_size,)
+        self.index_factors = (self.codebook_sizes,)
+
+    @property
+    def codebook(self) -> Tensor:
+        """[V, D] float32, rows of unit length with `cosine`."""
+        raise NotImplementedError
+
+    def similarity(self, z: Tensor) -> Tensor:
+        """[M, D] -> [M, V]: inner product of unit vectors, or minus the Euclidean distance."""
+        codebook = self.codebook.to(z.dtype)
+        return z @ codebook.T if self.config.cosine else -torch.cdist(z, codebook)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """[...] int64, the id of the code nearest to each latent; ties go to the lowest id."""
+        chunks = z.reshape(-1, self.dim).split(max(1, (1 << 26) // self.codebook.shape[0]))  # 256 MB of similarities
+        ids = [self.similarity(chunk).argmax(-1) for chunk in chunks]
+        return torch.cat(ids).reshape(z.shape[:-1])
+
+    def learn(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training on real latents [M, D]: straight-through codes [M, D], ids [M], loss scalar."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = _float32(z)
+            if self.config.cosine:
+                z = F.normalize(z, dim=-1)
+            if not self.training:
+                indices = self.nearest(z)[..., None]
+                return Quantized(self.lookup(indices).to(z.dtype), indices, z.new_zeros(()), {})
+            real = z.reshape(-1, self.dim) if mask is None else z[mask]  # padding must not move the codebook
+            codes, ids, loss = self.learn(real)
+            if mask is None:
+                return Quantized(codes.reshape(z.shape), ids.reshape(*z.shape[:-1], 1), loss, {})
+            indices = self.nearest(z.detach())[..., None].masked_scatter(mask[..., None], ids[:, None])
+            return Quantized(z.masked_scatter(mask[..., None], codes.to(z.dtype)), indices, loss, {})
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices [..., 1] -> embeddings [..., D]."""
+        return F.embedding(indices[..., 0], self.codebook)
+
+
+class VQ(_VectorQuantizer):
+    """Vector quantization whose codebook is a moving average of its latents (van den Oord et al. 2017,
+    https://arxiv.org/abs/1711.00937, appendix A.1), started by k-means on the first batch.
+
+    `cosine` compares unit vectors (Yu et al. 2021, https://arxiv.org/abs/2110.04627). The initialised flag and all
+    averages are buffers: a resume never re-seeds the codebook. Trains through vector-quantize-pytorch.
 
     forward: z [..., D] -> embeddings [..., D], indices [..., 1] in [0, V).
     """
 
     def __init__(self, config: QuantizerConfig):
-        super().__init__()
-        self.dim = self.latent_dim = config.dim
-        self.codebook_sizes = (config.codebook_size,)
-        self.index_factors = (self.codebook_sizes,)
-        self.cosine = config.cosine
+        super().__init__(config)
         if VectorQuantize is None:
             self.layer = _CodebookOnly(config.codebook_size, config.dim)
         else:
-            gradient = config.ema_decay == 0
             self.layer = VectorQuantize(
                 dim=config.dim,
                 codebook_size=config.codebook_size,
-                decay=config.ema_decay or 0.8,
-                ema_update=not gradient,
-                learnable_codebook=gradient,
+                decay=config.ema_decay,
                 kmeans_init=config.kmeans_init,
                 threshold_ema_dead_code=config.dead_code_threshold,
                 use_cosine_sim=config.cosine,
@@ -151,41 +192,53 @@ class VQ(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """[V, D] float32."""
         embed = self.layer._codebook.embed
         assert isinstance(embed, Tensor)
         return embed[0]
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """[...] int64, the id of the code nearest to each latent; ties go to the lowest id."""
-        flat = z.reshape(-1, self.dim)
-        codebook = self.codebook.to(flat.dtype)
-        ids = [
-            (chunk @ codebook.T if self.cosine else -torch.cdist(chunk, codebook)).argmax(-1)
-            for chunk in flat.split(max(1, (1 << 26) // codebook.shape[0]))  # at most 256 MB of similarities at once
-        ]
-        return torch.cat(ids).reshape(z.shape[:-1]) if ids else flat.new_zeros(z.shape[:-1], dtype=torch.int64)
+    def learn(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if VectorQuantize is None:
+            raise RuntimeError("training an EMA codebook needs vector-quantize-pytorch: pip install vtok")
+        codes, ids, loss = self.layer(z[None])
+        return codes[0], ids[0], loss.sum()
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):
-            z = _float32(z)
-            if self.cosine:
-                z = F.normalize(z, dim=-1)
-            if not self.training:
-                indices = self.nearest(z)[..., None]
-                return Quantized(self.lookup(indices).to(z.dtype), indices, z.new_zeros(()), {})
-            if VectorQuantize is None:
-                raise RuntimeError("training a VQ codebook needs vector-quantize-pytorch: pip install vtok")
-            real = z.reshape(-1, self.dim) if mask is None else z[mask]  # padding must not move the codebook
-            codes, ids, loss = self.layer(real[None])
-            if mask is None:
-                return Quantized(codes.reshape(z.shape), ids.reshape(*z.shape[:-1], 1), loss.sum(), {})
-            indices = self.nearest(z.detach())[..., None].masked_scatter(mask[..., None], ids[0, :, None])
-            return Quantized(z.masked_scatter(mask[..., None], codes[0]), indices, loss.sum(), {})
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """indices [..., 1] -> embeddings [..., D]."""
-        return F.embedding(indices[..., 0], self.codebook)
+class GradientVQ(_VectorQuantizer):
+    """Vector quantization whose codebook is a parameter: ||sg(z) - e||^2 + commitment ||z - sg(e)||^2 (van den Oord et
+    al. 2017, https://arxiv.org/abs/1711.00937, eq. 3), as TiTok and LARP train theirs.
+
+    vector-quantize-pytorch refuses a learnable codebook with cosine similarity, which both of them use; hence our own.
+    `stochastic_temperature` draws the code from softmax(cosine / temperature) in training instead of taking the nearest
+    (LARP, Wang et al. 2024, https://arxiv.org/abs/2410.21264, section 3.2); inference takes the nearest.
+
+    forward: z [..., D] -> embeddings [..., D], indices [..., 1] in [0, V).
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__(config)
+        if config.kmeans_init or config.dead_code_threshold:
+            raise ValueError(
+                "quantizer.ema_decay=0 trains the codebook by gradient, without k-means start or re-seeding: set "
+                f"kmeans_init=false and dead_code_threshold=0 (have {config.kmeans_init}, {config.dead_code_threshold})"
+            )
+        bound = 1 / config.codebook_size
+        self.weight = nn.Parameter(torch.empty(config.codebook_size, config.dim).uniform_(-bound, bound))
+
+    @property
+    def codebook(self) -> Tensor:
+        weight = _float32(self.weight)
+        return F.normalize(weight, dim=-1) if self.config.cosine else weight
+
+    def learn(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            if self.config.stochastic_temperature > 0:
+                logits = self.similarity(z) / self.config.stochastic_temperature
+                ids = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+            else:
+                ids = self.nearest(z)
+        codes = F.embedding(ids, self.codebook)
+        loss = (codes - z.detach()).square().mean() + self.config.commitment * (z - codes.detach()).square().mean()
+        return z + (codes - z).detach(), ids, loss
 
 
 class LFQ(nn.Module):
@@ -279,7 +332,7 @@ class Identity(nn.Module):
         raise ValueError("quantizer.name=identity makes continuous tokens: they have no indices to look up")
 
 
-Quantizer = FSQ | VQ | LFQ | Identity
+Quantizer = FSQ | VQ | GradientVQ | LFQ | Identity
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
@@ -291,7 +344,7 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """
     if config.name == "fsq":
         return FSQ(list(config.levels))
-    classes = {"vq": VQ, "lfq": LFQ, "identity": Identity}
+    classes = {"vq": VQ if config.ema_decay else GradientVQ, "lfq": LFQ, "identity": Identity}
     if config.name not in classes:
         raise ValueError(f"quantizer.name={config.name!r} is unknown; choose fsq, {', '.join(classes)}")
     return classes[config.name](config)
