@@ -1,0 +1,132 @@
+"""A procedural corpus: real mp4 files of moving textured shapes, with captions and questions true by construction.
+
+1. `scene(seed, index)` draws everything that is true of a clip (`synthetic_scenes.py`). No pixels.
+2. `render(scene)` turns it into frames one by one (`synthetic_pixels.py`): a clip of any length needs the memory of
+   one shot's background.
+3. `Scene.captions` and `Scene.questions` read the same truth.
+4. `write_corpus(out)` encodes clips in parallel and writes `captions.jsonl`, which `vtok shards` takes as it is.
+
+A clip is a pure function of (seed, index, level, seconds, size, ...), a frame one of (scene, frame number).
+Give corpora that will be mixed different seeds: seed and index name a clip.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from rich.progress import track
+
+from vtok.data.synthetic_pixels import render
+from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene
+
+__all__ = ["LEVELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Shot", "Thing"]
+__all__ += ["render", "scene", "write_corpus", "write_video"]
+
+
+def write_video(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryfast") -> None:
+    """Encode a scene as H.264 (4:2:0) mp4: written aside, then renamed. One thread, so equal scenes are equal bytes."""
+    aside = path.with_name(f".{path.name}.part")
+    with av.open(str(aside), "w", format="mp4") as container:
+        options = {"crf": str(crf), "preset": preset, "threads": "1"}
+        stream = container.add_stream("libx264", rate=scene.fps, options=options)
+        stream.height, stream.width = scene.size
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = max(1, round(2 * scene.fps))  # random windows are decoded from a keyframe at most 2 s before
+        for t, image in enumerate(render(scene)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = t, 1 / scene.fps
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    os.replace(aside, path)
+
+
+def _write_one(job: tuple[dict[str, Any], Path, str, str | None, int]) -> dict[str, Any]:
+    arguments, out, file, split, crf = job
+    made = scene(**arguments)
+    write_video(made, out / file, crf=crf)
+    return made.row(file, split=split)
+
+
+def write_corpus(
+    out: Path | str,
+    *,
+    clips: int,
+    seed: int = 0,
+    seconds: float | tuple[float, float] = 4.0,
+    size: tuple[int, int] = (128, 128),
+    fps: float | Fraction = 12,
+    complexity: tuple[int, int] = (0, len(LEVELS) - 1),
+    val_fraction: float = 0.1,
+    first: int = 0,
+    shots: int | None = None,
+    needles: int | None = None,
+    questions_per_type: int = 1,
+    crf: int = 14,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `clips` mp4 files under out/train and out/val, and out/captions.jsonl.
+
+    Args:
+        seconds: length of every clip, or (low, high): uniform in between.
+        complexity: lowest and highest level, in turn over the clips.
+        val_fraction: share of the clips, the last ones, that make the split "val".
+        first: index of the first clip: clips `first ... first + clips - 1` of this seed are made.
+        shots, needles, questions_per_type: as in `scene`; needle videos are `seconds=64, shots=64, needles=6`.
+        crf: x264 quality, lower is cleaner.
+        workers: processes; None: one a core. Only a script's `if __name__ == "__main__":` may call with several.
+    Returns: the path of captions.jsonl.
+    Raises: ValueError on arguments out of range, before anything is written.
+    """
+    out = Path(out)
+    low, high = complexity
+    shortest, longest = seconds if isinstance(seconds, tuple) else (seconds, seconds)
+    if clips < 1:
+        raise ValueError(f"clips={clips}: ask for at least 1")
+    if not 0 <= low <= high < len(LEVELS):
+        raise ValueError(f"complexity={complexity}: give (lowest, highest) within 0 to {len(LEVELS) - 1}")
+    if not 0 <= val_fraction <= 1:
+        raise ValueError(f"val_fraction={val_fraction}: give a share between 0 and 1")
+    if not 0 <= shortest <= longest:
+        raise ValueError(f"seconds={seconds}: give a length, or (shortest, longest)")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: ask for at least 1, or None for one a core")
+    train = clips - round(val_fraction * clips)
+    jobs = []
+    for place in range(clips):
+        index, split = first + place, "train" if place < train else "val"
+        length = shortest
+        if longest > shortest:
+            length = float(np.random.default_rng([seed, index, 4]).uniform(shortest, longest))
+        arguments: dict[str, Any] = {"seed": seed, "index": index, "level": low + index % (high - low + 1)}
+        arguments |= {"seconds": length, "size": size, "fps": fps, "shots": shots, "needles": needles}
+        arguments["questions_per_type"] = questions_per_type
+        jobs.append((arguments, out, f"{split}/{seed:04d}_{index:06d}.mp4", split, crf))
+    scene(**jobs[0][0])  # bad arguments fail here, before a folder or a process is made
+    for split in {job[3] for job in jobs}:
+        (out / split).mkdir(parents=True, exist_ok=True)
+    workers = min(workers or os.cpu_count() or 1, clips)
+    if workers == 1:
+        rows = _tracked(map(_write_one, jobs), clips, progress)
+    else:
+        # spawn: a fork of a process that already runs threads (torch, progress bars) can deadlock
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows = _tracked(pool.map(_write_one, jobs, chunksize=min(8, -(-clips // (4 * workers)))), clips, progress)
+    manifest = out / "captions.jsonl"
+    aside = manifest.with_name(".captions.jsonl.part")
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, manifest)
+    return manifest
+
+
+def _tracked(rows: Iterable[dict[str, Any]], total: int, progress: bool) -> list[dict[str, Any]]:
+    return list(track(rows, description="synthetic clips", total=total, disable=not progress))
