@@ -79,6 +79,9 @@ class TrainerConfig:
     max_bad_steps: int = 3  # non-finite losses or gradients in a row before the run stops
     progress: bool = True
     tensorboard: bool = True
+    statistics_clips: int = 256  # training clips for a model that begins from statistics (`fit_statistics`)
+    find_unused_parameters: bool = True  # DDP: some parameters may get no gradient in a step; False is faster
+    ledger: bool = False  # write every step's keys and exact loss to ledger-<rank>.txt: to compare two runs
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the DeepSpeed config
 
 

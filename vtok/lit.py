@@ -1,0 +1,463 @@
+"""LightningModules: one training step, the optimizer, the averaged weights, and validation.
+
+    Clip (uint8) -> device -> [-1, 1] -> objective(model, clip, step) -> one backward -> joint norm -> AdamW -> EMA
+
+Letters: B batch, C channels, T frames, H height, W width, K tokens per clip, Q ids per token.
+
+Every random number of a step is a pure function of (seed, step, rank), so a resumed run draws what the uninterrupted
+one would have drawn, and no generator state is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from vtok import strategy
+from vtok.config import OptimConfig, RunConfig
+from vtok.types import Clip, to_uint8
+
+SCHEDULES = ("cosine", "constant", "wsd")
+_UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A 63-bit seed, well mixed (splitmix64), for everything random in one step of one rank."""
+    mask = (1 << 64) - 1
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + (rank + 1) * 0x8CB92BA72F3D8DD7) & mask
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) & mask
+    return (value ^ (value >> 31)) >> 1
+
+
+def rate(optim: OptimConfig, step: int, progress: float) -> float:
+    """Factor on the learning rate at optimizer step `step`.
+
+    Linear warm-up over `warmup_steps`; then, over `progress` in [0, 1] of the whole run, a cosine down to
+    `min_lr_ratio`, a constant, or wsd (constant, then linear down to `min_lr_ratio` over the last fifth).
+    """
+    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+    progress = min(max(progress, 0.0), 1.0)
+    low = optim.min_lr_ratio
+    if optim.schedule == "cosine":
+        shape = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    elif optim.schedule == "wsd":
+        shape = 1.0 if progress < 0.8 else 1.0 - (1 - low) * (progress - 0.8) / 0.2
+    else:
+        shape = 1.0
+    return warm * shape
+
+
+def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW groups of a module that holds `model` and `objective`.
+
+    A group is (part, factor on lr, decayed or not). Decayed: the weights of linear and convolution layers; not biases,
+    norms, embeddings, nor tensors a module holds directly (registers, mask tokens, positions). `part` is "" for the
+    model and "objective.<child>" for each child of the objective, so that each can be idle on its own.
+    Raises: ValueError when an `optim.lr_multipliers` prefix names no trained parameter.
+    """
+    used: set[str] = set()
+    groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
+    for owner_name, owner in module.named_modules():
+        for local, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            name = f"{owner_name}.{local}" if owner_name else local
+            prefixes = [p for p in optim.lr_multipliers if name == p or name.startswith(p + ".")]
+            used.update(prefixes)
+            factor = optim.lr_multipliers[max(prefixes, key=len)] if prefixes else 1.0
+            parts = name.split(".")
+            part = ".".join(parts[:2]) if parts[0] == "objective" else ""
+            decayed = local.endswith("weight") and parameter.ndim >= 2 and not isinstance(owner, _UNDECAYED)
+            group = groups.setdefault(
+                (part, factor, decayed),
+                {"params": [], "part": part, "factor": factor, "weight_decay": optim.weight_decay if decayed else 0.0},
+            )
+            group["params"].append(parameter)
+    for prefix in optim.lr_multipliers:
+        if prefix not in used:
+            tops = sorted({".".join(n.split(".")[:2]) for n, p in module.named_parameters() if p.requires_grad})
+            raise ValueError(
+                f"optim.lr_multipliers: {prefix!r} is the prefix of no trained parameter; names begin with "
+                f"{', '.join(tops)}"
+            )
+    seen: set[int] = set()
+    for group in groups.values():  # a tensor shared by two modules is stepped once
+        group["params"] = [p for p in group["params"] if not (id(p) in seen or seen.add(id(p)))]
+    return [group for group in groups.values() if group["params"]]
+
+
+def compile_parts(module: nn.Module) -> None:
+    """torch.compile each outermost part of `module` that has a forward of its own, in place: names are unchanged.
+
+    The parts, not the model: families are called through `encode` and `decode`, which `Module.compile` does not reach.
+    """
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            compile_parts(child)
+        elif any(True for _ in child.parameters()):
+            child.compile()
+
+
+class LitCompressor(pl.LightningModule):
+    """Trains any compressor: `model` ships, `objective` stays in the lab.
+
+    Args:
+        config: the run's configuration.
+        fresh: this run begins at step 0 (statistics are then fitted, if the model asks for them).
+    Frozen parameters of the objective (perceptual nets, teachers) come from their own files, not from checkpoints.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module, objective: nn.Module, *, fresh: bool = True) -> None:
+        super().__init__()
+        self.config, self.fresh = config, fresh
+        self.model, self.objective = model, objective
+        self.strict_loading = False  # load_state_dict below is stricter: only frozen parts of the objective may lack
+        self.frozen_names = {f"objective.{n}" for n, p in objective.named_parameters() if not p.requires_grad}
+        self.steps_done = 0  # optimizer steps, skipped ones included
+        self.micro_done = 0  # batches
+        self.clock = 0.0  # share of trainer.max_minutes that has passed, agreed by all ranks
+        self.bad_in_row = 0
+        self.bad_steps = 0
+        self.applied = True
+        self.grad_norm: Tensor | float = 0.0
+        self.reports: list[dict[str, Tensor]] = []  # of the step's micro-batches
+        self.keys: list[str] = []
+        self.extra_state: dict[str, Any] = {}  # what the run keeps in the checkpoint beside the weights
+        self.ema_state: dict[str, Tensor] | None = None
+        self._ema: tuple[list[Tensor], list[Tensor]] | None = None
+        self._ledger: Any = None
+
+    # set-up
+
+    def setup(self, stage: str) -> None:
+        fit = getattr(self.model, "fit_statistics", None)
+        if stage == "fit" and self.fresh and fit is not None and self.config.trainer.statistics_clips:
+            if self.global_rank == 0:
+                loader = self.trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
+                torch.manual_seed(step_seed(self.config.seed, -2, 0))
+                fit(_videos(loader, self.config.trainer.statistics_clips))
+            state = self.trainer.strategy.broadcast({k: v.cpu() for k, v in self.model.state_dict().items()})
+            self.model.load_state_dict(state)
+
+    def on_fit_start(self) -> None:
+        if self.config.trainer.compile:
+            compile_parts(self.model)
+
+    def on_train_start(self) -> None:
+        if self.config.optim.ema_decay:
+            names, live = zip(*[(n, p) for n, p in self.model.named_parameters() if p.requires_grad])
+            kept = self.ema_state or {n: p.detach().float().clone() for n, p in zip(names, live)}
+            self.ema_state = {n: kept[n].to(self.device) for n in names}
+            self._ema = ([self.ema_state[n] for n in names], [p.data for p in live])
+        if self.config.trainer.ledger:
+            self._ledger = open(self.config.run_dir / f"ledger-{self.global_rank}.txt", "a", buffering=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        groups = parameter_groups(self, optim)
+        low, high = optim.betas
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=(low, high), fused=True)
+
+    # one step
+
+    def transfer_batch_to_device(self, batch: Clip, device: torch.device, dataloader_idx: int) -> Clip:
+        return batch.to(device, non_blocking=True)
+
+    def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
+        torch.manual_seed(step_seed(self.config.seed, self.micro_done, self.global_rank))
+        loss = self._loss(batch)
+        # A non-finite loss makes every gradient NaN, so that the joint norm, which all ranks share, tells of it: one
+        # check, no collective and no device synchronisation of its own.
+        total = loss.total * torch.where(torch.isfinite(loss.total.detach()), 1.0, torch.nan)
+        report = dict(loss.report)
+        report["loss"] = loss.total.detach()
+        self.reports.append(report)
+        self.keys += batch.keys
+        if self._ledger is not None:
+            value = float(report["loss"]).hex()
+            self._ledger.write(f"{self.steps_done} {self.micro_done} {value} {','.join(batch.keys)}\n")
+        self.micro_done += 1
+        # Here, not in a hook after the step: whoever saves a checkpoint must find the cursor already moved.
+        self.trainer.datamodule.advance(batch)  # pyright: ignore[reportAttributeAccessIssue]
+        return total
+
+    def _loss(self, clip: Clip) -> Any:
+        with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
+            return self.objective(self.model, self._prepare(clip), self.steps_done)
+
+    def _prepare(self, clip: Clip) -> Clip:
+        clip = clip.as_float()
+        if self.config.trainer.precision == "bf16-true" and clip.video is not None:
+            clip.video = clip.video.bfloat16()
+        return clip
+
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1]: of max_steps or of max_minutes, whichever is further."""
+        return max(self.steps_done / self.config.trainer.max_steps, self.clock)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """One AdamW step. With trainer.max_minutes the rate follows the clock: such a run is not bitwise repeatable."""
+        idle = self._idle()
+        scale = self.config.optim.lr * rate(self.config.optim, self.steps_done, self.progress())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if group["part"] in idle else scale * group["factor"]
+        optimizer.step(closure=optimizer_closure)
+        if self.micro_done % self.config.trainer.accumulate:
+            return
+        if strategy.is_deepspeed(self.trainer.strategy):
+            self.applied, self.grad_norm = strategy.step_outcome(self.trainer.strategy)
+        self.steps_done += 1
+        if self.applied:
+            self.bad_in_row = 0
+            self._average()
+        else:
+            self._skipped()
+
+    def _idle(self) -> set[str]:
+        ask = getattr(self.objective, "idle", None)
+        if ask is None:
+            return set()
+        parts = {f"objective.{name}" for name in ask(self.steps_done)}
+        known = {f"objective.{name}" for name, _ in self.objective.named_children()}
+        known |= {f"objective.{name}" for name, _ in self.objective.named_parameters(recurse=False)}
+        if parts - known:
+            raise ValueError(
+                f"{type(self.objective).__qualname__}.idle named {sorted(parts - known)}; parts are {known}"
+            )
+        return parts
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Joint norm over every parameter, clipping, and the skip of a non-finite step (DeepSpeed does its own)."""
+        if strategy.is_deepspeed(self.trainer.strategy):
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        value = norm.item()  # the one synchronisation of a step
+        self.applied, self.grad_norm = math.isfinite(value), value
+        limit = self.config.optim.clip_grad_norm
+        if not self.applied:
+            for p in parameters:  # without gradients AdamW passes them by: weights, moments and counters all stay
+                p.grad = None
+        elif limit and value > limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+
+    def _average(self) -> None:
+        if self._ema is None:
+            return
+        # a short memory at first, or the random initial weights would weigh on short runs
+        decay = min(self.config.optim.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
+        averages, live = self._ema
+        torch._foreach_lerp_(averages, [p.float() for p in live], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _skipped(self) -> None:
+        self.bad_in_row += 1
+        self.bad_steps += 1
+        line = {"step": self.steps_done, "rank": self.global_rank, "keys": self.keys, "loss": self._loss_values()}
+        with open(self.config.run_dir / "bad_batches.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.bad_in_row >= self.config.trainer.max_bad_steps:
+            raise NonFiniteError(
+                f"the loss or its gradient was not finite in {self.bad_in_row} steps in a row (trainer.max_bad_steps), "
+                f"the last one step {self.steps_done}; the keys of their clips are in "
+                f"{self.config.run_dir / 'bad_batches.jsonl'}. Lower optim.lr, raise optim.warmup_steps, or use "
+                "trainer.precision=32-true; no weight was changed by these steps"
+            )
+
+    def _loss_values(self) -> list[str]:
+        return [str(float(report["loss"])) for report in self.reports]
+
+    def take_reports(self) -> list[dict[str, Tensor]]:
+        """The reports of the step that just ended ([] if it was skipped); forgets its keys."""
+        reports, self.reports = self.reports, []
+        self.keys = []
+        return reports if self.applied else []
+
+    # checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in self.frozen_names:
+            checkpoint["state_dict"].pop(name, None)
+        if self.ema_state is not None:
+            checkpoint["ema"] = {n: v.detach().cpu().clone() for n, v in self.ema_state.items()}
+        checkpoint["vtok"] = dict(
+            self.extra_state, step=self.steps_done, micro=self.micro_done, bad_in_row=self.bad_in_row,
+            bad_steps=self.bad_steps,
+        )  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["vtok"]
+        self.steps_done, self.micro_done = state["step"], state["micro"]
+        self.bad_in_row, self.bad_steps = state["bad_in_row"], state["bad_steps"]
+        self.extra_state = dict(state)
+        if self.config.optim.ema_decay:
+            if "ema" not in checkpoint:
+                raise ValueError(
+                    "optim.ema_decay is set, but the checkpoint holds no averaged weights: set optim.ema_decay=0, or "
+                    "start a new run with init_from"
+                )
+            self.ema_state = {n: v.float() for n, v in checkpoint["ema"].items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [n for n in result.missing_keys if n not in self.frozen_names]
+        if missing or result.unexpected_keys:
+            raise RuntimeError(
+                f"the checkpoint does not fit the model: missing {missing[:8]}, unexpected {result.unexpected_keys[:8]}"
+            )
+        return result
+
+    # validation
+
+    def averaged(self) -> _Averaged:
+        """Context in which the model carries its averaged weights (as it is where none are kept)."""
+        return _Averaged(self._ema)
+
+    def val_loss(self, clip: Clip, index: int) -> dict[str, Any]:
+        """The objective on held-out clips, with the same random numbers every time: {name: (sum over clips, clips)}."""
+        torch.manual_seed(step_seed(self.config.seed, -1 - index, self.global_rank))
+        loss = self._loss(clip)
+        report = {**loss.report, "loss": loss.total}
+        return {k: float(v.detach().float().mean()) for k, v in report.items()}
+
+    def measure(self, clip: Clip, index: int) -> dict[str, Any]:
+        """What validation wants to know of one batch: {"mean": {name: value per clip list}, ...}."""
+        return {"mean": {k: [v] * len(clip) for k, v in self.val_loss(clip, index).items()}, "ids": None}
+
+    def pictures(self, clip: Clip) -> tuple[list[str], list[Tensor]] | None:
+        """(titles, uint8 videos [B, C, T, H, W]) to look at: none for a compressor that returns no pixels."""
+        return None
+
+
+class LitTokenizer(LitCompressor):
+    """A compressor that returns to pixels: PSNR and pictures at several budgets, and the use of its codebook."""
+
+    def budgets(self, most: int) -> list[int]:
+        """Tokens per clip to validate at: eval.budgets up to `most`, or 1, 4, 16, ... and `most` itself."""
+        asked = self.config.eval.budgets or [4**i for i in range(16)]
+        return sorted({b for b in asked if b < most} | {most})
+
+    def measure(self, clip: Clip, index: int) -> dict[str, Any]:
+        out = super().measure(clip, index)
+        assert clip.video is not None
+        original = clip.video if not clip.video.is_floating_point() else to_uint8(clip.video)
+        for budget, video, tokens in self.reconstructions(clip):
+            out["mean"][f"psnr_db_{budget}"] = psnr(video, original, clip.frames()).tolist()
+            out["top"] = f"psnr_db_{budget}"  # the last one: every token
+            if tokens.indices is not None:
+                out["ids"] = tokens.indices.masked_fill(~tokens.mask[..., None], -1).cpu()
+        return out
+
+    def reconstructions(self, clip: Clip) -> Iterator[tuple[int, Tensor, Any]]:
+        """(budget, uint8 video, tokens) for each budget, the last one with every token."""
+        assert clip.video is not None
+        size = (clip.video.shape[-2], clip.video.shape[-1])
+        with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
+            ready = self._prepare(clip)
+            whole: Any = self.model.encode(ready)  # pyright: ignore[reportCallIssue]
+            most = int(whole.lengths.min())
+            for budget in self.budgets(most):
+                tokens: Any = whole
+                if budget < most:
+                    tokens = self.model.encode(ready, budget=budget)  # pyright: ignore[reportCallIssue]
+                video: Any = self.model.decode(tokens, size=size)  # pyright: ignore[reportCallIssue]
+                yield budget, to_uint8(video), tokens
+
+    def pictures(self, clip: Clip) -> tuple[list[str], list[Tensor]] | None:
+        assert clip.video is not None
+        titles, videos = ["original"], [clip.video]
+        for budget, video, _ in self.reconstructions(clip):
+            titles.append(f"{budget} tokens")
+            videos.append(video)
+        return titles, videos
+
+
+class _Averaged:
+    def __init__(self, ema: tuple[list[Tensor], list[Tensor]] | None) -> None:
+        self.ema = ema
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            averages, live = self.ema
+            self.kept = [p.clone() for p in live]
+            for p, average in zip(live, averages):
+                p.copy_(average)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.ema is not None:
+            for p, kept in zip(self.ema[1], self.kept):
+                p.copy_(kept)
+            del self.kept
+
+
+def psnr(video: Tensor, original: Tensor, frames: Tensor) -> Tensor:
+    """[B] peak signal-to-noise ratio in dB of uint8 clips [B, C, T, H, W], from each clip's own mean squared error.
+
+    Only a clip's first `frames` [B] frames count. A perfect clip gets the ratio of an error of one level in one value.
+    """
+    error = (video.double() - original.double()).square().mean((1, 3, 4))  # [B, T]
+    real = torch.arange(error.shape[1], device=error.device) < frames[:, None]
+    mse = (error * real).sum(1) / frames
+    floor = 1.0 / (frames * video.shape[1] * video.shape[3] * video.shape[4])
+    return 10 * torch.log10(255.0**2 / torch.maximum(mse, floor.double()))
+
+
+def codebook_use(ids: Iterable[Tensor], sizes: tuple[int, ...]) -> dict[str, Any]:
+    """How validation tokens use the codebook.
+
+    Args:
+        ids: [B, K, Q] int64 batches, -1 where there is no token. sizes: the Q codebook sizes.
+    Returns: `usage` (share of entries used, mean over Q), `perplexity` (2 ** entropy of the ids, mean over Q) and
+        `perplexity_per_position` [K]. All are bounded by the number of tokens seen: `tokens_seen`.
+    """
+    batches = [b for b in ids if b.numel()]
+    if not batches or not sizes:
+        return {}
+    longest = max(b.shape[1] for b in batches)
+    every = torch.cat([nn.functional.pad(b, (0, 0, 0, longest - b.shape[1]), value=-1) for b in batches])  # [N, K, Q]
+    usage, overall, places = [], [], []
+    for q, size in enumerate(sizes):
+        column = every[..., q]
+        counts = column[column >= 0].unique(return_counts=True)[1]
+        usage.append(len(counts) / size)
+        overall.append(_perplexity(counts))
+        places.append([_perplexity(c[c >= 0].unique(return_counts=True)[1]) for c in column.unbind(1)])
+    return {
+        "codebook_usage": sum(usage) / len(usage),
+        "codebook_perplexity": sum(overall) / len(overall),
+        "perplexity_per_position": [sum(p) / len(p) for p in zip(*places)],
+        "tokens_seen": int((every[..., 0] >= 0).sum()),
+    }
+
+
+def _perplexity(counts: Tensor) -> float:
+    share = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.exp(-(share * share.log()).sum())) if len(counts) else 0.0
+
+
+def _videos(loader: Iterable[Clip], clips: int) -> Iterator[Tensor]:
+    """Float videos of the first `clips` training clips, with a line of progress every three seconds."""
+    seen, told = 0, time.monotonic()
+    for clip in loader:
+        video = clip.as_float().video
+        assert video is not None
+        yield video[: clips - seen]
+        seen += len(clip)
+        if time.monotonic() - told > 3:
+            told = time.monotonic()
+            print(f"fitting the model's statistics: {min(seen, clips)} of {clips} clips", flush=True)
+        if seen >= clips:
+            return

@@ -1,0 +1,372 @@
+"""What happens between the steps of a run, at step boundaries that all ranks agree on.
+
+    after each step:  metrics line? -> validation? -> sample videos? -> checkpoint? -> stop?
+
+Signals only set a flag. With several ranks the flag, the clock and the time for a checkpoint are agreed about twice a
+second: whoever was told, all save the same step and stop together.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from vtok import strategy
+from vtok.config import RunConfig
+from vtok.curves import Bar, Curves, duration
+from vtok.lit import LitCompressor, codebook_use
+from vtok.types import Clip
+
+SAMPLE_CLIPS = 4
+
+
+class Conductor(pl.Callback):
+    """Everything that happens between steps. One callback: each hook of each callback costs every step."""
+
+    def __init__(self, config: RunConfig, curves: Curves) -> None:
+        self.config, self.curves = config, curves
+        self.interrupted = 0  # number of the signal that stopped the run
+        self.signalled = 0
+        self.pending: list[dict[str, Any]] = []  # reports of steps, still on the device
+        self.window: dict[str, list[float]] = {}  # numbers of the steps since the last line, mean over ranks
+        self.best: float | None = None
+        self.elapsed_before = 0.0
+        self.clips = 0
+        self.waited = 0.0
+        self.text = ""
+        self.bar: Bar | None = None
+        self.handlers: dict[int, Any] = {}
+
+    # life cycle
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        lit = _lit(pl_module)
+        state = lit.extra_state
+        self.window = {k: list(v) for k, v in state.get("window", {}).items()}
+        self.best = state.get("best")
+        self.elapsed_before = state.get("elapsed_s", 0.0)
+        self.first_step, self.poll_at = lit.steps_done, lit.steps_done + 1
+        self.seconds_per_step = math.inf
+        lit.clock = self._clock(self.elapsed_before)
+        assert lit.steps_done == trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        self.bar = Bar(self.config.trainer.max_steps, enabled=self.config.trainer.progress and trainer.is_global_zero)
+        self.bar.start(lit.steps_done)
+        now = time.perf_counter()
+        self.began = self.boundary = self.line_began = self.saved_at = now
+        self.line_step = lit.steps_done
+        self.excluded = 0.0
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self.signalled = number  # and nothing else: saving here would interrupt a collective half-way
+
+    def close(self) -> None:
+        """Gives signals and terminal back, and flushes the curves; also after an error."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+        if self.bar is not None:
+            self.bar.stop()
+        self.curves.close()
+
+    # each step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.waited += time.perf_counter() - self.boundary
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Clip, batch_idx: int) -> None:
+        lit, run = pl_module, self.config.trainer
+        self.clips += len(batch)
+        if lit.micro_done % run.accumulate:
+            self.boundary = time.perf_counter()
+            return
+        reports = lit.take_reports()
+        if reports:
+            reports[-1]["grad_norm"] = lit.grad_norm
+            self.pending += reports
+        step = lit.steps_done
+        if step % run.log_every == 0:
+            self._line(trainer, lit)
+        save, stop, time_up = self._agree(trainer, lit)
+        done = step >= run.max_steps or time_up
+        if not (save or stop or done or run.val_every or run.sample_every):
+            if self.bar is not None and self.bar.due():
+                self._show(lit)
+            self.boundary = time.perf_counter()
+            return
+        paused = time.perf_counter()
+        names = ["last.ckpt"]
+        looked = (done or bool(run.val_every and step % run.val_every == 0)) and not stop
+        if looked and self._validate(trainer, lit):
+            names.append("best.ckpt")
+        if (
+            (run.sample_every and step % run.sample_every == 0)
+            or (looked and not run.sample_every)
+            or (done and looked)
+        ):
+            self._samples(trainer, lit)
+        if save or stop or done or len(names) > 1:
+            self._save(trainer, lit, names)
+        if stop or done:
+            trainer.should_stop = True
+            self.interrupted = 0 if done else stop
+            if self.bar is not None:
+                self._show(lit)
+                self.bar.say(
+                    f"stopped by {signal.Signals(stop).name} at step {step}; the same command goes on from there"
+                    if self.interrupted
+                    else f"trained {step} steps in {duration(self._elapsed())}: {self.config.run_dir}"
+                )
+        elif self.bar is not None and self.bar.due():
+            self._show(lit)
+        self.boundary = time.perf_counter()
+        self.excluded += self.boundary - paused
+
+    def _agree(self, trainer: Any, lit: LitCompressor) -> tuple[bool, int, bool]:
+        """(save now, number of the signal to stop for, time is up): the same on every rank.
+
+        With several ranks they meet about twice a second, not every step.
+        """
+        run, step = self.config.trainer, lit.steps_done
+        regular = bool(run.checkpoint_every and step % run.checkpoint_every == 0)
+        due = time.perf_counter() - self.saved_at > 60 * run.checkpoint_minutes
+        elapsed, stop = self._elapsed(), self.signalled
+        if trainer.world_size > 1:
+            if step < self.poll_at and step < run.max_steps:
+                return regular, 0, False
+            first = trainer.is_global_zero
+            per_step = (time.perf_counter() - self.began) / max(step - self.first_step, 1)
+            every = min(100, max(1, int(0.5 / max(per_step, 1e-4))))
+            told = [stop, first and due, elapsed if first else 0.0, every if first else 0]
+            stop, due, elapsed, every = _all_max(told, lit.device)
+            stop, due, self.poll_at = int(stop), bool(due), step + int(every)
+        lit.clock = self._clock(elapsed)
+        return regular or due, stop, lit.clock >= 1
+
+    def _elapsed(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def _clock(self, elapsed_s: float) -> float:
+        minutes = self.config.trainer.max_minutes
+        return elapsed_s / (60 * minutes) if minutes else 0.0
+
+    # curves
+
+    def _fold(self, trainer: Any, lit: LitCompressor) -> None:
+        """Moves the pending reports into the window, averaged over ranks step by step.
+
+        Per step, not per line, so that a checkpoint in the middle of a line does not change its numbers.
+        """
+        if not self.pending:
+            return
+        names = [name for report in self.pending for name in report]
+        values = [torch.as_tensor(v, device=lit.device) for report in self.pending for v in report.values()]
+        flat = torch.stack([v.detach().to(torch.float32).mean() for v in values]).double()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(flat)
+            flat /= trainer.world_size
+        for name, value in zip(names, flat.tolist()):
+            self.window.setdefault(name, []).append(value)
+        self.pending = []
+
+    def _line(self, trainer: Any, lit: LitCompressor) -> None:
+        self._fold(trainer, lit)
+        now = time.perf_counter()
+        spent = max(now - self.line_began - self.excluded, 1e-9)
+        means = {f"train/{k}": sum(v) / len(v) for k, v in self.window.items()}
+        clips_per_s = self.clips * trainer.world_size / spent
+        # what a model keeps per clip under nested dropout, where its objective reports it; its maximum otherwise
+        tokens = means.get("train/tokens", float(getattr(lit.model, "max_tokens", math.nan)))
+        steps = max(lit.steps_done - self.line_step, 1)
+        self.seconds_per_step = spent / steps
+        means |= {
+            "train/lr": lit.config.optim.lr * self._rate(trainer),
+            "train/clips_per_s": clips_per_s,
+            "train/tokens_per_s": clips_per_s * tokens,
+            "train/data_wait_share": min(self.waited / spent, 1.0),
+            "train/bad_steps": float(lit.bad_steps),
+            "time_s": self._elapsed(),
+        }
+        self.curves.write(lit.steps_done, means)
+        loss = means.get("train/loss", math.nan)
+        self.text = (
+            f"loss {loss:.4f} | {clips_per_s:.1f} clips/s {means['train/tokens_per_s']:.0f} tokens/s | "
+            f"data wait {100 * means['train/data_wait_share']:.0f} %"
+        )
+        self.window, self.clips, self.waited, self.excluded = {}, 0, 0.0, 0.0
+        self.line_began, self.line_step = now, lit.steps_done
+
+    def _rate(self, trainer: Any) -> float:
+        lr = self.config.optim.lr
+        return (
+            trainer.optimizers[0].param_groups[0]["lr"] / lr / trainer.optimizers[0].param_groups[0]["factor"]
+            if lr
+            else 0.0
+        )
+
+    def _show(self, lit: LitCompressor) -> None:
+        assert self.bar is not None
+        run = self.config.trainer
+        left = (run.max_steps - lit.steps_done) * self.seconds_per_step
+        if run.max_minutes:
+            left = min(left, max(60 * run.max_minutes - self._elapsed(), 0.0))
+        text = f"step {lit.steps_done}/{run.max_steps} | {self.text} | left {duration(left)}"
+        self.bar.show(min(lit.progress(), 1.0), text)
+
+    # validation
+
+    @torch.no_grad()
+    def _validate(self, trainer: Any, lit: LitCompressor) -> bool:
+        """Writes a line of validation metrics; True when this is the best so far."""
+        if not self.config.data.val_shards:
+            return False
+        began = told = time.perf_counter()
+        means: dict[str, list[float]] = {}
+        ids: list[Tensor] = []
+        top, batch, index = "loss", None, 0
+        with _Evaluating(lit), lit.averaged():
+            for new in _in_step(trainer, lit, trainer.datamodule.val_dataloader()):
+                batch = new if new is not None else batch
+                if batch is None:
+                    raise ValueError(
+                        f"data.val_shards={self.config.data.val_shards!r} gives rank {trainer.global_rank} no clip: "
+                        "use fewer processes or more validation clips"
+                    )
+                found = strategy.call(trainer, "measure", batch.to(lit.device), index)
+                index += 1
+                if new is not None:  # a rank that ran out keeps step with the others and does not count
+                    for name, values in found["mean"].items():
+                        means.setdefault(name, []).extend(values)
+                    ids += [found["ids"]] if found["ids"] is not None else []
+                    top = found.get("top", top)
+                if self.bar is not None and time.perf_counter() - told > 3:
+                    told = time.perf_counter()
+                    self.bar.show(min(lit.progress(), 1.0), f"step {lit.steps_done} | validating, batch {index}")
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, (means, ids, top))
+            names = sorted({name for part, _, _ in parts for name in part})
+            means = {name: [v for part, _, _ in parts for v in part.get(name, [])] for name in names}
+            ids, top = [i for _, part, _ in parts for i in part], max(t for _, _, t in parts)
+        if not means:
+            raise ValueError(f"data.val_shards={self.config.data.val_shards!r} gave no clip to validate on")
+        scores: dict[str, Any] = {f"val/{k}": sum(v) / len(v) for k, v in means.items()}
+        ratios = [v for k, v in scores.items() if k.startswith("val/psnr_db_")]
+        if ratios:
+            scores["val/psnr_db"] = scores[f"val/{top}"]
+            scores["val/psnr_db_mean"] = sum(ratios) / len(ratios)
+        sizes = tuple(getattr(lit.model, "codebook_sizes", ()) or ())
+        scores |= {f"val/{k}": v for k, v in codebook_use(ids, sizes).items()} if ids else {}
+        scores["val/clips"] = len(means["loss"])
+        scores["val/seconds"] = time.perf_counter() - began
+        self.curves.write(lit.steps_done, scores)
+        quality = scores.get("val/psnr_db_mean", -scores["val/loss"])
+        if self.bar is not None:
+            shown = {k: v for k, v in scores.items() if k.startswith("val/psnr_db_") or k == "val/loss"}
+            self.bar.say(f"step {lit.steps_done}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in shown.items()))
+        better = math.isfinite(quality) and (self.best is None or quality > self.best)
+        self.best = quality if better else self.best
+        return better
+
+    @torch.no_grad()
+    def _samples(self, trainer: Any, lit: LitCompressor) -> None:
+        if not self.config.data.val_shards:
+            return
+        clip = next(iter(trainer.datamodule.val_dataloader()))
+        clip = replace(
+            Clip(keys=clip.keys[:SAMPLE_CLIPS]),
+            **{
+                name: getattr(clip, name)[:SAMPLE_CLIPS] if getattr(clip, name) is not None else None
+                for name in ("video", "lengths", "times", "text", "prompt", "target", "qa")
+            },
+        )
+        with _Evaluating(lit), lit.averaged():
+            found = strategy.call(trainer, "pictures", clip.to(lit.device))
+        if found is not None:
+            self.curves.samples(lit.steps_done, *found, fps=self.config.data.fps or 8.0)
+
+    # checkpoints
+
+    def _save(self, trainer: Any, lit: LitCompressor, names: list[str]) -> None:
+        self._fold(trainer, lit)
+        self.curves.flush()
+        folder = self.config.run_dir / "checkpoints"
+        lit.extra_state = {
+            "schema": 1,
+            "step": lit.steps_done,
+            "elapsed_s": self._elapsed(),
+            "world_size": trainer.world_size,
+            "strategy": self.config.trainer.strategy,
+            "window": self.window,
+            "best": self.best,
+        }
+        written = folder / ".writing"
+        if trainer.is_global_zero:
+            folder.mkdir(exist_ok=True)
+            strategy.discard(written)
+        trainer.strategy.barrier("before saving")
+        trainer.save_checkpoint(written)
+        if trainer.is_global_zero:
+            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k != "window"})
+            touch(self.config.run_dir)
+        trainer.strategy.barrier("after saving")
+        self.saved_at = time.perf_counter()
+
+
+class _Evaluating:
+    """Evaluation mode inside, every module's own mode again after (a frozen net stays in evaluation mode)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.training = [m for m in self.module.modules() if m.training]
+        self.module.eval()
+
+    def __exit__(self, *_: Any) -> None:
+        for module in self.training:
+            module.training = True
+
+
+def _in_step(trainer: Any, lit: LitCompressor, loader: Any) -> Any:
+    """Batches of this rank, and None once it has run out, until every rank has: sharded models run in step."""
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        if trainer.world_size > 1:
+            if not _all_max([batch is not None], lit.device)[0]:
+                return
+        elif batch is None:
+            return
+        yield batch
+
+
+def _all_max(values: list[Any], device: torch.device) -> list[float]:
+    shared = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def _lit(module: Any) -> LitCompressor:
+    assert isinstance(module, LitCompressor)
+    return module
+
+
+def touch(folder: Path) -> None:
+    """Renews the lock of a run directory: its age tells other machines whether the run lives."""
+    try:
+        os.utime(folder / "lock")
+    except OSError:
+        pass

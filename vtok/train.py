@@ -1,0 +1,401 @@
+"""Runs a training: `train(config)` from Python, `python train.py CONFIG.yaml [key=value ...]` from a shell.
+
+    1. check the configuration; refuse a run directory that another process holds
+    2. build data, model and objective; go on from checkpoints/last.ckpt where there is one
+    3. per step: LitCompressor (lit.py). At step boundaries: Conductor (loop.py)
+    4. a last validation and a last checkpoint
+
+The run directory: config.yaml, environment.json, checkpoints/{last,best}.ckpt, metrics.jsonl, tensorboard/, samples/.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+import vtok
+from vtok import strategy
+from vtok.config import RunConfig, flatten, load, load_family, to_yaml
+from vtok.curves import Curves
+from vtok.lit import SCHEDULES, LitCompressor, LitTokenizer
+from vtok.loop import Conductor, touch
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+# What a resumed run may change under `data.`: everything else there decides which samples come, and in what order.
+FREE_DATA = ("val_shards", "val_batch_size", "val_clips", "root", "cache_dir", "max_bad_fraction", "max_pixels")
+FIXED = ("model.", "objective.", "data.", "seed", "init_from", "trainer.accumulate", "trainer.precision",
+         "trainer.statistics_clips")  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """`CONFIG.yaml [key=value ...]`: trains, or goes on with the run of that name."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: train.py CONFIG.yaml [key=value ...]\n\nexample: train.py configs/flexible/debug.yaml name=first")
+        raise SystemExit(0 if argv else 2)
+    try:
+        config = load(argv[0], argv[1:])
+        check(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    train(config)
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError, naming key, value and fix, for settings that cannot work together or at all."""
+    trainer, optim = config.trainer, config.optim
+    stage = strategy.stage_of(trainer.strategy)
+    positive = {
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.accumulate": trainer.accumulate,
+        "trainer.devices": trainer.devices,
+        "trainer.num_nodes": trainer.num_nodes,
+        "trainer.log_every": trainer.log_every,
+        "trainer.max_bad_steps": trainer.max_bad_steps,
+        "trainer.checkpoint_minutes": trainer.checkpoint_minutes,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{key}={value} must be above 0")
+    not_negative = {
+        "trainer.val_every": trainer.val_every,
+        "trainer.sample_every": trainer.sample_every,
+        "trainer.checkpoint_every": trainer.checkpoint_every,
+        "trainer.statistics_clips": trainer.statistics_clips,
+        "optim.lr": optim.lr,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.clip_grad_norm": optim.clip_grad_norm,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{key}={value} must be 0 or above")
+    if trainer.max_minutes is not None and not trainer.max_minutes > 0:
+        raise ValueError(f"trainer.max_minutes={trainer.max_minutes} must be above 0, or null for no limit")
+    if trainer.precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={trainer.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
+        raise ValueError("trainer.precision=16-mixed needs a GPU; choose bf16-mixed or 32-true")
+    if optim.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule={optim.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ValueError(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie in [0, 1]")
+    if not 0 <= optim.ema_decay < 1:
+        raise ValueError(f"optim.ema_decay={optim.ema_decay} must lie in [0, 1); 0 keeps no averaged weights")
+    if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
+        raise ValueError(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
+    if stage == 3 and optim.ema_decay:
+        raise ValueError(
+            f"optim.ema_decay={optim.ema_decay}: averaged weights are not kept under trainer.strategy=deepspeed_3, "
+            "where no rank holds whole weights; choose deepspeed_2, or optim.ema_decay=0"
+        )
+    if stage and trainer.compile:
+        raise ValueError("trainer.compile=true does not work with DeepSpeed's hooks; choose ddp, or compile=false")
+    if not config.data.shards:
+        raise ValueError("data.shards is empty: name the folder that `vtok shards` wrote (it holds index.json)")
+
+
+def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> Path:
+    """Trains to the end, or goes on with the run that is in the run directory.
+
+    Args:
+        data: clips from elsewhere than `config.data`: loaders that yield `Clip`, `advance(clip)`, and the place in the
+            stream as its state. None takes `config.data`.
+    Returns: the run directory.
+    Raises: ValueError for settings; NonFiniteError; SystemExit with 128 + signal number after a SIGTERM or SIGUSR1,
+        once the checkpoint is written.
+    """
+    check(config)
+    if not _first_rank():
+        _train(config, data)
+        return config.run_dir
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with Lock(config.run_dir):
+        interrupted = _train(config, data)
+    if interrupted:
+        raise SystemExit(128 + interrupted)
+    return config.run_dir
+
+
+def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
+    _quieten()
+    first, run_dir = _first_rank(), config.run_dir
+    last = run_dir / "checkpoints" / "last.ckpt"
+    world_size = config.trainer.devices * config.trainer.num_nodes
+    about = strategy.describe(last) if last.exists() else None
+    if about is not None:
+        strategy.check_resumable(about, last, strategy=config.trainer.strategy, world_size=world_size)
+        changed = check_unchanged(load(run_dir / "config.yaml"), config) if first else {}
+        if finished(about, config):
+            if first:
+                print(
+                    f"{run_dir} is complete: {about['step']} steps. Raise trainer.max_steps (or max_minutes) to go on, "
+                    "or choose another name"
+                )
+            return 0
+    lit = build(config, fresh=about is None)
+    if first:
+        _write_run_files(config, lit)
+        if about is not None:
+            print(f"resuming {run_dir} at step {about['step']}" + (f"; changed: {changed}" if changed else ""))
+        else:
+            (run_dir / "bad_batches.jsonl").unlink(missing_ok=True)
+    resumed = None if about is None else about["step"]
+    curves = Curves(run_dir if first else None, resumed=resumed, tensorboard=config.trainer.tensorboard)
+    conductor = Conductor(config, curves)
+    frozen_model = any(not p.requires_grad for p in lit.model.parameters())
+    plugins: list[Any] = [strategy.AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        # Lightning's own requeue saves inside the signal handler, which hangs, or saves a loader worker's step 0
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    trainer = pl.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=strategy.build(config, frozen_model=frozen_model),
+        precision=config.trainer.precision,  # pyright: ignore[reportArgumentType]
+        accumulate_grad_batches=config.trainer.accumulate,
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        plugins=plugins,
+        callbacks=[conductor],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+    if data is None:
+        from vtok.data.module import ClipDataModule
+
+        data = ClipDataModule(config.data, seed=config.seed)
+    try:
+        trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
+    finally:
+        conductor.close()
+    return conductor.interrupted if first else 0
+
+
+def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
+    """Model and objective of a run, from `seed` or from the weights of `init_from`, as a LightningModule."""
+    family = load_family(config.model.name)
+    pl.seed_everything(config.seed, workers=False, verbose=False)
+    model = family.Model(config.model)
+    if config.init_from and fresh:
+        source = vtok.load(config.init_from)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            model.load_state_dict(source.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"init_from={config.init_from!r} does not fit model.*: {error}") from error
+    objective = family.Objective(config.objective, config.model, load=lambda path: vtok.load(path))  # pyright: ignore[reportAttributeAccessIssue]
+    kind = LitTokenizer if hasattr(model, "decode") else LitCompressor
+    return kind(config, model, objective, fresh=fresh)
+
+
+def finished(about: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a checkpoint is the end of the run that `config` describes."""
+    minutes = config.trainer.max_minutes
+    return about["step"] >= config.trainer.max_steps or (minutes is not None and about["elapsed_s"] >= 60 * minutes)
+
+
+def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
+    """{key: (old, new)} of what a resumed run changes. Raises ValueError for a key that would change model or data."""
+    old, new = flatten(before), flatten(now)
+    changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+    free = {f"data.{name}" for name in FREE_DATA}
+    refused = [k for k in changed if k not in free and any(k == f or (f[-1] == "." and k.startswith(f)) for f in FIXED)]
+    if refused:
+        told = "; ".join(f"{k} was {changed[k][0]!r} and is now {changed[k][1]!r}" for k in refused)
+        raise ValueError(
+            f"{now.run_dir} cannot go on with another model or data stream: {told}. Put the old value back, or choose "
+            "another name (init_from=EXPORT starts it from this run's weights)"
+        )
+    return changed
+
+
+def _first_rank() -> bool:
+    """Whether this process is, or will be, global rank 0 (asked before the processes have met)."""
+    return not (rank_zero_only.rank or int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) or 0))
+
+
+def _quieten() -> None:
+    """Lightning's notices about choices that are made here on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*",
+        ".*handles gradient clipping internally.*",
+        ".*find_unused_parameters=True was specified.*",
+        ".*`IterableDataset` has `__len__` defined.*",
+        ".*have no `validation_step`.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*is deprecated. Please use `torch.distributed.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+# the run directory
+
+
+class Lock:
+    """Holds a run directory: two processes in one would write over each other's checkpoints.
+
+    Stale, and taken over: a lock of a process of this machine that is gone, of an earlier start of the same SLURM job,
+    or one from another machine that was not renewed for ten minutes (a thread and every checkpoint renew it).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lock"
+        self.stop = threading.Event()
+
+    def __enter__(self) -> Lock:
+        mine = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": _started(os.getpid()),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+        for _ in range(3):
+            aside = self.path.with_name(f".lock-{mine['host']}-{mine['pid']}")
+            aside.write_text(json.dumps(mine))
+            try:
+                os.link(aside, self.path)  # fails if there is one; the lock is never seen half-written
+                break
+            except FileExistsError:
+                self._refuse_or_clear(mine)
+            finally:
+                aside.unlink(missing_ok=True)
+        else:
+            raise ValueError(f"{self.path} keeps coming back: another process starts in this run directory")
+        threading.Thread(target=self._renew, daemon=True).start()
+        return self
+
+    def _refuse_or_clear(self, mine: dict[str, Any]) -> None:
+        try:
+            held, age_s = json.loads(self.path.read_text()), time.time() - self.path.stat().st_mtime
+        except (FileNotFoundError, ValueError):
+            self.path.unlink(missing_ok=True)
+            return
+        if held.get("host") == mine["host"]:
+            stale = _started(held["pid"]) != held["started"]
+        else:
+            stale = age_s > 600 or bool(mine["slurm_job"] and held.get("slurm_job") == mine["slurm_job"])
+        if not stale:
+            raise ValueError(
+                f"{self.path.parent} is in use by process {held['pid']} on {held['host']}: wait for it, end it, or "
+                f"choose another name. If that process is surely gone, delete {self.path}"
+            )
+        log.warning("taking over %s from process %s on %s, which is gone", self.path, held["pid"], held["host"])
+        self.path.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self.stop.wait(60):
+            touch(self.path.parent)
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop.set()
+        self.path.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began, in clock ticks since boot; None when there is none of that number.
+
+    Process numbers come back after a while: the same number with another beginning is another process.
+    """
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else rest[18]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # no /proc (macOS)
+        os.kill(pid, 0)
+        return "running"
+    except OSError:
+        return None
+
+
+def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
+    text = to_yaml(config)
+    aside = config.run_dir / ".config.yaml"
+    aside.write_text(text)
+    os.replace(aside, config.run_dir / "config.yaml")
+    path = config.run_dir / "environment.json"
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError):
+        starts = []
+    aside = config.run_dir / ".environment.json"
+    aside.write_text(json.dumps({"starts": [*starts, environment(config)]}, indent=1))
+    os.replace(aside, path)
+    print(text.rstrip())
+    shipped = sum(p.numel() for p in lit.model.parameters())
+    trained = sum(p.numel() for p in lit.parameters() if p.requires_grad)
+    print(f"model: {shipped / 1e6:.2f} M parameters; trained here: {trained / 1e6:.2f} M")
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
+    """What a start of a run ran on: versions, machine, processes, command and commit, as JSON-ready values."""
+    import importlib.metadata
+    import platform
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    packages = ("vtok", "torch", "lightning", "webdataset", "av", "deepspeed", "vector-quantize-pytorch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [sys.executable, *sys.argv],
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": config.trainer.devices * config.trainer.num_nodes,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree vtok runs from, with "+changes" where files differ; None for an installed package."""
+    root = Path(vtok.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(root)]
+        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")) or None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
