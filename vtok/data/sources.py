@@ -1,0 +1,351 @@
+"""Where samples lie: the list of shards, local copies of remote ones, and the members of each tar.
+
+Everything here handles references (shard, key, byte ranges); the bytes of a sample are read when it is decoded. Tars
+come from anywhere, so their headers are not trusted: only plain files with plain relative names are taken.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob as globbing
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import time
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vtok.data.decode import IMAGE_SUFFIXES
+
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".gif",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".flv",
+    ".wmv",
+    ".ogv",
+)
+MEDIA = tuple(suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+MAX_TEXT_BYTES = 8 << 20  # a sample's json or txt
+MAX_MEDIA_BYTES = 4 << 30
+
+
+class BrokenSample(ValueError):
+    """One sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. url: a local path, https:, or pipe:. samples, num_bytes: as index.json states them, None without one."""
+
+    url: str
+    name: str
+    samples: int | None = None
+    num_bytes: int | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        return _is_remote(self.url)
+
+
+def _is_remote(url: str) -> bool:
+    return url.startswith(("https://", "http://", "pipe:"))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """ "a-{08..10}.{x,y}" -> a-08.x, a-08.y, a-09.x ...: zero padding of the first number is kept."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        low, high = int(span[1]), int(span[2])
+        if high < low:
+            raise ValueError(f"data.shards={pattern!r}: {{{match[1]}}} counts downwards")
+        options = [str(n).zfill(len(span[1])) for n in range(low, high + 1)]
+    else:
+        options = match[1].split(",")
+    return [
+        item for option in options for item in expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
+    ]
+
+
+def open_sources(
+    shards: str | Sequence[str],
+    *,
+    weights: Sequence[float] | None = None,
+    root: str | Path = "",
+    cache_dir: str | Path = "",
+    setting: str = "data.shards",
+) -> list[list[Shard]]:
+    """The shards of each source.
+
+    Args:
+        shards: sources joined by "::", or a list of them; each a folder, a pattern, https: or pipe:.
+        weights: sampling weight of each source; None makes one source of all.
+        root: prefix of relative paths. cache_dir: needed for https: and pipe:.
+        setting: name of the setting, for messages.
+    Returns: one list of shards a weight, or one list. Raises: ValueError naming the setting, its value and the fix.
+    """
+    parts = [part.strip() for part in (shards.split("::") if isinstance(shards, str) else shards)]
+    if not parts or not all(parts):
+        raise ValueError(
+            f"{setting}={shards!r} names no shards; give a folder made by `vtok shards`, or a pattern of tars"
+        )
+    sources = [_open_source(part, root=str(root), cache_dir=str(cache_dir), setting=setting) for part in parts]
+    if weights is not None and len(weights) != len(parts):
+        raise ValueError(
+            f"data.weights={list(weights)} has {len(weights)} entries for {len(parts)} sources in {setting}"
+        )
+    if weights is not None and not all(w > 0 for w in weights):
+        raise ValueError(f"data.weights={list(weights)} must all be above 0; leave a source out of {setting} instead")
+    every = [shard for source in sources for shard in source]
+    twice = {s.url for s in every if sum(s.url == other.url for other in every) > 1} if len(every) < 1000 else set()
+    if twice or len({s.url for s in every}) < len(every):
+        raise ValueError(
+            f"{setting} lists {sorted(twice)[:3] or 'a shard'} more than once; use data.weights to repeat data"
+        )
+    return sources if weights is not None else [every]
+
+
+def _open_source(part: str, *, root: str, cache_dir: str, setting: str) -> list[Shard]:
+    if _is_remote(part):
+        if not cache_dir:
+            raise ValueError(f"{setting}={part!r} is remote; set data.cache_dir to a folder for local copies")
+        if part.startswith("pipe:") or part.rstrip("/").endswith(".tar"):
+            return [Shard(url, _remote_name(url)) for url in expand_braces(part)]
+        base = part.rstrip("/")
+        try:
+            text = fetch(f"{base}/index.json", cache_dir, refresh=True).read_text()
+        except OSError as error:
+            raise ValueError(
+                f"{setting}={part!r}: no index.json there ({error}); name the tars by a pattern"
+            ) from error
+        return _read_index(text, base, setting)
+    where = os.path.join(root, part) if root else part
+    if os.path.isdir(where):
+        index = Path(where, "index.json")
+        if index.is_file():
+            found = _read_index(index.read_text(), where, setting)
+        else:
+            found = [Shard(str(p), p.name) for p in sorted(Path(where).glob("*.tar"))]
+        if not found:
+            inner = sorted(p.parent.name for p in Path(where).glob("*/index.json"))
+            hint = f"; did you mean {os.path.join(part, inner[-1])!r}?" if inner else "; run data/make_shards.py"
+            raise ValueError(f"{setting}={part!r}: the folder {where} holds no shards{hint}")
+    else:
+        names = [
+            n for p in expand_braces(where) for n in (sorted(globbing.glob(p)) if re.search(r"[*?\[]", p) else [p])
+        ]
+        found = [Shard(name, os.path.basename(name)) for name in names]
+    missing = [shard.url for shard in found if not os.path.isfile(shard.url)]
+    if len(missing) == len(found):
+        under = root or os.getcwd()
+        raise ValueError(
+            f"{setting}={part!r} matched 0 files under {under}; check data.root or run data/make_shards.py"
+        )
+    if missing:
+        raise ValueError(f"{setting}={part!r}: {len(missing)} of {len(found)} shards are missing, e.g. {missing[0]}")
+    return found
+
+
+def _remote_name(url: str) -> str:
+    words = [word for word in re.split(r"[\s/]+", url.split("?")[0]) if word.endswith(".tar")]
+    return words[-1] if words else hashlib.sha256(url.encode()).hexdigest()[:16] + ".tar"
+
+
+def _read_index(text: str, base: str, setting: str) -> list[Shard]:
+    try:
+        entries = json.loads(text)["shards"]
+        found = [Shard(f"{base}/{e['name']}", str(e["name"]), int(e["samples"]), int(e["bytes"])) for e in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{setting}: {base}/index.json is not an index of shards ({error!r})") from error
+    bad = [shard.name for shard in found if shard.name in ("", ".", "..") or "/" in shard.name or "\\" in shard.name]
+    if bad:
+        raise ValueError(f"{setting}: {base}/index.json names {bad[0]!r}, which is not a plain file name")
+    return [shard for shard in found if shard.samples]
+
+
+def fetch(
+    url: str, cache_dir: str | Path, *, num_bytes: int | None = None, refresh: bool = False, tries: int = 3
+) -> Path:
+    """A local copy of an https: file or of what a pipe: command prints.
+
+    Written aside and renamed, under a lock, so that processes sharing the folder fetch a shard once and never see half
+    of one. Nothing is ever removed from the cache. Raises OSError after `tries` failures, or for a wrong size.
+    """
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = url.split("?")[0].rstrip("/").rpartition("/")[2] if not url.startswith("pipe:") else _remote_name(url)
+    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists() and not refresh:
+            return target
+        aside = Path(f"{target}.{os.getpid()}.part")
+        for attempt in range(tries):
+            try:
+                with open(aside, "wb") as out:
+                    _download(url, out)
+                size = aside.stat().st_size
+                if num_bytes is not None and size != num_bytes:
+                    raise OSError(f"{url} gave {size} bytes, index.json says {num_bytes}")
+                os.replace(aside, target)
+                return target
+            except OSError as error:
+                aside.unlink(missing_ok=True)
+                if attempt == tries - 1:
+                    raise OSError(f"{url}: {error}") from error
+                time.sleep(0.5 * 4**attempt)
+    raise AssertionError
+
+
+def _download(url: str, out: Any) -> None:
+    if url.startswith("pipe:"):
+        # A session of its own: signals meant for the run (time limit, requeue) must not cut a shard short.
+        with subprocess.Popen(url[5:], shell=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+            assert process.stdout is not None
+            shutil.copyfileobj(process.stdout, out, 1 << 20)
+        if process.returncode:
+            raise OSError(f"the command ended with status {process.returncode}")
+        return
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        shutil.copyfileobj(reply, out, 1 << 20)
+        stated = reply.headers.get("Content-Length")
+    if stated is not None and out.tell() != int(stated):
+        raise OSError(f"received {out.tell()} of {stated} bytes")
+
+
+class Sample(NamedTuple):
+    """Where a sample's members lie in a tar. problem: why it cannot be used; lost: how many samples it stands for."""
+
+    shard: int
+    key: str
+    members: dict[str, tuple[int, int]]  # suffix -> (offset, bytes)
+    problem: str | None = None
+    lost: int = 1
+
+
+def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> list[Sample]:
+    """The samples of a tar, from its headers alone.
+
+    Members that follow each other with the same name up to the first dot of the base name make a sample. Links,
+    devices, absolute and parent paths are refused, as are samples without video or image and keys that come twice. A
+    tar without its end mark was cut: its last sample is dropped, since it may lack members. What is lost stands at the
+    end as one `Sample` with a `problem`. Raises nothing: an unreadable tar is such an entry too.
+    """
+    groups: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+    problems: dict[str, str] = {}
+    damage: str | None = None
+    last: str | None = None
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                vars(tar)["members"] = []  # the archive would keep every header otherwise
+                if member.isdir():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if not member.isreg() or member.issparse():
+                    problems[key] = f"member {member.name!r} is not a plain file"
+                elif (
+                    member.name.startswith("/") or ".." in member.name.split("/") or "\\" in member.name or "\0" in key
+                ):
+                    problems[key] = f"member {member.name!r} has an absolute or parent path"
+                elif key != last and key in groups:
+                    problems[key] = "the key comes twice in the shard"
+                elif suffix.lower() in groups.get(key, {}):
+                    problems[key] = f"two members .{suffix}"
+                groups.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
+                last = key
+            # A cut inside a header, or between two members, ends the iteration without an error.
+            if not _is_zero(file, tar.offset):
+                damage = "cut short: the end mark is missing"
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        damage = f"{type(error).__name__}: {error}"
+    if damage is not None and last is not None:
+        groups.pop(last, None)
+        problems.pop(last, None)
+    found = []
+    for key, members in groups.items():
+        problem = problems.get(key)
+        if problem is None and not any(suffix in members for suffix in MEDIA):
+            problem = f"no video or image among its members {sorted(members)}"
+        found.append(Sample(shard, key, members, problem))
+    lost = 0 if expected is None else expected - len(found)
+    if damage is not None or lost > 0:
+        problem = damage or f"holds {len(found)} samples, index.json says {expected}"
+        found.append(Sample(shard, "", {}, problem, max(lost, 1)))
+    return found
+
+
+def _is_zero(file: Any, offset: int) -> bool:
+    file.seek(offset)
+    block = file.read(512)
+    return len(block) == 512 and not any(block)
+
+
+class ShardReader:
+    """Samples and bytes of a list of shards, for one process. Keeps the headers and files of recent shards open."""
+
+    def __init__(self, shards: Sequence[Shard], *, cache_dir: str | Path = "", keep: int = 32) -> None:
+        self.shards = list(shards)
+        self.cache_dir = cache_dir
+        self.keep = keep
+        self._samples: OrderedDict[int, list[Sample]] = OrderedDict()
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}  # descriptors mean nothing in another process
+
+    def path(self, index: int) -> str:
+        """Local path of a shard, fetched first where it is remote. Raises OSError."""
+        shard = self.shards[index]
+        return str(fetch(shard.url, self.cache_dir, num_bytes=shard.num_bytes)) if shard.is_remote else shard.url
+
+    def samples(self, index: int) -> list[Sample]:
+        """As `scan`."""
+        if index in self._samples:
+            self._samples.move_to_end(index)
+            return self._samples[index]
+        shard = self.shards[index]
+        try:
+            found = scan(self.path(index), shard=index, expected=shard.samples)
+        except OSError as error:
+            return [Sample(index, "", {}, str(error), shard.samples or 1)]
+        self._samples[index] = found
+        if len(self._samples) > self.keep:
+            self._samples.popitem(last=False)
+        return found
+
+    def read(self, sample: Sample, suffix: str) -> bytes:
+        """Raises OSError or BrokenSample."""
+        offset, size = sample.members[suffix]
+        limit = MAX_MEDIA_BYTES if suffix in MEDIA else MAX_TEXT_BYTES
+        if size > limit:
+            raise BrokenSample(f".{suffix} has {size} bytes, above the limit of {limit}")
+        if sample.shard not in self._files:
+            self._files[sample.shard] = os.open(self.path(sample.shard), os.O_RDONLY)
+            if len(self._files) > self.keep:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(sample.shard)
+        data = os.pread(self._files[sample.shard], size, offset)
+        if len(data) != size:
+            raise BrokenSample(f".{suffix} is cut short: {len(data)} of {size} bytes")
+        return data
