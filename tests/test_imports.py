@@ -5,14 +5,17 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tarfile
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from vtok.data.manifest import read_csv, write_manifest
-from vtok.data.sources import collect
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -29,17 +32,31 @@ llava, webvid, ucf101, kinetics = (script(f"import_{name}") for name in ("llava"
 
 
 def video(path: Path, *, codec: str = "libx264") -> Path:
-    """Four real frames; the container follows from the suffix."""
+    """Four real frames that no other path has; the container follows from the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
-        for level in (40, 90, 140, 190):
-            image = np.full((32, 32, 3), level, np.uint8)
+        rng = np.random.default_rng(zlib.crc32(str(path).encode()))
+        for _ in range(4):
+            image = rng.integers(0, 256, (32, 32, 3), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
     return path
+
+
+def packed(manifest: Path) -> tuple[dict[str, list[dict]], list[dict]]:
+    """The samples' json by split after `vtok shards` took the manifest, and what it rejected."""
+    shards = pytest.importorskip("vtok.data.shards", exc_type=ImportError)
+    out = manifest.parent / "shards"
+    rejected = shards.pack([manifest], out, workers=0, progress=False).rejected
+    samples = defaultdict(list)
+    for path in sorted(out.glob("*/*.tar")):
+        with tarfile.open(path) as archive:
+            found = [json.load(archive.extractfile(m)) for m in archive if m.name.endswith(".json")]  # type: ignore[arg-type]
+            samples[path.parent.name] += found
+    return samples, rejected
 
 
 def lines(path: Path | None) -> list[dict]:
@@ -64,7 +81,7 @@ def conversations(tmp_path) -> Path:
     for name in ("a.mp4", "academic/b.mp4", "ü c.mp4"):
         video(tmp_path / "videos" / name)
     (tmp_path / "images").mkdir()
-    (tmp_path / "images/x.jpg").write_bytes(b"any bytes: an import does not open files")
+    Image.new("RGB", (32, 32), (200, 80, 20)).save(tmp_path / "images/x.jpg")
     system = {"from": "system", "value": "S"}
     roles = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     entries = [
@@ -100,9 +117,9 @@ def test_llava_json(conversations):
     assert sorted(reasons) == ["3", "4", "5", "7"] and written.num_missing == 4
     assert reasons["3"] == "file not found" and "text only" in reasons["4"] and "several images" in reasons["5"]
     assert "1 turns" in reasons["7"]
-    found = collect([out])
-    assert not found.rejected and len(found.rows) == 4, "the two conversations on a.mp4 are one clip"
-    assert sorted(len(row.qa) for row in found.rows) == [1, 1, 1, 3]
+    samples, rejected = packed(out)
+    every = [sample for split in samples.values() for sample in split]
+    assert not rejected and sorted(len(sample["qa"]) for sample in every) == [1, 1, 1, 3], "a.mp4 is one clip"
 
 
 def test_llava_first_answer_as_caption_and_split(conversations):
@@ -207,8 +224,8 @@ def test_webvid(tmp_path):
     (gone,) = lines(written.missing)
     assert gone["source"] == "5" and gone["reason"] == "file not found"
     assert gone["path"].endswith("000051_000100/5.mp4")
-    found = collect([out])
-    assert not found.rejected and {row.split for row in found.rows} == {"train"}
+    samples, rejected = packed(out)
+    assert not rejected and sorted(sample["caption"] for sample in samples["train"]) == [first["caption"], "Sea"]
 
 
 # UCF101
@@ -241,8 +258,18 @@ def test_ucf101(ucf):
     }
     assert len(rows) == 6 and len({row["source"] for row in rows}) == 4, "a group is one source"
     assert [row["reason"] for row in lines(written.missing)] == ["file not found"]
-    found = collect([out])
-    assert not found.rejected and len(found.rows) == 6
+    samples, rejected = packed(out)
+    assert not rejected and len(samples["train"]) == 2 and len(samples["val"]) == 4
+
+
+def test_ucf101_groups_do_not_straddle_a_split_by_hash(ucf):
+    ucf101.import_ucf101(ucf / "UCF-101", ucf / "m.jsonl", progress=False)
+    samples, rejected = packed(ucf / "m.jsonl")
+    sides = defaultdict(set)
+    for split, found in samples.items():
+        for sample in found:
+            sides[sample["source"].rpartition("_c")[0]].add(split)
+    assert not rejected and len(sides) == 4 and all(len(split) == 1 for split in sides.values())
 
 
 def test_ucf101_lists_what_it_cannot_place(ucf):
@@ -310,8 +337,6 @@ def test_kinetics(tmp_path):
     assert (rows["ghi"]["start_s"], rows["ghi"]["end_s"]) == (3, 13), "an untrimmed download is cut by the annotation"
     (gone,) = lines(written.missing)
     assert gone["path"].endswith("k/train/abseiling/zzz_000001_000011.mp4")
-    found = collect([out])
-    assert not found.rejected and len(found.rows) == 4
 
 
 def test_kinetics_copies_of_one_clip_and_test_csv(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from vtok.data.sources import collect
 from vtok.data.synthetic import LEVELS, QUESTION_TYPES, render, scene, write_corpus, write_video
 from vtok.data.synthetic_scenes import COLOURS, GROUNDS, SHAPES, balanced
 
@@ -271,13 +271,29 @@ def test_corpus_and_manifest(tmp_path):
     assert len({row["duration"] for row in rows}) > 1 and all(0.4 < row["duration"] <= 1.01 for row in rows)
     for row in rows:
         assert decode(manifest.parent / row["file"]).shape == (row["frames"], 32, 48, 3)
-    found = collect([manifest])
-    assert not found.rejected and [r.split for r in found.rows].count("val") == 2
-    assert all(r.caption and r.qa and r.captions for r in found.rows)
     part = write_corpus(tmp_path / "d", clips=2, seconds=(0.5, 1.0), size=(32, 48), first=3, val_fraction=0, workers=1)
     for row, line in zip(rows[3:5], part.read_text().splitlines()):
         assert json.loads(line) == row, "clips do not depend on where the corpus starts"
         assert (part.parent / row["file"]).read_bytes() == (manifest.parent / row["file"]).read_bytes()
+
+
+def test_shards_take_the_manifest_as_it_is(tmp_path):
+    shards = pytest.importorskip("vtok.data.shards", exc_type=ImportError)
+    manifest = write_corpus(tmp_path / "c", clips=6, seconds=1, size=(32, 32), val_fraction=0.34, workers=1)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    summary = shards.pack([manifest], tmp_path / "shards", workers=0, progress=False)
+    assert not summary.rejected and summary.samples == {"train": 4, "val": 2}
+    found = {}
+    for path in tmp_path.glob("shards/*/*.tar"):
+        with tarfile.open(path) as archive:
+            found.update({m.name: archive.extractfile(m).read() for m in archive})
+    samples = {json.loads(data)["caption"]: json.loads(data) for name, data in found.items() if name.endswith("json")}
+    for row in rows:
+        sample = samples[row["caption"]]
+        assert sample["label"] == row["label"] and sample["captions"] == row["captions"]
+        kept = [{k: q[k] for k in ("id", "type", "question", "answer", "choices")} for q in row["qa"]]
+        assert [{k: q[k] for k in kept[0]} for q in sample["qa"]] == kept
+        assert (manifest.parent / row["file"]).read_bytes() in found.values(), "bytes untouched"
 
 
 @pytest.mark.slow
