@@ -36,24 +36,25 @@ lint: $(STAMP)  ## Lint, format and types
 $(STAMP): constraints.txt pyproject.toml
 	@supported='import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))'; \
 	python=; \
-	for candidate in $(PYTHON) python3.11 python3.12 python3; do \
+	for candidate in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	  if "$$candidate" -c "$$supported" 2>/dev/null; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "vtok needs Python 3.11 or 3.12; python3 here is: $$(python3 --version 2>&1 || true)." >&2; \
+	  echo "vtok needs Python 3.11 or 3.12, and none of these is: $(or $(PYTHON),python3.11 python3.12 python3)." >&2; \
 	  echo "Install one (Debian 12: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; \
 	fi; \
 	if ! { $(BIN)/python -c "$$supported" && $(BIN)/python -m pip --version; } >/dev/null 2>&1; then \
 	  rm -rf $(VENV); \
-	  if "$$python" -c 'import ensurepip' 2>/dev/null; then \
-	    "$$python" -m venv $(VENV); \
-	  elif "$$python" -m pip --version >/dev/null 2>&1; then \
+	  if ! "$$python" -m venv $(VENV) >/dev/null 2>&1; then \
+	    rm -rf $(VENV); \
 	    "$$python" -m venv --without-pip $(VENV); \
-	    "$$python" -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip; \
-	  else \
-	    echo "$$python has neither ensurepip nor pip; on Debian: apt-get install python3-venv" >&2; \
-	    exit 1; \
+	    "$$python" -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip || { \
+	      rm -rf $(VENV); \
+	      echo "$$python cannot furnish a virtual environment: it has neither ensurepip nor pip." >&2; \
+	      echo "On Debian: apt-get install python3-venv" >&2; \
+	      exit 1; \
+	    }; \
 	  fi; \
 	fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel

@@ -59,6 +59,8 @@ def tick_text(value: float) -> str:
     """A tick's label: 0.001, 25, 10k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
+    if abs(value) >= 1000:
+        return f"{value:.4g}"
     return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.0e}"
 
 

@@ -38,7 +38,7 @@ CODECS = ("x264", "x265", "av1")
 COLUMNS: list[tuple[str, str, str]] = [
     ("method", "method", "s"),
     ("budget", "budget", "g"),
-    ("tokens_mean", "tokens", ".1f"),
+    ("tokens_mean", "tokens", ",.5g"),
     ("bits_mean", "bits", ",.0f"),
     ("entropy_bits_mean", "entropy-coded bits", ",.0f"),
     ("bits_per_pixel", "bits per pixel", ".5f"),
@@ -46,7 +46,7 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("psnr_db", "PSNR dB", ".2f"),
     ("psnr_db_ci", "PSNR interval", ".2f"),
     ("ssim", "SSIM", ".4f"),
-    ("tdiff_psnr_db", "temporal-difference PSNR dB", ".2f"),
+    ("tdiff_psnr_db", "temporal diff. PSNR dB", ".2f"),
     ("lpips", "LPIPS", ".4f"),
     ("accuracy", "accuracy", ".3f"),
     ("loss", "loss", ".4f"),
@@ -393,8 +393,8 @@ def _history_section(history: list[dict[str, Any]]) -> str:
             for colour in [{"val": 0, "train": 1}.get(group, 2 + list(charts[name]).index(group))]
         ]
         values = [y for s in series for _, y, _ in s.points]
-        spread = min(values) > 0 and max(values) / min(values) > 30
-        drawn = chart(series, x_title="step", y_title=name, log_y=spread)
+        wide = bool(re.search("loss|l1|l2|mse|norm", name)) and min(values) > 0 and max(values) / min(values) > 30
+        drawn = chart(series, x_title="step", y_title=name, log_y=wide)
         names = ", ".join(s.name for s in series)
         return f"<figure><figcaption>{html.escape(name)} ({html.escape(names)})</figcaption>{drawn}</figure>"
 
@@ -404,7 +404,7 @@ def _history_section(history: list[dict[str, Any]]) -> str:
     order = sorted(charts, key=first)  # stable: what was validated, then losses, then the rest
     rest = "".join(figure(name) for name in order[6:])
     more = (
-        f"<details><summary>{len(order) - 6} more curves</summary><div class='charts'>{rest}</div></details>"
+        f"<details><summary>More curves ({len(order) - 6})</summary><div class='charts'>{rest}</div></details>"
         if rest
         else ""
     )
@@ -471,6 +471,24 @@ def _lede(evaluation: dict[str, Any], rows: list[dict[str, Any]], family: str) -
     return html.escape(text)
 
 
+def _margin(row: dict[str, Any], rows: list[dict[str, Any]], key: str, unit: str) -> str:
+    """How far a row lies from the strongest control of the same budget; nothing where no control has that budget."""
+    sign = -1 if key == "loss" else 1
+    rivals = {
+        str(other.get("method")): sign * score
+        for other in rows
+        if other.get("budget") == row.get("budget") is not None
+        and other.get("method") not in (row.get("method"), *CODECS)
+        and (score := _number(other.get(key))) is not None
+    }
+    value = _number(row.get(key))
+    if not rivals or value is None:
+        return ""
+    best = max(rivals, key=lambda name: rivals[name])
+    gap = f"{value - sign * rivals[best]:+.2f} {unit}".replace("-", "\N{MINUS SIGN}")
+    return f'<span class="rate"><b>{gap}</b> against {html.escape(best)}</span>'
+
+
 def _tiles(rows: list[dict[str, Any]], family: str) -> str:
     """One tile a budget of our method: its score, its rate."""
     key = next((k for k, _ in QUALITIES if any(_number(r.get(k)) is not None for r in rows)), None)
@@ -485,6 +503,7 @@ def _tiles(rows: list[dict[str, Any]], family: str) -> str:
             continue
         rate = _number(row.get("bits_per_pixel"))
         below = f'<span class="rate">{rate:.4f} bits per pixel</span>' if rate is not None else ""
+        below += _margin(row, rows, key, unit)
         digits = ".1f" if key == "psnr_db" else ".3f"
         tiles.append(
             f'<li><span class="tokens">{_tokens_text(tokens)}</span>'

@@ -153,7 +153,6 @@
 
     const showPlaying = () => {
       play.textContent = clock.playing ? "Pause" : "Play";
-      play.setAttribute("aria-pressed", String(clock.playing));
     };
     const toggle = () => { clock.playing = !clock.playing; showPlaying(); };
     play.addEventListener("click", toggle);
