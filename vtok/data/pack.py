@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from vtok.data.decode import FORMATS, DecodeError, VideoInfo, iter_frames, probe, write_video
-from vtok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Reject
+from vtok.data.inputs import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Reject
 
 RECORDS = ".shards"  # folder of records in the output folder
 MAGIC = (

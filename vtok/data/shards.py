@@ -1,6 +1,6 @@
 """`vtok shards`: videos, images and manifests into WebDataset shards that survive kills and say what they left out.
 
-1. collect (`vtok.data.sources`): folders, files and manifests become rows, one per wanted clip.
+1. collect (`vtok.data.inputs`): folders, files and manifests become rows, one per wanted clip.
 2. survey: every source is opened once, in parallel: size, duration, a hash of its ends.
 3. plan: rows are cut into clips, named, split by source video and dealt to shards. Pure: every part of an array job
    and every later attempt arrives at the same plan; its fingerprint stands in `packing.json`.
@@ -33,8 +33,8 @@ from typing import Any
 import av
 
 from vtok.data.decode import DecodeError, VideoInfo, probe
+from vtok.data.inputs import Inputs, Reject, Row, collect
 from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_atomically, write_shard
-from vtok.data.sources import Reject, Row, Sources, collect
 from vtok.data.verify import verify
 from vtok.data.workers import Notify, WorkerError, Workers
 
@@ -102,7 +102,7 @@ def _survey_all(paths: list[Path], lost: dict[str, str], notify: Notify) -> list
     return out
 
 
-def plan(sources: Sources, surveys: dict[Path, Survey], settings: Settings) -> Plan:
+def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Plan:
     """Clips, keys, splits and shards of the surveyed sources: a pure function, free of this machine's paths."""
     rejected = list(sources.rejected)
     usable: list[Row] = []
@@ -505,3 +505,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", type=Path, metavar="DIR", help="re-hash and decode a finished packing, list what is wrong")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.data.decode import DecodeError, iter_frames, probe
-from vtok.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from vtok.data.inputs import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from vtok.data.workers import Notify, Workers
 
 MEDIA = frozenset(suffix[1:] for suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES)
