@@ -232,7 +232,8 @@ def test_one_backward_equals_two(kind, discriminator):
     adversary.real_average.zero_(), adversary.fake_average.zero_()
     torch.manual_seed(1)
     keep = nested_keep(8, 2)
-    recon, quantized = model(pixels.video, pixels.frames(), keep)
+    out = model(pixels.video, pixels.frames(), keep)
+    recon, quantized = out.recon, out.quantized
     fake = net(recon)
     hinge = kind == "hinge"
     adversarial = losses.generator_adversarial(fake) if hinge else losses.generator_nonsaturating(fake)

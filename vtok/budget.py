@@ -1,6 +1,6 @@
 """How many tokens: whoever decides lengths, in training (nested dropout) or at inference (allocators).
 
-Letters: B batch, G groups (time blocks), K tokens per group.
+Letters: B batch, G groups (time blocks), K tokens per group, S levels (lengths a group may have).
 """
 
 from __future__ import annotations
@@ -94,3 +94,46 @@ def _truncnormal(count: int, low: int, high: int, mean: float, std: float, gener
     u = a + (b - a) * torch.rand(count, generator=generator, dtype=torch.float64)
     drawn = mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1)
     return drawn.round().clamp(low, high).long()
+
+
+def allocate_levels(distortion: Tensor, valid: Tensor, *, total: int, unit: int) -> Tensor:
+    """The best lengths for each clip on its own: minimise the summed distortion, spend at most `total` tokens.
+
+    Exact (dynamic programming over groups and units), for non-convex and non-monotone distortions too. Every real
+    group gets one unit at least. AdapTok (Li et al. 2025, https://arxiv.org/abs/2505.17011, eq. 6) solves an integer
+    program whose equality constraint spans a batch; here each clip keeps its own budget, so N = 1 adapts as well.
+
+    Args:
+        distortion: [B, G, S], of s + 1 units of `unit` tokens for a group.
+        valid: [B, G] bool, groups that exist. total: tokens of a clip.
+    Returns: [B, G] int64 tokens, 0 for groups that do not exist.
+    Raises: ValueError when `total` does not cover one unit for each group.
+    """
+    batch, groups, levels = distortion.shape
+    out = torch.zeros(batch, groups, dtype=torch.int64)
+    units = total // unit
+    for row in range(batch):
+        where = valid[row].nonzero()[:, 0].tolist()
+        if units < len(where):
+            raise ValueError(
+                f"budget of {total} tokens is too small: {len(where)} time blocks take at least {unit} tokens each, "
+                f"ask for {len(where) * unit} or more"
+            )
+        room = min(units, len(where) * levels)
+        best = torch.full((room + 1,), torch.inf, dtype=torch.float64)
+        best[0] = 0.0
+        choices = []
+        for group in where:
+            cost = distortion[row, group].double().cpu()
+            # candidates[s, u]: best of the groups before with u - (s + 1) units, plus this group's cost at s + 1 units
+            candidates = torch.full((levels, room + 1), torch.inf, dtype=torch.float64)
+            for level in range(min(levels, room)):
+                candidates[level, level + 1 :] = best[: room - level] + cost[level]
+            best, choice = candidates.min(0)
+            choices.append(choice)
+        left = int(best.argmin())
+        for group, choice in zip(reversed(where), reversed(choices)):
+            level = int(choice[left])
+            out[row, group] = (level + 1) * unit
+            left -= level + 1
+    return out.to(distortion.device)

@@ -75,6 +75,7 @@ class AdversarialConfig:
     weight: float = 0.0  # of the generator's term; 0 = no discriminator
     kind: str = "hinge"  # hinge | nonsaturating
     start: int = 0  # first step with the adversarial terms
+    every: int = 1  # the discriminator learns on every n-th step only (LARP: 5)
     adaptive: bool = False  # scale the generator's term by the ratio of gradients at the decoder's output layer
     smoothing: float = 0.0  # nonsaturating: real labels are 1 - smoothing
     lecam: float = 0.0  # weight of the LeCam regulariser
@@ -119,7 +120,13 @@ class Adversarial(nn.Module):
         self.register_buffer("real_average", torch.zeros(()))
         self.register_buffer("fake_average", torch.zeros(()))
 
-    def forward(self, recon: Tensor, video: Tensor, loss: Tensor, *, last: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminates(self, step: int) -> bool:
+        """Whether the discriminator learns at this step; its learning rate must be 0 otherwise."""
+        return step >= self.config.start and (step - self.config.start) % self.config.every == 0
+
+    def forward(
+        self, recon: Tensor, video: Tensor, loss: Tensor, *, step: int, last: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted generator term plus the discriminator's own, and a report.
 
         loss: what the generator minimises otherwise, last: weight of its output layer (both for `adaptive`).
@@ -132,14 +139,15 @@ class Adversarial(nn.Module):
         weight = torch.as_tensor(c.weight, device=recon.device)
         if c.adaptive and torch.is_grad_enabled():
             weight = weight * adaptive_weight(loss, adversarial, last)
+        report = {"adversarial": adversarial.detach(), "adversarial_weight": weight.detach()}
+        if not self.discriminates(step):
+            return weight * adversarial, report
         real_logits, fake_logits = self.discriminator(video), self.discriminator(recon.detach())
         if hinge:
             own = discriminator_hinge(real_logits, fake_logits)
         else:
             own = discriminator_nonsaturating(real_logits, fake_logits, smoothing=c.smoothing)
-        report = {
-            "adversarial": adversarial.detach(),
-            "adversarial_weight": weight.detach(),
+        report |= {
             "discriminator": own.detach(),
             "logits_real": real_logits.detach().mean(),
             "logits_fake": fake_logits.detach().mean(),

@@ -94,6 +94,14 @@ class FSQ(nn.Module):
         digits = indices // self.basis % self.levels
         return (digits - self.levels // 2).float() / (self.levels // 2)
 
+    def expect(self, probabilities: list[Tensor]) -> Tensor:
+        """Expected embedding [..., D] under one distribution [..., L] for each dimension."""
+        sizes = self.index_factors[0]
+        means = [
+            (p * ((torch.arange(n, device=p.device) - n // 2) / (n // 2))).sum(-1) for p, n in zip(probabilities, sizes)
+        ]
+        return torch.stack(means, -1)
+
 
 class _Codebook(nn.Module):
     """Plain-torch stand-in for vector-quantize-pytorch's codebook: the same buffers, no training."""
@@ -160,6 +168,10 @@ class _VectorQuantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """indices [..., 1] -> embeddings [..., D]."""
         return F.embedding(indices[..., 0], self.codebook)
+
+    def expect(self, probabilities: list[Tensor]) -> Tensor:
+        """Expected embedding [..., D] under a distribution over the codebook, [[..., V]]."""
+        return probabilities[0] @ self.codebook.to(probabilities[0])
 
 
 class VQ(_VectorQuantizer):
@@ -299,6 +311,10 @@ class LFQ(nn.Module):
         """indices [..., 1] -> embeddings [..., D] in {-1, 1}."""
         return (indices // self.basis.flip(0) % 2).float() * 2 - 1
 
+    def expect(self, probabilities: list[Tensor]) -> Tensor:
+        """Expected embedding [..., D] under one distribution [..., 2] a bit, least significant bit first."""
+        return torch.stack([p[..., 1] - p[..., 0] for p in reversed(probabilities)], -1)
+
 
 class Identity(nn.Module):
     """No quantization: continuous tokens, without ids. With `kl` > 0 the latents are a mean and a log-variance.
@@ -330,6 +346,9 @@ class Identity(nn.Module):
 
     def lookup(self, indices: Tensor) -> Tensor:
         raise ValueError("quantizer.name=identity makes continuous tokens: they have no indices to look up")
+
+    def expect(self, probabilities: list[Tensor]) -> Tensor:
+        raise ValueError("quantizer.name=identity makes continuous tokens: they have no ids to expect")
 
 
 Quantizer = FSQ | VQ | GradientVQ | LFQ | Identity

@@ -18,8 +18,9 @@ group, D width, Q ids per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtok import losses
-from vtok.budget import NestedConfig, nested_keep
+from vtok.budget import NestedConfig, allocate_levels, nested_keep
+from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.perceptual import load_lpips
 from vtok.layers.positions import Positions
+from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.pyramid import coverage
 from vtok.layers.transform import TransformCode
 from vtok.layers.transformer import Transformer
 from vtok.quantize import FSQ, QuantizerConfig, build_quantizer
-from vtok.types import Budget, Clip, LoadTokenizer, Loss, Quantized, ShapeError, StreamState, Tokens, resolve_budget
+from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
 
 @dataclass
@@ -60,6 +63,11 @@ class Config:
     dct_frequencies: list[int] = field(default_factory=lambda: [8, 24, 24])  # dct: lowest (t, y, x) frequencies kept
     dropped: str = "mask"  # mask (a learned vector stands in) | cut (the sequence is shorter)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    head: str = "pixels"  # pixels | teacher (ids of a frozen tokenizer, whose decoder makes the pixels; TiTok)
+    teacher: str = ""  # head=teacher: export folder or Hub repository of that tokenizer, read when a run begins
+    teacher_config: Any = None  # head=teacher: its architecture, filled in from `teacher`
+    scorer_depth: int = 0  # blocks of a network that predicts the distortion of every length (AdapTok); 0 = none
+    scorer_levels: int = 8  # lengths it knows: multiples of num_tokens / scorer_levels
     flex_attention: bool = False  # FlexAttention on CUDA
     checkpoint: bool = False  # recompute activations in the backward pass
 
@@ -85,6 +93,16 @@ class Config:
                 f"model.blocks={self.blocks} and model.mask={self.mask!r} do not fit: "
                 "time_block masks need blocks > 1, other masks blocks = 1"
             )
+        if self.head not in ("pixels", "teacher"):
+            raise ValueError(f"model.head={self.head!r} is unknown; choose pixels or teacher")
+        if self.head == "teacher" and not (self.teacher or self.teacher_config):
+            raise ValueError("model.head=teacher needs model.teacher, the export of a trained tokenizer")
+        if self.head == "teacher" and (self.blocks > 1 or self.registers == "dct"):
+            raise ValueError(
+                "model.head=teacher predicts the ids of a whole chunk: set model.blocks=1, registers=learned"
+            )
+        if self.scorer_depth and self.num_tokens % self.scorer_levels:
+            raise ValueError(f"model.scorer_levels={self.scorer_levels} must divide model.num_tokens={self.num_tokens}")
         if self.registers == "dct" and (self.blocks > 1 or self.quantizer.name != "fsq"):
             raise ValueError(
                 "model.registers='dct' codes the whole chunk with FSQ levels: set model.blocks=1 and "
@@ -103,15 +121,14 @@ class Config:
 
 
 @dataclass
-class _Chunks:
-    """Chunks ready for the network: patches padded, padding known."""
+class Output:
+    """What one training pass makes: pixels, and what the losses read beside them."""
 
-    video: Tensor  # [M, C, T, H, W], every frame past the real ones repeats the last real one
-    lengths: Tensor  # [M] real frames, 0 for a chunk that only pads a ragged batch
-    grid: tuple[int, int, int]
-    blocks: int  # time blocks these T frames span
-    patch_valid: Tensor  # [M, N] bool
-    block_valid: Tensor  # [M, blocks] bool
+    recon: Tensor | None  # [B, C, T, H, W], None when only the teacher's ids were asked for
+    quantized: Quantized  # embeddings [B, blocks, K, D]
+    keep: Tensor  # [B, blocks, K] bool
+    block_valid: Tensor  # [B, blocks] bool
+    teacher_logits: list[Tensor] | None = None  # by factor of the teacher's ids, [B, K', L]
 
 
 @lru_cache(maxsize=64)
@@ -123,21 +140,21 @@ def _cached_mask(
     return None if mask is None else mask.to(device)
 
 
-class Model(nn.Module):
-    """What ships: `encode`, `decode`, `lookup` and their streaming forms.
-
-    Attributes: `embedding_dim` width of a token, `max_tokens` tokens of one chunk, `codebook_sizes` and
-    `index_factors` of its ids (empty for continuous tokens).
-    """
+class Model(ChunkedTokenizer):
+    """What ships: `encode`, `decode`, `lookup` and their streaming forms (`vtok.layers.chunked`)."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.config = c = config
-        self.quantizer = build_quantizer(c.quantizer)
-        self.codebook_sizes = self.quantizer.codebook_sizes
-        self.index_factors = self.quantizer.index_factors
-        self.embedding_dim = self.quantizer.dim
-        self.max_tokens = c.num_tokens * c.blocks
+        c, quantizer = config, build_quantizer(config.quantizer)
+        super().__init__(
+            channels=c.channels,
+            num_frames=c.num_frames,
+            blocks=c.blocks,
+            num_tokens=c.num_tokens,
+            embedding_dim=quantizer.dim,
+            codebook_sizes=quantizer.codebook_sizes,
+            index_factors=quantizer.index_factors,
+        )
+        self.config, self.quantizer = config, quantizer
         num_registers = c.num_tokens * c.blocks
         pixels = c.channels * c.patch[0] * c.patch[1] * c.patch[2]
 
@@ -149,11 +166,20 @@ class Model(nn.Module):
 
         self.from_code = nn.Linear(self.quantizer.dim, c.width)
         self.decoder_registers = nn.Parameter(torch.randn(num_registers, c.width) * 0.02)
-        self.decoder_positions = Positions(c.width, c.grid, kind=c.positions)
         self.query = nn.Parameter(torch.randn(c.width) * 0.02)
         self.dropped = nn.Parameter(torch.randn(c.width) * 0.02) if c.dropped == "mask" else None
         self.decoder = self._transformer(c.decoder_depth)
-        self.patch_out = nn.Linear(c.width, pixels)
+        if c.head == "teacher":
+            if c.teacher_config is None:
+                raise ValueError("model.teacher is not read yet: build the model through vtok.families.flexible.build")
+            self.teacher = Model(_teacher_config(c))
+            self.decoder_places = nn.Parameter(torch.randn(self.teacher.max_tokens, c.width) * 0.02)
+            self.out = nn.Linear(c.width, sum(sum(factors) for factors in self.teacher.index_factors))
+        else:
+            self.decoder_positions = Positions(c.width, c.grid, kind=c.positions)
+            self.out = nn.Linear(c.width, pixels)
+        if c.scorer_depth:
+            self.scorer = Scorer(c, self.quantizer.latent_dim + self.quantizer.dim)
 
         if c.registers == "pyramid":
             self.pool_in = nn.Linear(pixels, c.width)
@@ -167,7 +193,7 @@ class Model(nn.Module):
                 max_frequencies=(c.dct_frequencies[0], c.dct_frequencies[1], c.dct_frequencies[2]),
             )
             self.base_in = nn.Linear(pixels, c.width)
-            for residual in (self.to_latent, self.patch_out):  # the network begins as no correction at all
+            for residual in (self.to_latent, self.out):  # the network begins as no correction at all
                 nn.init.zeros_(residual.weight)
                 nn.init.zeros_(residual.bias)
 
@@ -186,7 +212,7 @@ class Model(nn.Module):
 
     # ---- chunks and patches ------------------------------------------------------------------------------------
 
-    def _chunks(self, video: Tensor, lengths: Tensor) -> _Chunks:
+    def chunks(self, video: Tensor, lengths: Tensor) -> Chunks:
         """[M, C, T, H, W] with T <= num_frames, padded to whole patches (and whole time blocks)."""
         c = self.config
         unit = c.block_frames if c.blocks > 1 else c.patch[0]
@@ -203,7 +229,7 @@ class Model(nn.Module):
         patch_valid = (starts < lengths[:, None]).repeat_interleave(grid[1] * grid[2], 1)
         blocks = frames // c.block_frames if c.blocks > 1 else 1
         block_starts = torch.arange(blocks, device=video.device) * c.block_frames
-        return _Chunks(video, lengths, grid, blocks, patch_valid, block_starts < lengths[:, None])
+        return Chunks(video, lengths, grid, blocks, patch_valid, block_starts < lengths[:, None])
 
     def _patchify(self, video: Tensor) -> Tensor:
         """[M, C, T, H, W] -> [M, N, C * patch volume]."""
@@ -215,7 +241,7 @@ class Model(nn.Module):
         t, h, w = grid
         return rearrange(patches, "M (t h w) (C p q r) -> M C (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
 
-    def _cells(self, chunks: _Chunks) -> Tensor:
+    def _cells(self, chunks: Chunks) -> Tensor:
         """[M, blocks, K, N / blocks]: pyramid coverage of every time block."""
         t, h, w = chunks.grid
         full = self.config.grid
@@ -231,8 +257,8 @@ class Model(nn.Module):
 
     # ---- one chunk -----------------------------------------------------------------------------------------------
 
-    def encode_chunks(self, chunks: _Chunks) -> Quantized:
-        """Every token of every chunk: embeddings [M, blocks, K, D], indices [M, blocks, K, Q]."""
+    def latents(self, chunks: Chunks) -> Tensor:
+        """Register outputs before quantization: [M, blocks, K, latent]."""
         c = self.config
         patches = self._patchify(chunks.video)  # [M, N, P]
         x = self.patch_in(patches) + self.encoder_positions(chunks.grid).to(patches)
@@ -252,9 +278,30 @@ class Model(nn.Module):
             coefficients = self.code.analyse(chunks.video, chunks.lengths.clamp_min(1))
             assert isinstance(self.quantizer, FSQ)
             z = self.code.encode(coefficients, z)
-        z = rearrange(z, "M (b K) D -> M b K D", b=chunks.blocks)
+        return rearrange(z, "M (b K) D -> M b K D", b=chunks.blocks)
+
+    def quantize(self, z: Tensor, chunks: Chunks) -> Quantized:
+        """Latents [M, blocks, K, latent] as tokens; padding moves no statistics."""
         real = None if bool(chunks.block_valid.all()) else chunks.block_valid[:, :, None].expand(z.shape[:-1])
         return self.quantizer(z, real)
+
+    def encode_chunks(self, chunks: Chunks) -> Quantized:
+        """Every token of every chunk: embeddings [M, blocks, K, D], indices [M, blocks, K, Q]."""
+        return self.quantize(self.latents(chunks), chunks)
+
+    def _decoder_input(self, codes: Tensor, keep: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """Kept tokens as decoder latents [M, blocks, K', D], and which of them may be seen [M, blocks, K']."""
+        c = self.config
+        count = c.num_tokens
+        if c.dropped == "cut":
+            count = max(int(keep.sum(-1).max()), 1)
+            codes, keep = codes[:, :, :count], keep[:, :, :count]
+        places = rearrange(self.decoder_registers[: blocks * c.num_tokens], "(b K) D -> b K D", b=blocks)
+        latents = self.from_code(codes)
+        if self.dropped is None:
+            return latents + places[:, :count].to(latents), keep
+        latents = torch.where(keep[..., None], latents, self.dropped.to(latents))
+        return latents + places.to(latents), torch.ones_like(keep)
 
     def decode_chunks(
         self, codes: Tensor, keep: Tensor, lengths: Tensor, *, frames: int, size: tuple[int, int]
@@ -266,21 +313,15 @@ class Model(nn.Module):
         Returns: [M, C, T, H, W], not clipped.
         """
         c = self.config
-        canvas = codes.new_zeros(()).expand(codes.shape[0], 1, frames, *size)
-        chunks = self._chunks(canvas, lengths)
-        count = c.num_tokens
-        if c.dropped == "cut":
-            count = max(int(keep.sum(-1).max()), 1)
-            codes, keep = codes[:, :, :count], keep[:, :, :count]
-        places = rearrange(self.decoder_registers[: chunks.blocks * c.num_tokens], "(b K) D -> b K D", b=chunks.blocks)
-        latents = self.from_code(codes)
-        if self.dropped is not None:
-            latents = torch.where(keep[..., None], latents, self.dropped.to(latents))
-        latents = (latents + places[:, :count].to(latents)).flatten(1, 2)  # [M, R, D]
+        if c.head == "teacher":
+            logits = self.teacher_logits(codes, keep)
+            return self.decode_teacher(logits, lengths, frames=frames, size=size)
+        chunks = self.chunks(codes.new_zeros(()).expand(codes.shape[0], 1, frames, *size), lengths)
+        latents, seen = self._decoder_input(codes, keep, chunks.blocks)
         queries = (self.query + self.decoder_positions(chunks.grid)).to(latents).expand(codes.shape[0], -1, -1)
-        base = None
+        count, base = latents.shape[2], None
         if c.registers == "pyramid":
-            value = self.unpool(codes) * keep[..., None]
+            value = (self.unpool(codes) * keep[..., None])[:, :, :count]
             cells = self._cells(chunks)[:, :, :count].to(value)
             queries = queries + (cells.transpose(-1, -2) @ value).flatten(1, 2)
         elif c.registers == "dct":
@@ -289,246 +330,88 @@ class Model(nn.Module):
             queries = queries + self.base_in(self._patchify(base).to(queries))
         length = queries.shape[1]
         mask = _cached_mask("decoder", c.mask, length, chunks.blocks * count, chunks.blocks, latents.device)
-        seen = keep if c.dropped == "cut" else chunks.block_valid[:, :, None].expand(keep.shape)
-        mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, seen.flatten(1)], 1))
-        x = self.decoder(torch.cat([queries, latents], 1), mask)[:, :length]
-        video = self._unpatchify(self.patch_out(x), chunks.grid)
+        seen = (seen & chunks.block_valid[:, :, None]).flatten(1)
+        mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, seen], 1))
+        x = self.decoder(torch.cat([queries, latents.flatten(1, 2)], 1), mask)[:, :length]
+        video = self._unpatchify(self.out(x), chunks.grid)
         if base is not None:
             video = video + base
         return video[:, :, :frames, : size[0], : size[1]]
 
-    # ---- whole clips ---------------------------------------------------------------------------------------------
+    def teacher_logits(self, codes: Tensor, keep: Tensor) -> list[Tensor]:
+        """Scores of the teacher's ids for kept tokens, by factor of its codebook: each [M, K', L]."""
+        latents, seen = self._decoder_input(codes, keep, 1)
+        queries = (self.query + self.decoder_places).to(latents).expand(codes.shape[0], -1, -1)
+        length = queries.shape[1]
+        valid = torch.cat([seen.new_ones(codes.shape[0], length), seen.flatten(1)], 1)
+        x = self.decoder(torch.cat([queries, latents.flatten(1, 2)], 1), with_valid_keys(None, valid))
+        sizes = [size for factors in self.teacher.index_factors for size in factors]
+        return list(self.out(x[:, :length]).split(sizes, -1))
 
-    def _split(self, video: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, int]:
-        """A clip as chunks: [B * n, C, num_frames or T, H, W], lengths [B * n], n chunks a clip."""
-        span = self.config.num_frames
-        count = max(-(-video.shape[2] // span), 1)
-        if count == 1:
-            return video, lengths, 1
-        short = count * span - video.shape[2]
-        if short:
-            video = torch.cat([video, video[:, :, -1:].expand(-1, -1, short, -1, -1)], 2)
-        starts = torch.arange(count, device=lengths.device) * span
-        lengths = (lengths[:, None] - starts).clamp(0, span).flatten()
-        return rearrange(video, "B C (n T) H W -> (B n) C T H W", n=count), lengths, count
+    def decode_teacher(self, logits: list[Tensor], lengths: Tensor, *, frames: int, size: tuple[int, int]) -> Tensor:
+        """Pixels through the teacher's decoder, from the expected embedding of its ids (differentiable; TiTok's second
+        stage reads the soft codebook in the same way)."""
+        codes = self.teacher.quantizer.expect([part.float().softmax(-1) for part in logits])
+        codes = rearrange(codes, "M (b K) D -> M b K D", b=self.teacher.blocks)
+        blocks = -(-frames // self.teacher.block_frames) if self.teacher.blocks > 1 else 1
+        everything = codes.new_ones(codes.shape[:3], dtype=torch.bool)[:, :blocks]
+        return self.teacher.decode_chunks(codes[:, :blocks], everything, lengths, frames=frames, size=size)
 
-    def forward(self, video: Tensor, lengths: Tensor, keep: Tensor) -> tuple[Tensor, Quantized]:
-        """Training pass of clips of at most one chunk, keep [B, blocks] tokens a group: (recon, quantized)."""
-        chunks = self._chunks(video, lengths)
+    def teacher_digits(self, video: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The teacher's ids of clips of at most one chunk as digits by factor, each [B, K'], and which are real."""
+        with torch.no_grad():
+            chunks = self.teacher.chunks(video, lengths)
+            indices = self.teacher.encode_chunks(chunks).indices  # [B, blocks, K, Q]
+        assert indices is not None
+        digits = []
+        for part, factors in enumerate(self.teacher.index_factors):
+            rest = indices[..., part].flatten(1)
+            for size in factors:
+                digits.append(rest % size)
+                rest = rest // size
+        return digits, chunks.block_valid.repeat_interleave(self.teacher.num_tokens, 1)
+
+    def forward(self, video: Tensor, lengths: Tensor, keep: Tensor, *, pixels: bool = True) -> Output:
+        """Training pass of clips of at most one chunk, keep [B, blocks] tokens a group."""
+        chunks = self.chunks(video, lengths)
         quantized = self.encode_chunks(chunks)
         rank = torch.arange(self.config.num_tokens, device=video.device)
         kept = (rank < keep[:, : chunks.blocks, None]) & chunks.block_valid[..., None]
-        size = (video.shape[3], video.shape[4])
-        recon = self.decode_chunks(quantized.embeddings, kept, lengths, frames=video.shape[2], size=size)
-        return recon, quantized
-
-    def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
-        """Tokens of a clip of any length and size; an image is a clip of one frame.
-
-        Groups are time blocks in order; `rank` is the nesting order inside a group. 1D tokens have no place: positions
-        are NaN. `budget` keeps the first tokens of every group (`vtok.types.resolve_budget`).
-        """
-        clip = clip.as_float()
-        if clip.video is None:
-            raise ShapeError("flexible.encode needs Clip.video")
-        if clip.video.shape[1] != self.config.channels:
-            raise ShapeError(f"Clip.video has {clip.video.shape[1]} channels, model.channels={self.config.channels}")
-        lengths = clip.frames()
-        video, chunk_lengths, count = self._split(clip.video, lengths)
-        chunks = self._chunks(video, chunk_lengths)
-        quantized = self.encode_chunks(chunks)
-        tokens = self._tokens(quantized, chunks.block_valid, count, lengths)
-        if clip.times is not None:
-            tokens = replace(tokens, times=self._group_times(clip.times, lengths, int(tokens.num_groups.max())))
-        if budget is None:
-            return tokens
-        groups = tokens.num_groups
-        resolved = resolve_budget(budget, groups=groups, max_per_group=self.config.num_tokens)
-        assert resolved is not None
-        return tokens.truncate(resolved)
-
-    def _tokens(self, quantized: Quantized, block_valid: Tensor, count: int, frames: Tensor) -> Tokens:
-        """[B * n, blocks, K, ...] as Tokens, groups of padding left out."""
-        tokens = self.config.num_tokens
-
-        def flat(value: Tensor) -> Tensor:
-            return rearrange(value, "(B n) b K D -> B (n b K) D", n=count)
-
-        embeddings = flat(quantized.embeddings)
-        batch, length, _ = embeddings.shape
-        at = torch.arange(length, device=embeddings.device).expand(batch, -1)
-        lengths = rearrange(block_valid, "(B n) b -> B (n b)", n=count).sum(1) * tokens
-        longest = int(lengths.max())
-        everything = Tokens(
-            embeddings=embeddings[:, :longest],
-            lengths=lengths,
-            positions=embeddings.new_full((batch, longest, 3), torch.nan),
-            group=(at // tokens)[:, :longest],
-            rank=(at % tokens)[:, :longest],
-            indices=None if quantized.indices is None else flat(quantized.indices)[:, :longest],
-            codebook_sizes=self.codebook_sizes if quantized.indices is not None else (),
-            frames=frames,
-        )
-        return everything
-
-    def _group_times(self, times: Tensor, lengths: Tensor, groups: int) -> Tensor:
-        """[B, G, 2] seconds of the first and last frame of every group."""
-        first = torch.arange(groups, device=times.device) * self.config.block_frames
-        last = first + self.config.block_frames - 1
-        edges = torch.stack([first, last], -1).flatten().expand(times.shape[0], -1)
-        edges = torch.minimum(edges, lengths[:, None] - 1)
-        return times.gather(1, edges).reshape(times.shape[0], groups, 2)
-
-    def _slots(self, tokens: Tokens, groups: int) -> tuple[Tensor, Tensor]:
-        """Ragged tokens back in their places: codes [B, G, K, D] (zero where absent), keep [B, G, K] bool."""
-        batch, _, dim = tokens.embeddings.shape
-        count = self.config.num_tokens
-        mask = tokens.mask
-        if mask.any() and (int(tokens.group[mask].max()) >= groups or int(tokens.rank[mask].max()) >= count):
-            raise ShapeError(
-                f"tokens reach past the {groups} groups of {count} tokens that {tokens.frames} frames have"
-            )
-        where = torch.where(mask, tokens.group * count + tokens.rank, groups * count)
-        codes = tokens.embeddings.new_zeros(batch, groups * count + 1, dim)
-        codes = codes.scatter(1, where[..., None].expand(-1, -1, dim), tokens.embeddings)
-        keep = torch.zeros(batch, groups * count + 1, dtype=torch.bool, device=where.device)
-        keep = keep.scatter(1, where, True)
-        codes, keep = codes[:, :-1], keep[:, :-1]
-        return codes.reshape(batch, groups, count, dim), keep.reshape(batch, groups, count)
-
-    def decode(self, tokens: Tokens, *, size: tuple[int, int]) -> Tensor:
-        """Video [B, C, T, H, W] in [-1, 1] with T = max(tokens.frames); frames past a clip's own repeat its last."""
-        c = self.config
-        if tokens.frames is None:
-            raise ShapeError("flexible.decode needs Tokens.frames: how many frames each clip has")
-        frames = int(tokens.frames.max())
-        count = max(-(-frames // c.num_frames), 1)
-        if count == 1:
-            blocks = -(-frames // c.block_frames) if c.blocks > 1 else 1
-            span, lengths = frames, tokens.frames
+        frames, size = video.shape[2], (video.shape[3], video.shape[4])
+        out = Output(None, quantized, kept, chunks.block_valid)
+        if self.config.head == "teacher":
+            out.teacher_logits = self.teacher_logits(quantized.embeddings, kept)
+            if pixels:
+                out.recon = self.decode_teacher(out.teacher_logits, lengths, frames=frames, size=size)
         else:
-            blocks, span = c.blocks, c.num_frames
-            starts = torch.arange(count, device=tokens.frames.device) * span
-            lengths = (tokens.frames[:, None] - starts).clamp(0, span).flatten()
-        codes, keep = self._slots(tokens, count * blocks)
-        codes, keep = (rearrange(v, "B (n b) ... -> (B n) b ...", b=blocks) for v in (codes, keep))
-        video = self.decode_chunks(codes, keep, lengths, frames=span, size=size)
-        video = rearrange(video, "(B n) C T H W -> B C (n T) H W", n=count)[:, :, :frames].clamp(-1, 1)
-        last = torch.minimum(torch.arange(frames, device=video.device), tokens.frames[:, None] - 1)
-        return video.gather(2, last[:, None, :, None, None].expand_as(video))
+            out.recon = self.decode_chunks(quantized.embeddings, kept, lengths, frames=frames, size=size)
+        return out
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Token ids [..., Q] -> embeddings [..., D]."""
         return self.quantizer.lookup(indices)
 
-    def tokens_from_indices(
-        self, indices: Tensor, *, lengths: Tensor, group: Tensor, rank: Tensor, frames: Tensor
-    ) -> Tokens:
-        """Tokens read back from a file: ids [B, K, Q] with their groups and ranks."""
-        embeddings = self.lookup(indices)
-        return Tokens(
-            embeddings=embeddings,
-            lengths=lengths,
-            positions=embeddings.new_full((*indices.shape[:2], 3), torch.nan),
-            group=group,
-            rank=rank,
-            indices=indices,
-            codebook_sizes=self.codebook_sizes,
-            frames=frames,
-        )
+    # ---- how many tokens -------------------------------------------------------------------------------------------
 
-    # ---- streaming -----------------------------------------------------------------------------------------------
-    # A step's Tokens count their groups from 0: `state.done` groups came before. With a time_block mask a block is
-    # coded as soon as its frames are there, by re-reading the chunk's earlier frames (at most num_frames of them).
+    @torch.no_grad()
+    def allocate(self, clip: Clip, total: int) -> Tensor:
+        """Tokens for every time block of every clip, [B, G] int64 with a sum of at most `total`: what the scorer
+        predicts to be best, for each clip on its own (AdapTok solves a program over a whole batch instead).
 
-    def init_state(self, batch: int, size: tuple[int, int]) -> StreamState:
-        """State of an encoding stream of `batch` videos of (H, W) = size, all of one length."""
-        return StreamState(batch, size)
-
-    def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
-        """Take any number of frames; return the tokens of every group completed by them, or None."""
-        clip = clip.as_float()
-        if clip.video is None or tuple(clip.video.shape[3:]) != state.size or clip.video.shape[0] != state.batch:
-            have = None if clip.video is None else list(clip.video.shape)
-            raise ShapeError(f"stream of {state.batch} videos of size {state.size} got a clip of shape {have}")
-        if clip.lengths is not None and bool((clip.lengths != clip.video.shape[2]).any()):
-            raise ShapeError("a stream takes clips without padding: every video of the batch advances together")
-        state.buffer = clip.video if state.buffer is None else torch.cat([state.buffer, clip.video], 2)
-        return self._drain(state, final=False), state
-
-    def flush(self, state: StreamState) -> Tokens | None:
-        """Tokens of the frames left over, as the end of the video; None when there are none."""
-        return self._drain(state, final=True)
-
-    def _drain(self, state: StreamState, *, final: bool) -> Tokens | None:
-        c = self.config
-        done_blocks = state.cache.setdefault("blocks", 0)  # blocks of the buffered chunk already given out
-        pieces: list[Tokens] = []
-        while state.buffer is not None:
-            available = min(state.buffer.shape[2], c.num_frames)
-            ready = available // c.block_frames
-            if final and available % c.block_frames:
-                ready += 1
-            if ready <= done_blocks:
-                break
-            part = state.buffer[:, :, : min(ready * c.block_frames, available)]
-            lengths = torch.full((state.batch,), part.shape[2], dtype=torch.int64, device=part.device)
-            chunks = self._chunks(part, lengths)
-            quantized = self.encode_chunks(chunks)
-            fresh = slice(done_blocks, ready)
-            indices = None if quantized.indices is None else quantized.indices[:, fresh]
-            quantized = quantized._replace(embeddings=quantized.embeddings[:, fresh], indices=indices)
-            frames = lengths - done_blocks * c.block_frames
-            pieces.append(self._tokens(quantized, chunks.block_valid[:, fresh], 1, frames))
-            state.done += ready - done_blocks
-            done_blocks = ready
-            if ready == c.blocks:
-                rest = state.buffer[:, :, c.num_frames :]
-                state.buffer, done_blocks = (rest if rest.shape[2] else None), 0
-            elif final:
-                state.buffer, done_blocks = None, 0
-        state.cache["blocks"] = done_blocks
-        return _join(pieces)
-
-    def init_decode_state(self, batch: int, size: tuple[int, int]) -> StreamState:
-        """State of a decoding stream that makes frames of (H, W) = size."""
-        return StreamState(batch, size)
-
-    def decode_step(self, tokens: Tokens, state: StreamState) -> tuple[Tensor | None, StreamState]:
-        """Tokens of the next whole groups (as `step` or `truncate` gave them) -> their frames [B, C, T, H, W].
-
-        `tokens.frames` says how many frames they hold, equal over the batch.
+        Raises: ValueError without a scorer, or when `total` does not cover one level a block.
         """
-        c = self.config
-        if tokens.frames is None or tokens.frames.shape[0] != state.batch:
-            raise ShapeError(f"a decoding stream of {state.batch} videos needs Tokens.frames of that many")
-        frames = int(tokens.frames[0])
-        if bool((tokens.frames != frames).any()):
-            raise ShapeError("a stream decodes videos of one length: Tokens.frames differ over the batch")
-        groups = -(-frames // c.block_frames)
-        codes, keep = self._slots(tokens, groups)
-        past = state.buffer  # groups of the unfinished chunk: (codes, keep)
-        if past is not None:
-            codes, keep = torch.cat([past[0], codes], 1), torch.cat([past[1], keep], 1)
-        skip = 0 if past is None else past[0].shape[1]
-        total = skip * c.block_frames + frames
-        out = []
-        for start in range(0, codes.shape[1], c.blocks):
-            part = slice(start, min(start + c.blocks, codes.shape[1]))
-            length = min(total - start * c.block_frames, c.num_frames)
-            lengths = torch.full((state.batch,), length, dtype=torch.int64, device=codes.device)
-            video = self.decode_chunks(codes[:, part], keep[:, part], lengths, frames=length, size=state.size)
-            out.append(video[:, :, (skip * c.block_frames if start == 0 else 0) :])
-        left = codes.shape[1] % c.blocks
-        complete = total % c.block_frames == 0
-        state.buffer = (codes[:, -left:], keep[:, -left:]) if left and complete else None
-        state.done += groups
-        return torch.cat(out, 2).clamp(-1, 1), state
-
-    def decode_flush(self, state: StreamState) -> Tensor | None:
-        """Nothing is held back by `decode_step`: always None."""
-        state.buffer = None
-        return None
+        if not self.config.scorer_depth:
+            raise ValueError("this model has no scorer: set model.scorer_depth and train it (objective.scorer)")
+        clip = clip.as_float()
+        assert clip.video is not None
+        video, lengths, count = self._split(clip.video, clip.frames())
+        chunks = self.chunks(video, lengths)
+        z = self.latents(chunks)
+        scores = self.scorer.distortion(z, self.quantize(z, chunks).embeddings, chunks.block_valid)  # [M, blocks, S]
+        scores = rearrange(scores, "(B n) b S -> B (n b) S", n=count)
+        valid = rearrange(chunks.block_valid, "(B n) b -> B (n b)", n=count)
+        unit = self.config.num_tokens // self.config.scorer_levels
+        return allocate_levels(scores, valid, total=total, unit=unit)
 
     # ---- before training -----------------------------------------------------------------------------------------
 
@@ -540,29 +423,80 @@ class Model(nn.Module):
         return self.code.fit(videos) if self.config.registers == "dct" else {}
 
 
-def _join(pieces: list[Tokens]) -> Tokens | None:
-    """Consecutive tokens of one stream as one Tokens, groups counted through."""
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
-    offsets, groups = [], 0
-    for piece in pieces:
-        offsets.append(groups)
-        groups += int(piece.num_groups.max())
+class Scorer(nn.Module):
+    """Predicts how bad every length of a time block would be, from its latents before and after quantization.
 
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(piece, name) for piece in pieces], 1)
+    AdapTok, Li et al. 2025, https://arxiv.org/abs/2505.17011, section 3.3: a block-causal transformer over [z, codes].
+    It predicts the standardised logarithm of the distortion at `levels` lengths; the mean and deviation it was trained
+    with are buffers.
+    """
 
-    frames = torch.stack([piece.frames for piece in pieces if piece.frames is not None]).sum(0)
-    return Tokens(
-        embeddings=cat("embeddings"),
-        lengths=torch.stack([piece.lengths for piece in pieces]).sum(0),
-        positions=cat("positions"),
-        group=torch.cat([piece.group + offset for piece, offset in zip(pieces, offsets)], 1),
-        rank=cat("rank"),
-        indices=None if pieces[0].indices is None else cat("indices"),
-        codebook_sizes=pieces[0].codebook_sizes,
-        frames=frames,
-    )
+    mean: Tensor
+    std: Tensor
+    seen: Tensor
+
+    def __init__(self, config: Config, dim: int):
+        super().__init__()
+        c = self.config = config
+        self.code_in = nn.Linear(dim, c.width)
+        self.places = nn.Parameter(torch.randn(c.num_tokens * c.blocks, c.width) * 0.02)
+        self.transformer = Transformer(c.width, c.scorer_depth, c.num_heads, mlp_ratio=c.mlp_ratio, mlp=c.mlp)
+        self.head = nn.Linear(c.width, c.scorer_levels)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, z: Tensor, codes: Tensor, block_valid: Tensor) -> Tensor:
+        """z, codes [M, blocks, K, *] -> standardised log-distortion [M, blocks, levels]."""
+        x = torch.cat([z, codes], -1)
+        blocks, count = x.shape[1], x.shape[2]
+        x = self.code_in(x.flatten(1, 2)) + self.places[: blocks * count].to(x)
+        mask = encoder_mask("time_block_causal", patches=0, registers=blocks * count, blocks=blocks)
+        assert mask is not None
+        mask = with_valid_keys(mask.to(x.device), block_valid.repeat_interleave(count, 1))
+        x = rearrange(self.transformer(x, mask), "M (b K) D -> M b K D", b=blocks)
+        return self.head(x.mean(2))
+
+    def standardise(self, target: Tensor, *, decay: float = 0.99) -> None:
+        """Move mean and deviation towards those of `target`; the first batches count in full."""
+        if not target.numel():
+            return
+        self.seen.add_(1)
+        weight = max(1 - decay, 1 / int(self.seen))
+        self.mean.lerp_(target.mean(), weight)
+        self.std.lerp_(target.std().clamp_min(1e-3), weight)
+
+    def distortion(self, z: Tensor, codes: Tensor, block_valid: Tensor) -> Tensor:
+        """Predicted distortion [M, blocks, levels] in the units it was trained on."""
+        return (self(z, codes, block_valid).float() * self.std + self.mean).exp()
+
+
+def _teacher_config(config: Config) -> Config:
+    values = dict(config.teacher_config)
+    quantizer = QuantizerConfig(**values.pop("quantizer"))
+    teacher = Config(**values, quantizer=quantizer)
+    if teacher.num_frames != config.num_frames or teacher.channels != config.channels:
+        raise ValueError(
+            f"model.teacher sees chunks of {teacher.num_frames} frames of {teacher.channels} channels, this model "
+            f"{config.num_frames} of {config.channels}: they must agree"
+        )
+    return teacher
+
+
+def build(config: Config, *, load: LoadTokenizer) -> Model:
+    """A fresh model to train; a `teacher` is read by path, its architecture and weights become part of the model."""
+    if config.head != "teacher" or config.teacher_config is not None:
+        return Model(config)
+    teacher = load(config.teacher)
+    if not isinstance(teacher, Model):
+        raise ValueError(
+            f"model.teacher={config.teacher!r} is a {type(teacher).__module__} model: head=teacher decodes with a "
+            "flexible one"
+        )
+    config.teacher_config = asdict(teacher.config)
+    model = Model(config)
+    model.teacher.load_state_dict(teacher.state_dict(), strict=True)
+    return model
 
 
 @dataclass
@@ -574,6 +508,10 @@ class ObjectiveConfig:
     perceptual_weights: str = ""  # path of the LPIPS weights
     perceptual_sha256: str = ""
     quantizer: float = 1.0  # weight of the quantizer's own loss
+    teacher: float = 0.0  # cross-entropy against the teacher's ids (model.head=teacher), in nats a token
+    scorer: bool = False  # train model.scorer alone; everything else is frozen
+    scorer_metric: str = "mse"  # mse | lpips: the distortion it learns to predict
+    prior: PriorConfig = field(default_factory=PriorConfig)
     adversarial: losses.AdversarialConfig = field(default_factory=losses.AdversarialConfig)
 
 
@@ -587,12 +525,30 @@ class Objective(nn.Module):
         self.config = c = config
         nested_keep(model_config.num_tokens, 1, config=c.nested)  # a law that does not fit fails here
         self.perceptual = None
-        if c.perceptual:
+        if c.perceptual or (c.scorer and c.scorer_metric == "lpips"):
             if not c.perceptual_weights:
                 raise ValueError(
-                    f"objective.perceptual={c.perceptual} needs objective.perceptual_weights, a file of LPIPS weights"
+                    f"objective.perceptual={c.perceptual}, scorer_metric={c.scorer_metric!r} need "
+                    "objective.perceptual_weights, a file of LPIPS weights (see docs/formats.md)"
                 )
             self.perceptual = load_lpips(c.perceptual_weights, sha256=c.perceptual_sha256).requires_grad_(False)
+        if c.scorer and not model_config.scorer_depth:
+            raise ValueError("objective.scorer=true needs model.scorer_depth > 0")
+        if c.scorer_metric not in ("mse", "lpips"):
+            raise ValueError(f"objective.scorer_metric={c.scorer_metric!r} is unknown; choose mse or lpips")
+        if c.teacher and model_config.head != "teacher":
+            raise ValueError(f"objective.teacher={c.teacher} needs model.head=teacher")
+        self.prior = None
+        if c.prior.weight:
+            sizes = build_quantizer(model_config.quantizer)
+            if len(sizes.codebook_sizes) != 1:
+                raise ValueError("objective.prior predicts one id a token: it needs a discrete quantizer")
+            self.prior = ARPrior(
+                c.prior,
+                dim=sizes.dim,
+                codebook_size=sizes.codebook_sizes[0],
+                max_tokens=model_config.num_tokens * model_config.blocks,
+            )
         self.adversarial = None
         if c.adversarial.weight:
             self.adversarial = losses.Adversarial(
@@ -604,28 +560,98 @@ class Objective(nn.Module):
 
     def idle(self, step: int) -> tuple[str, ...]:
         """Parameter prefixes that rest at this step: learning rate 0, or weight decay would still move them."""
-        return ("adversarial",) if self.adversarial is not None and step < self.config.adversarial.start else ()
+        resting = self.adversarial is not None and not self.adversarial.discriminates(step)
+        return ("adversarial",) if resting else ()
 
     def forward(self, model: Model, clip: Clip, step: int) -> Loss:
         c = self.config
         assert clip.video is not None and clip.video.is_floating_point()
         video, lengths = clip.video, clip.frames()
+        if c.scorer:
+            return self._score(model, video, lengths)
         mask = None if clip.lengths is None else losses.frame_mask(lengths, video.shape[2])
         shape = model.config
         keep = nested_keep(shape.num_tokens, video.shape[0], groups=shape.blocks, config=c.nested).to(video.device)
-        recon, quantized = model(video, lengths, keep)
-        recon = recon.float()
-        report: dict[str, Tensor] = {f"quantizer_{k}": v for k, v in quantized.report.items()}
+        pixels = bool(c.l1 or c.l2 or c.perceptual or c.adversarial.weight)
+        out = model(video, lengths, keep, pixels=pixels)
+        total = c.quantizer * out.quantized.loss
+        report = {f"quantizer_{k}": v for k, v in out.quantized.report.items()}
+        report["quantizer"] = out.quantized.loss.detach()
+        if out.teacher_logits is not None and c.teacher:
+            digits, real = model.teacher_digits(video, lengths)
+            entropies = [
+                F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
+                for logits, target in zip(out.teacher_logits, digits)
+            ]
+            teacher = (torch.stack(entropies).sum(0) * real).sum() / real.sum()
+            total = total + c.teacher * teacher
+            report["teacher"] = teacher.detach()
+        if self.prior is not None:
+            codes, ids = out.quantized.embeddings.flatten(1, 2), out.quantized.indices
+            assert ids is not None
+            real = out.block_valid.repeat_interleave(shape.num_tokens, 1)
+            prior = self.prior(codes, ids.flatten(1, 2)[..., 0], lookup=model.lookup, step=step, mask=real)
+            total = total + c.prior.weight * prior
+            report["prior"] = prior.detach()
+        if out.recon is not None:
+            term, terms = self._pixels(model, out.recon.float(), video, mask, step)
+            total = total + term
+            report |= terms
+        return Loss(total, {"loss": total.detach(), **report})
+
+    def _pixels(
+        self, model: Model, recon: Tensor, video: Tensor, mask: Tensor | None, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
         l1 = losses.reconstruction(recon, video, kind="l1", mask=mask)
         l2 = losses.reconstruction(recon, video, kind="l2", mask=mask)
-        total = c.l1 * l1 + c.l2 * l2 + c.quantizer * quantized.loss
-        report |= {"l1": l1.detach(), "l2": l2.detach(), "quantizer": quantized.loss.detach()}
-        if self.perceptual is not None:
+        total = c.l1 * l1 + c.l2 * l2
+        report = {"l1": l1.detach(), "l2": l2.detach()}
+        if self.perceptual is not None and c.perceptual:
             distance = losses.perceptual(self.perceptual, recon, video, mask=mask)
             total = total + c.perceptual * distance
             report["perceptual"] = distance.detach()
         if self.adversarial is not None and step >= c.adversarial.start:
-            term, terms = self.adversarial(recon, video, total, last=model.patch_out.weight)
+            last = model.teacher.out.weight if model.config.head == "teacher" else model.out.weight
+            term, terms = self.adversarial(recon, video, total, step=step, last=last)
             total = total + term
             report |= terms
-        return Loss(total, {"loss": total.detach(), **report})
+        return total, report
+
+    def _score(self, model: Model, video: Tensor, lengths: Tensor) -> Loss:
+        """One random block is cut to every length, the others stay whole: the scorer learns what that costs."""
+        shape = model.config
+        chunks = model.chunks(video, lengths)
+        levels = torch.arange(1, shape.scorer_levels + 1, device=video.device) * (
+            shape.num_tokens // shape.scorer_levels
+        )
+        with torch.no_grad():
+            z = model.latents(chunks)
+            training = model.quantizer.training
+            codes = model.quantizer.eval()(z).embeddings  # ids as inference gives them, statistics at rest
+            model.quantizer.train(training)
+            block = int(torch.randint(chunks.blocks, (1,)))
+            rank = torch.arange(shape.num_tokens, device=video.device)
+            frames = slice(block * shape.block_frames, (block + 1) * shape.block_frames)
+            costs = []
+            for count in levels:
+                keep = chunks.block_valid[..., None].expand(codes.shape[:3]).clone()
+                keep[:, block] &= rank < count
+                size = (video.shape[3], video.shape[4])
+                recon = model.decode_chunks(codes, keep, lengths, frames=video.shape[2], size=size)
+                costs.append(self._distortion(recon[:, :, frames].float(), video[:, :, frames]))
+            target = torch.stack(costs, -1).clamp_min(1e-8).log()  # [B, levels]
+            scorer, real = model.scorer, chunks.block_valid[:, block]
+            scorer.standardise(target[real])
+        predicted = scorer(z, codes, chunks.block_valid)[:, block].float()
+        wanted = (target - scorer.mean) / scorer.std
+        error = ((predicted - wanted).square().mean(-1) * real).sum() / real.sum().clamp_min(1)
+        return Loss(error, {"loss": error.detach(), "scorer": error.detach(), "distortion": target.exp().mean()})
+
+    def _distortion(self, recon: Tensor, video: Tensor) -> Tensor:
+        """[B]: mean squared error in [-1, 1] units, or LPIPS averaged over frames."""
+        if self.config.scorer_metric == "mse":
+            return (recon.clamp(-1, 1) - video).square().mean((1, 2, 3, 4))
+        assert self.perceptual is not None
+        x, y = (v.transpose(1, 2).flatten(0, 1) for v in (recon.clamp(-1, 1), video))
+        return self.perceptual(x, y).reshape(video.shape[0], -1).mean(1)
