@@ -31,6 +31,9 @@ FORMS = {
 }
 
 
+TOLERANCE = {"dct": 1e-5}  # the transform code computes in float32 whatever the model's precision
+
+
 def build(form: str, seed: int = 0) -> Model:
     torch.manual_seed(seed)
     model = Model(Config(**SMALL, **FORMS[form]))
@@ -76,7 +79,7 @@ def test_shapes_and_lookup(form):
         tokens = model.encode(clip(pixels))
         assert model.decode(tokens, size=size).shape == pixels.shape
         if tokens.indices is not None:
-            assert torch.equal(model.lookup(tokens.indices).double(), tokens.embeddings)
+            assert torch.equal(model.lookup(tokens.indices).double(), tokens.embeddings.double())
             assert int(tokens.indices.min()) >= 0 and int(tokens.indices.max()) < model.codebook_sizes[0]
 
 
@@ -104,7 +107,8 @@ def test_padding_and_batching_change_nothing(form):
         single = model.encode(clip(alone))
         mask = both.mask[row]
         assert (both.embeddings[row][mask] - single.embeddings[0]).abs().max() < 1e-10
-        assert (decoded[row, :, : alone.shape[2]] - model.decode(single, size=(16, 16))[0]).abs().max() < 1e-10
+        error = (decoded[row, :, : alone.shape[2]] - model.decode(single, size=(16, 16))[0]).abs().max()
+        assert error < TOLERANCE.get(form, 1e-10)
 
 
 @torch.no_grad()
@@ -127,7 +131,8 @@ def test_streamed_equals_offline(form):
                 frames.append(out)
         streamed = torch.cat([p.embeddings for p in pieces], 1)
         assert (streamed - offline.embeddings).abs().max() < 1e-10
-        assert (torch.cat(frames, 2) - model.decode(offline, size=(13, 22))).abs().max() < 1e-10
+        error = (torch.cat(frames, 2) - model.decode(offline, size=(13, 22))).abs().max()
+        assert error < TOLERANCE.get(form, 1e-10)
         assert state.buffer is None
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.pyramid import coverage
 from vtok.layers.transform import TransformCode
 from vtok.layers.transformer import Transformer
-from vtok.quantize import FSQ, QuantizerConfig, build_quantizer
+from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
 
@@ -60,7 +60,7 @@ class Config:
     blocks: int = 1  # time blocks of a chunk; more than one needs a time_block mask
     num_tokens: int = 64  # of a group (time block)
     registers: str = "learned"  # learned | pyramid | dct (a linear transform code, the network a residual around it)
-    dct_frequencies: list[int] = field(default_factory=lambda: [8, 24, 24])  # dct: lowest (t, y, x) frequencies kept
+    dct_frequencies: list[int] = field(default_factory=lambda: [16, 24, 24])  # dct: lowest (t, y, x) frequencies kept
     dropped: str = "mask"  # mask (a learned vector stands in) | cut (the sequence is shorter)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     head: str = "pixels"  # pixels | teacher (ids of a frozen tokenizer, whose decoder makes the pixels; TiTok)
@@ -131,6 +131,11 @@ class Output:
     teacher_logits: list[Tensor] | None = None  # by factor of the teacher's ids, [B, K', L]
 
 
+class Latents(NamedTuple):
+    z: Tensor  # [M, blocks, K, latent]
+    coefficients: Tensor | None = None  # registers=dct: [M, coefficients], what z was made from
+
+
 @lru_cache(maxsize=64)
 def _cached_mask(
     which: str, kind: str, patches: int, registers: int, blocks: int, device: torch.device
@@ -185,13 +190,17 @@ class Model(ChunkedTokenizer):
             self.pool_in = nn.Linear(pixels, c.width)
             self.unpool = nn.Linear(self.quantizer.dim, c.width)
         if c.registers == "dct":
-            levels = tuple(c.quantizer.levels)
             self.code = TransformCode(
                 num_tokens=c.num_tokens,
-                levels=levels,
+                levels=tuple(c.quantizer.levels),
                 channels=c.channels,
                 max_frequencies=(c.dct_frequencies[0], c.dct_frequencies[1], c.dct_frequencies[2]),
             )
+            # coefficients go with tokens in order of variance, `share` to a token
+            self.share = -(-self.code.num_coefficients // c.num_tokens)
+            self.to_latent = nn.Linear(c.width, self.share)  # corrections of coefficients, not latents
+            self.coefficients_in = nn.Linear(self.share, c.width)
+            self.decoded_in = nn.Linear(self.share, c.width)
             self.base_in = nn.Linear(pixels, c.width)
             for residual in (self.to_latent, self.out):  # the network begins as no correction at all
                 nn.init.zeros_(residual.weight)
@@ -257,8 +266,13 @@ class Model(ChunkedTokenizer):
 
     # ---- one chunk -----------------------------------------------------------------------------------------------
 
-    def latents(self, chunks: Chunks) -> Tensor:
-        """Register outputs before quantization: [M, blocks, K, latent]."""
+    def _by_token(self, coefficients: Tensor) -> Tensor:
+        """[M, coefficients] -> [M, K, share], zero where there are no more."""
+        short = self.share * self.config.num_tokens - coefficients.shape[1]
+        return F.pad(coefficients, (0, short)).unflatten(1, (-1, self.share))
+
+    def latents(self, chunks: Chunks) -> Latents:
+        """Register outputs, ready for the quantizer."""
         c = self.config
         patches = self._patchify(chunks.video)  # [M, N, P]
         x = self.patch_in(patches) + self.encoder_positions(chunks.grid).to(patches)
@@ -269,19 +283,23 @@ class Model(ChunkedTokenizer):
             weight = cells / cells.sum(-1, keepdim=True).clamp_min(1e-6)
             pooled = weight @ rearrange(patches, "M (b n) P -> M b n P", b=chunks.blocks)
             registers = registers + self.pool_in(pooled.flatten(1, 2))
+        coefficients = None
+        if c.registers == "dct":
+            coefficients = self.code.analyse(chunks.video, chunks.lengths.clamp_min(1))
+            registers = registers + self.coefficients_in(self._by_token(coefficients).to(patches))
         mask = _cached_mask("encoder", c.mask, patches.shape[1], num_registers, chunks.blocks, x.device)
         block_valid = chunks.block_valid.repeat_interleave(c.num_tokens, 1)
         mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, block_valid], 1))
         x = self.encoder(torch.cat([x, registers.to(x)], 1), mask)
         z = self.to_latent(x[:, patches.shape[1] :])  # [M, R, latent]
-        if c.registers == "dct":
-            coefficients = self.code.analyse(chunks.video, chunks.lengths.clamp_min(1))
-            assert isinstance(self.quantizer, FSQ)
-            z = self.code.encode(coefficients, z)
-        return rearrange(z, "M (b K) D -> M b K D", b=chunks.blocks)
+        if coefficients is not None:
+            wanted = coefficients + z.flatten(1)[:, : coefficients.shape[1]].float()
+            return Latents(self.code.encode(wanted)[:, None], wanted)
+        return Latents(rearrange(z, "M (b K) D -> M b K D", b=chunks.blocks))
 
-    def quantize(self, z: Tensor, chunks: Chunks) -> Quantized:
-        """Latents [M, blocks, K, latent] as tokens; padding moves no statistics."""
+    def quantize(self, latents: Latents, chunks: Chunks) -> Quantized:
+        """Latents as tokens [M, blocks, K, D]; padding moves no statistics."""
+        z = latents.z
         real = None if bool(chunks.block_valid.all()) else chunks.block_valid[:, :, None].expand(z.shape[:-1])
         return self.quantizer(z, real)
 
@@ -297,19 +315,27 @@ class Model(ChunkedTokenizer):
             count = max(int(keep.sum(-1).max()), 1)
             codes, keep = codes[:, :, :count], keep[:, :, :count]
         places = rearrange(self.decoder_registers[: blocks * c.num_tokens], "(b K) D -> b K D", b=blocks)
-        latents = self.from_code(codes)
+        latents = self.from_code(codes.to(self.query.dtype))
         if self.dropped is None:
             return latents + places[:, :count].to(latents), keep
         latents = torch.where(keep[..., None], latents, self.dropped.to(latents))
         return latents + places.to(latents), torch.ones_like(keep)
 
     def decode_chunks(
-        self, codes: Tensor, keep: Tensor, lengths: Tensor, *, frames: int, size: tuple[int, int]
+        self,
+        codes: Tensor,
+        keep: Tensor,
+        lengths: Tensor,
+        *,
+        frames: int,
+        size: tuple[int, int],
+        through: Tensor | None = None,
     ) -> Tensor:
         """Pixels from the kept tokens.
 
         Args: codes [M, blocks, K, D]; keep [M, blocks, K] bool, a prefix of each group; lengths [M] real frames;
-            frames: T of the result; size: (H, W) of the result.
+            frames: T of the result; size: (H, W) of the result; through: in training with registers=dct, the
+            coefficients that gradients pass to.
         Returns: [M, C, T, H, W], not clipped.
         """
         c = self.config
@@ -321,12 +347,18 @@ class Model(ChunkedTokenizer):
         queries = (self.query + self.decoder_positions(chunks.grid)).to(latents).expand(codes.shape[0], -1, -1)
         count, base = latents.shape[2], None
         if c.registers == "pyramid":
-            value = (self.unpool(codes) * keep[..., None])[:, :, :count]
+            value = (self.unpool(codes.to(latents.dtype)) * keep[..., None])[:, :, :count]
             cells = self._cells(chunks)[:, :, :count].to(value)
             queries = queries + (cells.transpose(-1, -2) @ value).flatten(1, 2)
         elif c.registers == "dct":
-            padded = (chunks.grid[0] * c.patch[0], chunks.grid[1] * c.patch[1], chunks.grid[2] * c.patch[2])
-            base = self.code.decode(codes[:, 0], keep[:, 0], lengths.clamp_min(1), padded[0], (padded[1], padded[2]))
+            known, _ = self.code.dequantize(codes[:, 0], keep[:, 0], through=through)
+            base = self.code.synthesise(
+                known,
+                frames=lengths.clamp_min(1),
+                num_frames=chunks.video.shape[2],
+                size=(chunks.video.shape[3], chunks.video.shape[4]),
+            )
+            latents = latents + self.decoded_in(self._by_token(known).to(latents))[:, None, :count]
             queries = queries + self.base_in(self._patchify(base).to(queries))
         length = queries.shape[1]
         mask = _cached_mask("decoder", c.mask, length, chunks.blocks * count, chunks.blocks, latents.device)
@@ -374,7 +406,8 @@ class Model(ChunkedTokenizer):
     def forward(self, video: Tensor, lengths: Tensor, keep: Tensor, *, pixels: bool = True) -> Output:
         """Training pass of clips of at most one chunk, keep [B, blocks] tokens a group."""
         chunks = self.chunks(video, lengths)
-        quantized = self.encode_chunks(chunks)
+        latents = self.latents(chunks)
+        quantized = self.quantize(latents, chunks)
         rank = torch.arange(self.config.num_tokens, device=video.device)
         kept = (rank < keep[:, : chunks.blocks, None]) & chunks.block_valid[..., None]
         frames, size = video.shape[2], (video.shape[3], video.shape[4])
@@ -384,7 +417,8 @@ class Model(ChunkedTokenizer):
             if pixels:
                 out.recon = self.decode_teacher(out.teacher_logits, lengths, frames=frames, size=size)
         else:
-            out.recon = self.decode_chunks(quantized.embeddings, kept, lengths, frames=frames, size=size)
+            codes, through = quantized.embeddings, latents.coefficients
+            out.recon = self.decode_chunks(codes, kept, lengths, frames=frames, size=size, through=through)
         return out
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -406,8 +440,9 @@ class Model(ChunkedTokenizer):
         assert clip.video is not None
         video, lengths, count = self._split(clip.video, clip.frames())
         chunks = self.chunks(video, lengths)
-        z = self.latents(chunks)
-        scores = self.scorer.distortion(z, self.quantize(z, chunks).embeddings, chunks.block_valid)  # [M, blocks, S]
+        latents = self.latents(chunks)
+        codes = self.quantize(latents, chunks).embeddings
+        scores = self.scorer.distortion(latents.z, codes, chunks.block_valid)  # [M, blocks, S]
         scores = rearrange(scores, "(B n) b S -> B (n b) S", n=count)
         valid = rearrange(chunks.block_valid, "(B n) b -> B (n b)", n=count)
         unit = self.config.num_tokens // self.config.scorer_levels
@@ -626,7 +661,7 @@ class Objective(nn.Module):
             shape.num_tokens // shape.scorer_levels
         )
         with torch.no_grad():
-            z = model.latents(chunks)
+            z = model.latents(chunks).z
             training = model.quantizer.training
             codes = model.quantizer.eval()(z).embeddings  # ids as inference gives them, statistics at rest
             model.quantizer.train(training)
