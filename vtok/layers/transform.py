@@ -269,8 +269,10 @@ class TransformCode(nn.Module):
                 f"num_tokens={num_tokens}, channels={channels} and max_frequencies={tuple(max_frequencies)} "
                 "must be positive, with three frequencies (t, h, w)"
             )
-        if not levels or min(levels) < 2:
-            raise ValueError(f"levels={tuple(levels)} needs at least one dimension, of 2 levels or more")
+        if not levels or min(levels) < 3:
+            raise ValueError(
+                f"levels={tuple(levels)} needs at least one dimension, of 3 levels or more (2 leave FSQ's bound lopsided)"
+            )
         self.num_tokens, self.channels, self.max_frequencies = num_tokens, channels, tuple(max_frequencies)
         available = channels * math.prod(max_frequencies)
         self.num_coefficients = min(available, num_coefficients or max(num_rotated, 8 * num_tokens))
