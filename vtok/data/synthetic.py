@@ -21,38 +21,30 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from rich.progress import track
 
+from vtok.data.decode import write_video
 from vtok.data.synthetic_pixels import render
 from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene
 
 __all__ = ["LEVELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Shot", "Thing"]
-__all__ += ["render", "scene", "write_corpus", "write_video"]
+__all__ += ["render", "scene", "write_corpus", "write_scene"]
 
 
-def write_video(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryfast") -> None:
-    """Encode a scene as H.264 (4:2:0) mp4: written aside, then renamed. One thread, so equal scenes are equal bytes."""
+def write_scene(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryfast") -> None:
+    """Encode a scene as H.264 (4:2:0) mp4: written aside, then renamed. Equal scenes are equal bytes."""
     aside = path.with_name(f".{path.name}.part")
-    with av.open(str(aside), "w", format="mp4") as container:
-        options = {"crf": str(crf), "preset": preset, "threads": "1"}
-        stream = container.add_stream("libx264", rate=scene.fps, options=options)
-        stream.height, stream.width = scene.size
-        stream.pix_fmt = "yuv420p"
-        stream.gop_size = max(1, round(2 * scene.fps))  # random windows are decoded from a keyframe at most 2 s before
-        for t, image in enumerate(render(scene)):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = t, 1 / scene.fps
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    # Random windows are decoded from a keyframe at most 2 s before them.
+    options = {"preset": preset, "g": str(max(1, round(2 * scene.fps)))}
+    write_video(aside, render(scene), fps=scene.fps, crf=crf, options=options, container="mp4")
     os.replace(aside, path)
 
 
 def _write_one(job: tuple[dict[str, Any], Path, str, str | None, int]) -> dict[str, Any]:
     arguments, out, file, split, crf = job
     made = scene(**arguments)
-    write_video(made, out / file, crf=crf)
+    write_scene(made, out / file, crf=crf)
     return made.row(file, split=split)
 
 

@@ -39,6 +39,7 @@ PALETTES = {
     "brown": ((60, 48, 42), (112, 94, 84), (172, 154, 142)),
     "pale": ((150, 150, 156), (192, 190, 190), (226, 224, 218)),
 }
+MOST_TOLD = 8  # shots that a clip's one caption tells; the timed captions tell all
 QUESTION_TYPES = ("colour", "shape", "count", "direction", "order", "needle")
 
 
@@ -158,9 +159,16 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The captions of all shots in one; its length grows with the level, by construction."""
+        """The captions of all shots in one, of the first and the last shot where there are more than `MOST_TOLD`.
+
+        Its length grows with the level, by construction.
+        """
         texts = [c["text"] for c in self.captions]
-        return texts[0] if len(texts) == 1 else " ".join(f"Scene {i + 1}: {t}" for i, t in enumerate(texts))
+        if len(texts) == 1:
+            return texts[0]
+        told = range(len(texts)) if len(texts) <= MOST_TOLD else (0, len(texts) - 1)
+        opening = [] if len(texts) <= MOST_TOLD else [f"{len(texts)} scenes."]
+        return " ".join(opening + [f"Scene {i + 1}: {texts[i]}" for i in told])
 
     @cached_property
     def questions(self) -> list[dict[str, Any]]:
