@@ -262,16 +262,22 @@ def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> li
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
+                problem = None
                 if not member.isreg() or member.issparse():
-                    problems[key] = f"member {member.name!r} is not a plain file"
+                    problem = f"member {member.name!r} is not a plain file"
                 elif (
-                    member.name.startswith("/") or ".." in member.name.split("/") or "\\" in member.name or "\0" in key
+                    member.name.startswith("/")
+                    or ".." in folder.split("/")
+                    or "\\" in member.name
+                    or "\0" in member.name
                 ):
-                    problems[key] = f"member {member.name!r} has an absolute or parent path"
+                    problem = f"member {member.name!r} has an absolute or parent path"
                 elif key != last and key in groups:
-                    problems[key] = "the key comes twice in the shard"
+                    problem = "the key comes twice in the shard"
                 elif suffix.lower() in groups.get(key, {}):
-                    problems[key] = f"two members .{suffix}"
+                    problem = f"two members .{suffix}"
+                if problem is not None:
+                    problems.setdefault(key, problem)
                 groups.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
                 last = key
             # A cut inside a header, or between two members, ends the iteration without an error.

@@ -1,0 +1,190 @@
+"""The pipeline as a LightningDataModule with a cursor: a killed run continues with the very next batch.
+
+The cursor is a number of batches. `training_step` calls `advance` once a micro-batch, so the count is right at every
+moment a checkpoint may be written (the module's own `on_train_batch_end` comes after ModelCheckpoint's, and a loader
+without a length is read one batch ahead: both lose batches). Use it with `Trainer(use_distributed_sampler=False)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch.utils.data import DataLoader
+
+from vtok.config import DataConfig
+from vtok.data.pipeline import TrainingStream, ValidationSet, View, make_loader
+from vtok.data.sources import Shard, open_sources
+from vtok.types import Clip
+
+log = logging.getLogger(__name__)
+
+# What the stream of one rank is a function of: with any of them changed, the count of batches means other samples.
+FIXED = {
+    "world": "trainer.devices x trainer.num_nodes",
+    "num_workers": "data.num_workers",
+    "batch_size": "data.batch_size",
+    "seed": "data.seed",
+    "shuffle_buffer": "data.shuffle_buffer",
+    "weights": "data.weights",
+    "shards": "the shards under data.shards (hash of their names and sizes)",
+}
+
+
+def view_of(config: DataConfig) -> View:
+    """The part of the configuration that says what the model sees of a clip. Raises ValueError for bad values."""
+    if len(config.size) != 2 or len(config.scale) != 2:
+        raise ValueError(f"data.size={config.size} and data.scale={config.scale} must have two entries each")
+    return View(
+        num_frames=config.num_frames,
+        size=(config.size[0], config.size[1]),
+        fps=config.fps,
+        crop=config.crop,
+        scale=(config.scale[0], config.scale[1]),
+        hflip=config.hflip,
+        max_pixels=config.max_pixels,
+    )
+
+
+def fingerprint(sources: list[list[Shard]]) -> str:
+    """Equal for equal lists of shards, wherever they lie."""
+    facts = [[(shard.name, shard.samples, shard.num_bytes) for shard in source] for source in sources]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+class ClipDataModule(lightning.LightningDataModule):
+    """Training and validation batches of uint8 `Clip`s.
+
+    Args:
+        config: the `data:` node. seed: of the order and of every random choice; None takes config.seed.
+        quarantine: file of broken samples, read again on resume; None: quarantine.jsonl in trainer.default_root_dir.
+    Raises: ValueError for bad settings, at once; for shards that are not there, when a loader is asked for.
+    """
+
+    def __init__(self, config: DataConfig, *, seed: int | None = None, quarantine: str | Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = config.seed if seed is None else seed
+        self.view = view_of(config)
+        self._quarantine = quarantine
+        self._batches = 0
+        self._validation: ValidationSet | None = None
+        if config.num_workers < 0:
+            raise ValueError(f"data.num_workers={config.num_workers} must be 0 or more")
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def quarantine(self) -> Path | None:
+        if self._quarantine is not None:
+            return Path(self._quarantine)
+        return Path(self.trainer.default_root_dir) / "quarantine.jsonl" if self.trainer is not None else None
+
+    @property
+    def batches_consumed(self) -> int:
+        """Micro-batches of this rank that training has used; equal on every rank."""
+        return self._batches
+
+    @property
+    def num_val_clips(self) -> int:
+        """Clips of one validation, over all ranks."""
+        return self._held_out().num_clips
+
+    def advance(self, clip: Clip | None = None) -> None:
+        """Count one micro-batch as used. Call it in `training_step`, once, whatever the step does with the batch."""
+        self._batches += 1
+
+    def train_dataloader(self) -> DataLoader:
+        config = self.config
+        if self.quarantine is not None:
+            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+        stream = TrainingStream(
+            self._sources(),
+            view=self.view,
+            batch_size=config.batch_size,
+            seed=self.seed,
+            rank=self.rank,
+            world=self.world,
+            start=self._batches,
+            weights=config.weights,
+            shuffle_buffer=config.shuffle_buffer,
+            cache_dir=config.cache_dir,
+            max_bad_fraction=config.max_bad_fraction,
+            quarantine=self.quarantine,
+        )
+        return make_loader(stream, num_workers=config.num_workers, pin_memory=self._pin())
+
+    def _sources(self) -> list[list[Shard]]:
+        config = self.config
+        return open_sources(config.shards, weights=config.weights, root=config.root, cache_dir=config.cache_dir)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        if not self.config.val_shards:
+            return []
+        return make_loader(self._held_out(), num_workers=self.config.num_workers, pin_memory=self._pin())
+
+    def _held_out(self) -> ValidationSet:
+        if self._validation is None:
+            config = self.config
+            root, cache = config.root, config.cache_dir
+            self._validation = ValidationSet(
+                open_sources(config.val_shards, root=root, cache_dir=cache, setting="data.val_shards")[0],
+                view=self.view,
+                batch_size=config.val_batch_size,
+                rank=self.rank,
+                world=self.world,
+                val_clips=config.val_clips,
+                cache_dir=cache,
+                max_bad_fraction=config.max_bad_fraction,
+                quarantine=self.quarantine,
+            )
+        return self._validation
+
+    def _pin(self) -> bool:
+        if self.trainer is None:
+            return torch.cuda.is_available()
+        return self.trainer.strategy.root_device.type == "cuda"
+
+    def _fixed(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "world": self.world,
+            "num_workers": config.num_workers,
+            "batch_size": config.batch_size,
+            "seed": self.seed,
+            "shuffle_buffer": config.shuffle_buffer,
+            "weights": None if config.weights is None else [float(w) for w in config.weights],
+            "shards": fingerprint(self._sources()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches, **self._fixed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the stream would not be the one of the checkpoint, naming both values."""
+        now = self._fixed()
+        changed = [
+            f"{FIXED[name]} was {state_dict[name]!r} and is {now[name]!r}"
+            for name in FIXED
+            if state_dict[name] != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                "cannot resume the data in the middle: "
+                + "; ".join(changed)
+                + ". Use the checkpoint's values, or start "
+                "a new run from its weights (init_from)"
+            )
+        self._batches = int(state_dict["batches"])
+        log.info("data continues after batch %d of each rank", self._batches)
