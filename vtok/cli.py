@@ -8,12 +8,11 @@ import sys
 
 COMMANDS = {
     "shards": ("vtok.data.shards:main", "pack videos into WebDataset shards, or --verify them"),
-    "corpus": ("vtok.data.synthetic:main", "write a procedural corpus of real mp4 files with captions and questions"),
     "train": ("vtok.train:main", "train: CONFIG.yaml [key=value ...]"),
     "eval": ("vtok.evaluate:main", "measure a run or an export beside its controls and real codecs"),
     "export": ("vtok.export:main_export", "one folder that loads anywhere: RUN --out DIR [--push USER/REPO]"),
-    "encode": ("vtok.export:main_encode", "MODEL VIDEO --out FILE.vtok"),
-    "decode": ("vtok.export:main_decode", "MODEL FILE.vtok --out VIDEO"),
+    "encode": ("vtok.codec:main_encode", "MODEL VIDEO --out FILE.vtok"),
+    "decode": ("vtok.codec:main_decode", "MODEL FILE.vtok --out VIDEO"),
     "info": ("vtok.export:main_info", "what a run, export, config or .vtok file holds"),
     "demo": ("vtok.demo:main", "shards, training, evaluation, export and a report in one go"),
 }
