@@ -94,13 +94,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Item:
-    """One planned clip. whole: not cut; then [start_s, end_s) is what the container says. size: bytes of the source."""
+    """One planned clip. end_s: None = to the end. whole: not cut. size: bytes of the source."""
 
     key: str
     path: Path
     source: str
     start_s: float
-    end_s: float
+    end_s: float | None
     whole: bool
     size: int
     caption: str
@@ -161,7 +161,7 @@ def write_shard(
                         if item.key in lost:
                             raise DecodeError(lost[item.key])
                         members = make_sample(item, settings)
-                    except ValueError as error:  # DecodeError, or an encoder that refuses the size
+                    except DecodeError as error:
                         reject = Reject(item.source, str(error), "", item.key, item.start_s, item.end_s)
                         rejected.append(asdict(reject))
                     else:
@@ -270,12 +270,12 @@ def _encode(item: Item, info: VideoInfo, settings: Settings) -> tuple[bytes, int
     """(mp4 bytes, frames, frames per second, (width, height)) of the item's window, cut to the frame."""
     fps = min(settings.fps or math.inf, info.fps)
     size = _encoded_size(info, settings.short_side)
-    end_s = math.inf if item.whole else item.end_s
-    frames = iter_frames(item.path, start_s=item.start_s, end_s=None if item.whole else item.end_s)
+    end_s = math.inf if item.end_s is None else item.end_s
+    frames = iter_frames(item.path, start_s=item.start_s, end_s=item.end_s)
     kept = constant_rate(_steady(frames), fps=fps, last_s=1.0 / info.fps, start_s=item.start_s, end_s=end_s)
     first = next(kept, None)
     if first is None:
-        raise DecodeError(f"no frame is on show in [{item.start_s:.3f}, {item.end_s:.3f}) s")
+        raise DecodeError(f"no frame is on show from {item.start_s:.3f} s on: the video ends before its header says")
     count = 0
 
     def resized() -> Iterator[np.ndarray]:
@@ -289,7 +289,12 @@ def _encode(item: Item, info: VideoInfo, settings: Settings) -> tuple[bytes, int
 
     file = io.BytesIO()
     options = {"threads": "1", "preset": "medium", "g": str(GROUP_OF_PICTURES)}
-    write_video(file, resized(), fps=fps, codec="libx264", crf=settings.crf, options=options)
+    try:
+        write_video(file, resized(), fps=fps, codec="libx264", crf=settings.crf, options=options)
+    except DecodeError:
+        raise
+    except ValueError as error:  # an encoder that refuses the size
+        raise DecodeError(f"cannot be re-encoded: {error}") from error
     return file.getvalue(), count, fps, size
 
 
@@ -331,7 +336,9 @@ def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     width, height = size
     if frame.shape[:2] == (height, width):
         return frame
-    pixels = torch.from_numpy(frame).permute(2, 0, 1)[None]  # [1, 3, H, W], a channels-last view: the fast uint8 path
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[
+        None
+    ]  # [1, 3, H, W], a channels-last view: the fast uint8 path
     out = interpolate(pixels, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
 

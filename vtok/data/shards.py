@@ -143,7 +143,8 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
                 row.label,
                 row.qa,
             )
-            share = 1.0 if whole else min(1.0, (end_s - start_s) / max(seen.info.duration_s, 1e-6))
+            seconds = (seen.info.duration_s if end_s is None else end_s) - start_s
+            share = 1.0 if whole else min(1.0, seconds / max(seen.info.duration_s, 1e-6))
             items[splits[row.path]].append((clip, seen.size * share))
     shards = tuple(shard for split in SPLITS for shard in _deal(items[split], split, settings))
     content = {row.source: surveys[row.path].content for row in usable}
@@ -159,29 +160,33 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
     return Plan(settings, shards, tuple(rejected), hashlib.sha256(text.encode()).hexdigest())
 
 
-def cut(row: Row, info: VideoInfo, settings: Settings) -> list[tuple[float, float, bool]]:
-    """(start_s, end_s, whole) of the clips of a row. Raises ValueError where its window does not fit the video."""
+def cut(row: Row, info: VideoInfo, settings: Settings) -> list[tuple[float, float | None, bool]]:
+    """(start_s, end_s, whole) of the clips of a row, end_s None where it is the video's.
+
+    The header decides how many clips there are; the last one takes up to clip_seconds of what is really there.
+    Raises ValueError where the row's window does not fit the video.
+    """
     if info.is_image:
         if row.start_s is not None or row.end_s is not None:
             raise ValueError("an image has no start_s or end_s")
-        return [(0.0, 0.0, True)]
+        return [(0.0, None, True)]
     duration_s, frame_s = info.duration_s, 1.0 / info.fps
     start_s, end_s = row.start_s or 0.0, duration_s if row.end_s is None else row.end_s
     if start_s and start_s >= duration_s:
         raise ValueError(f"start_s={start_s:g} lies beyond the end ({duration_s:.3f} s)")
     if end_s > duration_s + max(0.1, 2 * frame_s):
         raise ValueError(f"end_s={end_s:g} lies beyond the end ({duration_s:.3f} s)")
-    end_s = min(end_s, duration_s)
+    last_s = end_s if row.end_s is not None and end_s < duration_s - 0.5 * frame_s else None
     length = settings.clip_seconds
     if length is None or end_s - start_s < length + frame_s:
-        return [(start_s, end_s, start_s == 0.0 and end_s > duration_s - 0.5 * frame_s)]
+        return [(start_s, last_s, start_s == 0.0 and last_s is None)]
     windows, step = [], settings.stride_seconds or length
     for number in range(int((end_s - start_s) / step) + 1):
         first = round(start_s + number * step, 6)
-        last = round(min(first + length, end_s), 6)
-        if last - first >= 0.5 * length - 0.5 * frame_s:
-            windows.append((first, last, False))
-        if last >= end_s:
+        if min(length, end_s - first) >= 0.5 * (length - frame_s):
+            last = first + length if last_s is None else min(first + length, last_s)
+            windows.append((first, round(last, 6), False))
+        if first + length >= end_s:
             break
     return windows
 
@@ -392,10 +397,10 @@ def _merge(todo: Plan, out: Path, *, seconds: float) -> Summary:
     """Write the indices when every shard is there; several parts may do so at once, with equal bytes."""
     records = [(shard, finished(shard, out)) for shard in todo.shards]
     done = [(shard, record) for shard, record in records if record is not None]
-    rejected = [{k: v for k, v in asdict(reject).items() if v not in (None, "")} for reject in todo.rejected]
-    rejected += [{k: v for k, v in reject.items() if v not in (None, "")} for _, r in done for reject in r["rejected"]]
+    rejected = [asdict(reject) for reject in todo.rejected] + [r for _, record in done for r in record["rejected"]]
+    rejected = [{k: v for k, v in r.items() if v not in (None, "") or k == "source"} for r in rejected]
     rejected.sort(key=lambda r: json.dumps(r, sort_keys=True))
-    rejected.sort(key=lambda r: (r.get("source", ""), r.get("start_s", 0.0)))
+    rejected.sort(key=lambda r: (r["source"], r.get("start_s", 0.0)))
     splits = sorted({shard.split for shard in todo.shards}, key=SPLITS.index)
     samples = {s: sum(r["samples"] for shard, r in done if shard.split == s) for s in splits}
     summary = Summary(samples, len(done), len(records) - len(done), rejected, seconds)
