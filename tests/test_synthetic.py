@@ -301,14 +301,14 @@ def test_shards_take_the_manifest_as_it_is(tmp_path):
 @pytest.mark.slow
 def test_script_gives_the_same_bytes_with_any_number_of_workers(tmp_path):
     script = Path(__file__).parent.parent / "data" / "demo_corpus.py"
-    trees = []
-    for workers in (1, 2):
-        out = tmp_path / str(workers)
-        arguments = ["--clips", "6", "--seconds", "1", "--size", "32", "32", "--workers", str(workers)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, str(script), str(out), *arguments], env=env, timeout=120, check=True)
-        assert done.returncode == 0
-        trees.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()})
+    arguments = ["--clips", "6", "--seconds", "1", "--size", "32", "32", "--workers", "2"]
+    command = [sys.executable, str(script), str(tmp_path / "2"), *arguments]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and str(tmp_path / "2" / "captions.jsonl") in done.stdout.decode()
+    write_corpus(tmp_path / "1", clips=6, seconds=1, size=(32, 32), workers=1, progress=False)
+    trees = [
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in tmp_path.iterdir()
+    ]
     assert trees[0] == trees[1] and len(trees[0]) == 7
 
 
