@@ -58,6 +58,7 @@ $(STAMP): constraints.txt pyproject.toml
 	  fi; \
 	fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
+	@echo "installing the pinned packages into $(VENV): a few minutes, about 6 GB"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(if $(CI),--quiet) --no-build-isolation --constraint constraints.txt \
 	  --editable '.[dev]' 'pyright[nodejs]'
 	@touch $@

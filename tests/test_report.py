@@ -256,6 +256,31 @@ def test_bars_leave_gaps_for_undefined_positions():
     assert bars([math.nan], title="u") == ""
 
 
+def test_curves_of_one_metric_share_a_chart(tmp_path):
+    lines = [
+        {
+            "step": s,
+            "train/loss": 100.0 / (s + 1),
+            "val/psnr_db_1": 10.0 + s,
+            "val/psnr_db_16": 20.0 + s,
+            "val/clips": 5,
+        }
+        for s in range(0, 60, 10)
+    ]
+    text = write_report(
+        {"family": "flexible"}, [], tmp_path / "r.html", history=[*lines, {"step": 60, "train/loss": None}]
+    ).read_text()
+    training = text[text.index('id="history-title"') :]
+    captions = re.findall("<figcaption>(.*?)</figcaption>", training)
+    assert captions == ["psnr_db by budget, val", "loss (train)", "clips (val)"]  # what never changes comes last
+    first = training[training.index('<svg class="chart"') :].split("</svg>")[0]
+    assert re.findall('<text class="end"[^>]*>([^<]*)<', first) == ["1", "16"]
+    assert "val/psnr_db_16 70 at step 50" in first
+    assert (
+        "history-title" not in write_report({}, [], tmp_path / "e.html", history=[{"step": 1, "loss": 2.0}]).read_text()
+    )
+
+
 class Browser:
     """Headless Chromium on a DevTools pipe: JSON messages ending in a zero byte, no port and no client library."""
 

@@ -16,7 +16,7 @@ NUM_COLOURS = 10  # .s0 to .s9 in assets/report.css
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: points (x, y, hover text), whiskers (x, low, high)."""
+    """A line of a chart: points (x, y, hover text), whiskers (x, low, high), a label written at its end."""
 
     name: str
     points: list[tuple[float, float, str]]
@@ -24,6 +24,7 @@ class Series:
     ours: bool = False
     dashed: bool = False
     marks: bool = True
+    label: str = ""
     whiskers: tuple[tuple[float, float, float], ...] = ()
 
 
@@ -97,7 +98,8 @@ def chart(
     shown = [(s, points) for s, points in shown if points]
     if not shown:
         return ""
-    width, height, left, right, top, bottom = 560.0, 340.0, 52.0, 14.0, 10.0, 44.0
+    width, height, left, top, bottom = 560.0, 340.0, 52.0, 10.0, 44.0
+    right = 40.0 if any(s.label for s, _ in shown) else 14.0
     xs = [x for _, points in shown for x, _, _ in points]
     ys = [y for _, points in shown for _, y, _ in points]
     ys += [edge for s, _ in shown for _, *edges in s.whiskers for edge in edges if not log_y or edge > 0]
@@ -141,6 +143,9 @@ def chart(
             for x, y, text in places:
                 mark = _mark(s.colour, x, y, 5.0 if s.ours else 4.0)
                 parts.append(f"<g>{mark}<title>{html.escape(text)}</title></g>")
+        if s.label:
+            x, y, _ = places[-1]
+            parts.append(f'<text class="end" x="{x + 8:.1f}" y="{y + 4:.1f}">{html.escape(s.label)}</text>')
         parts.append("</g>")
     label = f"{y_title} against {x_title}: " + ", ".join(s.name for s, _ in shown)
     return _svg(width, height, label, parts)

@@ -370,7 +370,10 @@ A position whose bar is near zero says the same thing for every clip.</p>
 
 
 def _history_section(history: list[dict[str, Any]]) -> str:
-    """Training curves: keys that share the part after their slash (train/l1, val/l1) share a chart."""
+    """Training curves: keys that share the part after their slash (train/l1, val/l1) share a chart.
+
+    So do keys that differ only in a budget at their end (val/psnr_db_1, val/psnr_db_16): one line a budget.
+    """
     charts: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
     for index, line in enumerate(history):
         step = _number(line.get("step"))
@@ -379,6 +382,8 @@ def _history_section(history: list[dict[str, Any]]) -> str:
             number = _number(value)
             if number is not None and key not in ("step", "epoch", "time", "wall_s", "elapsed_s"):
                 group, _, name = key.partition("/") if "/" in key else ("train", "", key)
+                if budget := re.fullmatch(r"(psnr_db|ssim|l1|mse)_(\d+)", name):
+                    name, group = f"{budget[1]} by budget, {group}", budget[2]
                 charts.setdefault(name, {}).setdefault(group, []).append(
                     (at, number, f"{key} {number:.5g} at step {at:g}")
                 )
@@ -386,31 +391,40 @@ def _history_section(history: list[dict[str, Any]]) -> str:
     if not charts:
         return ""
 
-    def figure(name: str) -> str:
-        series = [
-            Series(group, thin(sorted(points)), colour, ours=group == "val", marks=len(points) <= 30)
-            for group, points in charts[name].items()
-            for colour in [{"val": 0, "train": 1}.get(group, 2 + list(charts[name]).index(group))]
-        ]
-        values = [y for s in series for _, y, _ in s.points]
-        wide = bool(re.search("loss|l1|l2|mse|norm", name)) and min(values) > 0 and max(values) / min(values) > 30
-        drawn = chart(series, x_title="step", y_title=name, log_y=wide)
-        names = ", ".join(s.name for s in series)
-        return f"<figure><figcaption>{html.escape(name)} ({html.escape(names)})</figcaption>{drawn}</figure>"
+    def rank(name: str) -> tuple[bool, ...]:
+        values = {y for points in charts[name].values() for _, y, _ in points}
+        told = re.search("loss|psnr|ssim|l1|accuracy", name) is not None
+        return len(values) == 1, "by budget" not in name, "val" not in charts[name], not told
 
-    def first(name: str) -> tuple[bool, bool]:
-        return ("val" not in charts[name], not re.search("loss|psnr|ssim|l1|accuracy", name))
-
-    order = sorted(charts, key=first)  # stable: what was validated, then losses, then the rest
-    rest = "".join(figure(name) for name in order[6:])
-    more = (
-        f"<details><summary>More curves ({len(order) - 6})</summary><div class='charts'>{rest}</div></details>"
-        if rest
-        else ""
-    )
+    order = sorted(charts, key=rank)  # stable: budgets, what was validated, losses, the rest, what never changes
+    rest = "".join(_history_figure(name, charts[name]) for name in order[6:])
+    more = f"<details><summary>More curves ({len(order) - 6})</summary><div class='charts'>{rest}</div></details>"
     key = legend([Series("val", [], 0, ours=True), Series("train", [], 1)])
+    shown = "".join(_history_figure(name, charts[name]) for name in order[:6])
     return f"""<section aria-labelledby="history-title"><h2 id="history-title">Training</h2>{key}
-<div class="charts">{"".join(figure(name) for name in order[:6])}</div>{more}</section>"""
+<div class="charts">{shown}</div>{more if rest else ""}</section>"""
+
+
+def _history_figure(name: str, groups: dict[str, list[tuple[float, float, str]]]) -> str:
+    budgets = all(group.isdigit() for group in groups)
+    names = sorted(groups, key=int) if budgets else list(groups)
+    fixed = {} if budgets else {"val": 0, "train": 1}
+    series = [
+        Series(
+            group,
+            thin(sorted(groups[group])),
+            fixed.get(group, colour if budgets else 2 + colour),
+            ours=group == "val",
+            marks=len(groups[group]) <= 30,
+            label=group if budgets else "",
+        )
+        for colour, group in enumerate(names)
+    ]
+    values = [y for s in series for _, y, _ in s.points]
+    wide = re.search("loss|l1|l2|mse|norm", name) is not None and min(values) > 0 and max(values) / min(values) > 30
+    drawn = chart(series, x_title="step", y_title=name, log_y=wide)
+    told = "" if budgets else f" ({html.escape(', '.join(names))})"
+    return f"<figure><figcaption>{html.escape(name)}{told}</figcaption>{drawn}</figure>"
 
 
 # --- words and tables -------------------------------------------------------------------------------------------------
