@@ -271,7 +271,7 @@ class TransformCode(nn.Module):
             )
         if not levels or min(levels) < 3:
             raise ValueError(
-                f"levels={tuple(levels)} needs at least one dimension, of 3 levels or more (2 leave FSQ's bound lopsided)"
+                f"levels={tuple(levels)} needs one dimension or more, of at least 3 levels (FSQ's bound is lopsided at 2)"
             )
         self.num_tokens, self.channels, self.max_frequencies = num_tokens, channels, tuple(max_frequencies)
         available = channels * math.prod(max_frequencies)
