@@ -9,7 +9,8 @@ Both codings are arithmetic on one unbounded integer x per block, undone in the 
     static   x <- (x // f) * 2**22 + start + x % f            asymmetric numeral systems (Duda 2013,
              a digit of frequency f costs 22 - log2(f) bits   https://arxiv.org/abs/1311.2540) without renormalisation:
                                                               exact, no float is ever involved
-so a block costs its information (static: and at most 22 bits more, the first state), rounded up to whole bytes, and the same ids make the same bytes on every machine.
+so a block costs its information (static: and at most 22 bits more, its first state) rounded up to whole bytes, and the
+same ids make the same bytes on every machine.
 """
 
 from __future__ import annotations

@@ -1,0 +1,224 @@
+"""What people read about a model: the card of an export (README.md), and `vtok info`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vtok import config as vtok_config
+from vtok.bitstream import MAGIC, Reader, read_footer
+from vtok.config import RunConfig
+from vtok.loading import is_run, load_run, read_config
+
+COLUMNS = ("budget", "tokens_mean", "bits_mean", "bits_per_pixel", "bits_per_second", "psnr_db", "ssim")
+
+
+def model_card(
+    model: nn.Module,
+    config: RunConfig,
+    facts: dict[str, Any],
+    *,
+    run_dir: Path | None = None,
+    licence: str = "apache-2.0",
+    no_entropy: str = "",
+) -> str:
+    """README.md of an export, with the front matter that the Hub reads.
+
+    Args:
+        facts: its config.json. run_dir: where environment.json and eval/eval.json lie; None leaves both out.
+        no_entropy: why the export has no static entropy model.
+    """
+    family, size = facts["family"], config.data.size
+    parameters = sum(p.numel() for p in model.parameters())
+    front = ["library_name: transformers", f"license: {licence}", "pipeline_tag: feature-extraction", "tags:"]
+    front += [f"- {tag}" for tag in ("vtok", "video", "video-tokenizer", "custom_code", family.rpartition(".")[2])]
+    rate = f"{config.data.fps:g} frames/s" if config.data.fps else "the source's frame rate"
+    lines = [
+        "---", *front, "---", "",
+        f"# {facts['model_id']}", "",
+        f"A video tokenizer of vtok's `{family}` family: {parameters / 1e6:.2f} M parameters, trained on clips of "
+        f"{config.data.num_frames} frames of {size[1]}x{size[0]} pixels at {rate}.", "",
+        *_accounting(model, facts, no_entropy),
+        *_loading(facts, config),
+        *_training(config, run_dir),
+        *_measurements(run_dir),
+        "## Files and licence", "",
+        f"Weights: `{licence}`, as stated by whoever exported them; they may carry conditions of the training videos, "
+        "which the exporter knows. Code (`modeling_vtok.py`): Apache-2.0. `training.yaml` is the resolved "
+        "configuration of the run, `config.json` what loading needs.", "",
+        f"Weights sha256 (names, types, shapes and bytes of the tensors): `{facts['weights_sha256']}`.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _accounting(model: Any, facts: dict[str, Any], no_entropy: str) -> list[str]:
+    sizes: tuple[int, ...] = tuple(getattr(model, "codebook_sizes", ()))
+    out = ["## Tokens and bits", ""]
+    if not sizes:
+        return [*out, "Tokens are continuous: they have no bit count, and no `.vtok` form.", ""]
+    bits = sum(math.log2(size) for size in sizes)
+    books = ", ".join(map(str, sizes))
+    out.append(
+        f"At most {model.max_tokens} tokens a window of the model, {len(sizes)} id(s) a token, codebook sizes {books}: "
+        f"{bits:.3f} bits (log2 of the size) is a token's nominal cost, which `.vtok` files reach to within a byte per "
+        "block of ids. Tokens are ordered by importance inside their group: any prefix decodes."
+    )
+    if facts.get("entropy_sha256"):
+        out.append(
+            "`entropy.safetensors` is a static entropy model (frequencies of id digits by rank, from training clips) "
+            "for `vtok encode --coding static`."
+        )
+    else:
+        out.append(f"There is no static entropy model in this export: {no_entropy or 'none was fitted'}.")
+    return [*out, ""]
+
+
+def _loading(facts: dict[str, Any], config: RunConfig) -> list[str]:
+    height, width = config.data.size
+    shape = f"1, 3, {config.data.num_frames}, {height}, {width}"
+    return [
+        "## Use", "",
+        "```python",
+        "import torch, vtok  # pip install vtok",
+        "model = vtok.load(PATH_OR_REPO)  # runs no code from here",
+        f"video = torch.zeros({shape}, dtype=torch.uint8)",
+        'tokens = model.encode(vtok.types.Clip(keys=["a"], video=video), budget=4)',
+        f"frames = model.decode(tokens, size=({height}, {width}))  # in [-1, 1]",
+        "```", "",
+        "Without vtok (torch, einops, transformers and safetensors are enough):", "",
+        "```python",
+        "from transformers import AutoModel",
+        "model = AutoModel.from_pretrained(PATH_OR_REPO, trust_remote_code=True)",
+        "tokens = model.encode(video, budget=4)  # the same ids",
+        "```", "",
+        "```",
+        "vtok encode PATH_OR_REPO video.mp4 --out video.vtok --budget 4",
+        "vtok decode PATH_OR_REPO video.vtok --out video.mkv",
+        "```", "",
+    ]  # fmt: skip
+
+
+def _training(config: RunConfig, run_dir: Path | None) -> list[str]:
+    out = ["## Training", ""]
+    starts = (_json(run_dir / "environment.json") or {}).get("starts", []) if run_dir else []
+    out.append(f"- data: `{config.data.shards or 'not stated'}`, validation: `{config.data.val_shards or 'none'}`")
+    out.append(
+        f"- {config.trainer.max_steps} steps of {config.data.batch_size} clips a process, precision "
+        f"{config.trainer.precision}, strategy {config.trainer.strategy}"
+    )
+    if starts:
+        last = starts[-1]
+        command = " ".join(Path(part).name if i < 2 else part for i, part in enumerate(last.get("command", [])))
+        hardware = ", ".join(last.get("gpus") or []) or f"{last.get('cpu_count')} CPU cores"
+        packages = ", ".join(f"{k} {v}" for k, v in (last.get("packages") or {}).items() if v)
+        out += [f"- command: `{command}`", f"- hardware: {hardware} x {last.get('world_size', 1)} process(es)"]
+        out += [
+            f"- versions: Python {last.get('python')}, {packages}",
+            f"- commit: {last.get('commit') or 'not known'}",
+        ]
+        out += [f"- started {len(starts)} times (resumed)"] if len(starts) > 1 else []
+    else:
+        out.append("- command: `vtok train training.yaml`")
+    return [*out, ""]
+
+
+def _measurements(run_dir: Path | None) -> list[str]:
+    found = _json(run_dir / "eval" / "eval.json") if run_dir else None
+    out = ["## Measured", ""]
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not found or not isinstance(rows, list) or not rows:
+        return [*out, "Not evaluated before the export: `vtok eval` writes the table of budgets.", ""]
+    columns = [c for c in ("method", *COLUMNS) if any(row.get(c) is not None for row in rows)]
+    out += [f"{found.get('clips')} clips of `{found.get('shards')}`; controls and codecs on the same windows.", ""]
+    out += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    out += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    return [*out, ""]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# What `vtok info` prints.
+
+
+def describe(path: str | Path) -> str:
+    """A few lines on a run directory, an export, a config or a .vtok file.
+
+    Raises: ValueError where it is none of these. FileNotFoundError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _describe_run(path) if is_run(path) else _describe_export(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    with open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+    if start == MAGIC or path.suffix == ".vtok":
+        return _describe_vtok(path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path} is no run directory, export, config (.yaml) or .vtok file")
+    return vtok_config.to_yaml(vtok_config.load(path)).rstrip()
+
+
+def _describe_run(path: Path) -> str:
+    config = vtok_config.load(path / "config.yaml")
+    kept = sorted(p.name for p in (path / "checkpoints").glob("*.ckpt"))
+    lines = [f"run {path}", f"  family        {config.model.name}", f"  checkpoints   {', '.join(kept) or 'none yet'}"]
+    if kept:
+        lines += _describe_model(load_run(path)[0])
+    lines.append(f"  data          {config.data.shards}")
+    return "\n".join(lines)
+
+
+def _describe_export(path: Path) -> str:
+    facts = read_config(path)
+    names = ("family", "model_id", "weights_sha256", "entropy_sha256", "vtok_version")
+    lines = [f"export {path}", *(f"  {name:<15} {facts.get(name) or '-'}" for name in names)]
+    lines += [f"  {'model.' + key:<22} {value}" for key, value in facts["model"].items()]
+    return "\n".join(lines)
+
+
+def _describe_model(model: Any) -> list[str]:
+    sizes: tuple[int, ...] = tuple(getattr(model, "codebook_sizes", ()))
+    parameters = sum(p.numel() for p in model.parameters())
+    most = getattr(model, "max_tokens", "?")
+    return [
+        f"  parameters    {parameters / 1e6:.3f} M",
+        f"  tokens        at most {most} a window, codebooks {sizes or 'none: continuous'}",
+    ]
+
+
+def _describe_vtok(path: Path) -> str:
+    with open(path, "rb") as file:
+        header = Reader(file, name=str(path)).header
+        footer = read_footer(file, name=str(path))
+    size = path.stat().st_size
+    duration = float(footer.frames / header.fps)
+    limit = "all tokens" if not header.budget else f"at most {header.budget} tokens a group"
+    if header.tokens_per_second:
+        limit = f"at most {float(header.tokens_per_second):g} tokens/s"
+    return "\n".join(
+        [
+            f".vtok file {path} (records are not checked here; decoding checks them)",
+            f"  model         {header.model_id}, weights sha256 {header.weights_sha256.hex()}",
+            f"  video         {footer.frames} frames of {header.size[1]}x{header.size[0]} at {header.fps} frames/s, "
+            f"{duration:.2f} s",
+            f"  tokens        {footer.tokens} in {footer.groups} groups ({limit}), codebooks {header.codebook_sizes}",
+            f"  coding        {header.coding}",
+            f"  size          {size} bytes" + (f", {size * 8 / duration / 1000:.3f} kbit/s" if duration else ""),
+        ]
+    )

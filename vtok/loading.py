@@ -1,0 +1,225 @@
+"""From a folder, a Hub repository or a run directory back to a model; nothing in a folder is run or unpickled.
+
+export folder, Hub repository --load--> Model, its identity as `.shipped`
+run directory --load_run--> Model, RunConfig
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vtok.config import RunConfig, from_dict, load_family, to_dict
+from vtok.config import load as load_config
+from vtok.entropy import StaticModel
+
+FORMAT = 1  # of config.json
+WEIGHTS, ENTROPY, CODE = "model.safetensors", "entropy.safetensors", "modeling_vtok.py"
+PREFIX = "model."  # of the names in model.safetensors: the module's name inside transformers' wrapper
+MAX_CONFIG = 1 << 20  # bytes of a config.json
+
+
+class ExportError(ValueError):
+    """A folder or repository that is not a usable export, or a run that cannot become one."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a .vtok file says about the model that made it.
+
+    model_id: `<family>-<12 hex digits>` of the configuration and the weights. weights_sha256: 32 bytes.
+    entropy: the static entropy model that ships with it, or None.
+    """
+
+    model_id: str
+    weights_sha256: bytes
+    entropy: StaticModel | None = None
+
+
+def weights_sha256(state: dict[str, Tensor]) -> bytes:
+    """32 bytes that name a set of weights, whatever file holds them.
+
+    sha256 over the tensors in the order of their names: name, dtype, shape (each as text ending in a newline), bytes.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def model_id(family: str, config: dict[str, Any], sha256: bytes) -> str:
+    """`<family>-<hash>` of a configuration (plain values) and the sha256 of its weights."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return f"{family.rpartition('.')[2]}-{hashlib.sha256(text.encode() + sha256).hexdigest()[:12]}"
+
+
+def identify(model: nn.Module) -> Identity:
+    """The identity of a model as its weights are now: the export's own where it was loaded from one and not changed."""
+    sha256 = weights_sha256(model.state_dict())
+    shipped = getattr(model, "shipped", None)
+    if isinstance(shipped, Identity) and shipped.weights_sha256 == sha256:
+        return shipped
+    config: Any = model.config
+    return Identity(model_id(config.name, to_dict(config), sha256), sha256)
+
+
+def load(path_or_repo: str | Path, *, revision: str | None = None, family: str | None = None) -> Any:
+    """The compressor in an export folder or Hub repository, in eval mode, with its identity as `.shipped`.
+
+    Runs no code from the folder and unpickles nothing: the model class is this vtok's own.
+
+    Args:
+        path_or_repo: a folder made by `vtok export`, or a Hub repository `user/name`.
+        revision: branch, tag or commit of the repository.
+        family: dotted module of an out-of-tree family that you trust; the folder's own word is not taken for it.
+    Raises: ExportError for a missing, foreign, damaged or newer export; ValueError from the configuration's checks.
+    """
+    folder = _folder(path_or_repo, revision)
+    facts = read_config(folder)
+    module = load_family(family) if family else load_family(str(facts["family"]), trusted=False)
+    config = from_dict(module.Config, facts["model"], where=f"{folder / 'config.json'}: model")
+    state = _read_tensors(folder / WEIGHTS)
+    wrong = sorted(name for name in state if not name.startswith(PREFIX))
+    if wrong:
+        raise ExportError(f"{folder / WEIGHTS} holds {wrong[:3]}, names that vtok does not write: is it an export?")
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    sha256 = weights_sha256(state)
+    if (
+        sha256.hex() != facts["weights_sha256"]
+        or model_id(facts["family"], facts["model"], sha256) != facts["model_id"]
+    ):
+        raise ExportError(
+            f"{folder}: the weights or the model's configuration are not those that config.json was written for "
+            f"(sha256 {sha256.hex()[:16]}..., stated {str(facts['weights_sha256'])[:16]}...): the files are damaged or "
+            "mixed up; export or download again"
+        )
+    model = module.Model(config)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ExportError(f"{folder / WEIGHTS} does not fit this vtok's {facts['family']}: {error}") from error
+    entropy = None
+    if (folder / ENTROPY).is_file():
+        entropy = StaticModel.from_tensors(_read_tensors(folder / ENTROPY))
+        if entropy.sha256.hex() != facts.get("entropy_sha256"):
+            raise ExportError(f"{folder / ENTROPY} is not the entropy model that config.json was written for")
+    model.shipped = Identity(str(facts["model_id"]), sha256, entropy)
+    return model.eval()
+
+
+def load_any(path: str | Path, *, revision: str | None = None) -> Any:
+    """A model in eval mode from an export, a Hub repository, or a run directory (its best checkpoint)."""
+    if is_run(Path(path)):
+        return load_run(path)[0]
+    return load(path, revision=revision)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and not (path / "config.json").is_file()
+
+
+def load_run(run_dir: str | Path, *, which: str = "best", ema: bool = True) -> tuple[Any, RunConfig]:
+    """A run's model in eval mode, and its configuration.
+
+    Args:
+        which: "best" (the last one where no best was kept) or "last" checkpoint.
+        ema: take the averaged weights where the run kept them.
+    Raises: ExportError for a directory without a run or a checkpoint, or a checkpoint that does not fit config.yaml.
+    """
+    run_dir = Path(run_dir)
+    if which not in ("best", "last"):
+        raise ValueError(f"which={which!r} is unknown; choose best or last")
+    if not (run_dir / "config.yaml").is_file():
+        raise ExportError(f"{run_dir} is not a run directory: it has no config.yaml")
+    config = load_config(run_dir / "config.yaml")
+    folder = run_dir / "checkpoints"
+    found = [folder / f"{name}.ckpt" for name in (("best", "last") if which == "best" else ("last",))]
+    path = next((p for p in found if p.exists()), None)
+    if path is None:
+        raise ExportError(f"{run_dir} has no checkpoint yet: {found[-1]} does not exist; train it first")
+    model = load_family(config.model.name).Model(config.model)
+    try:
+        model.load_state_dict(_checkpoint_weights(path, ema=ema), strict=True)
+    except RuntimeError as error:
+        raise ExportError(f"{path} does not fit {run_dir / 'config.yaml'}: {error}") from error
+    return model.eval(), config
+
+
+def _checkpoint_weights(path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """The model's state dict, float32, without prefix."""
+    if path.is_dir():  # DeepSpeed's shards
+        from vtok.strategy import model_weights
+
+        return model_weights(path, ema=ema)
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+        state = {k.removeprefix(PREFIX): v for k, v in whole["state_dict"].items() if k.startswith(PREFIX)}
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ExportError(f"{path} is not a readable checkpoint: {error}") from error
+    if ema:
+        state |= {name.removeprefix(PREFIX): value for name, value in (whole.get("ema") or {}).items()}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked config.json of an export: family, model, model_id, weights_sha256 and what else it holds."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ExportError(
+            f"{folder} is not an export: it has no config.json; make one with `vtok export RUN --out DIR`"
+        )
+    if path.stat().st_size > MAX_CONFIG:
+        raise ExportError(f"{path} has {path.stat().st_size} bytes, more than any export's config.json")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is not json: {error}") from error
+    if not isinstance(facts, dict) or facts.get("model_type") != "vtok":
+        kind = facts.get("model_type") if isinstance(facts, dict) else type(facts).__name__
+        raise ExportError(f"{folder} is not a vtok export: its config.json is of type {kind!r}")
+    version = facts.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise ExportError(f"{path} has format {version!r}, this vtok reads up to {FORMAT}: install a newer vtok")
+    kinds = {"family": str, "model": dict, "model_id": str, "weights_sha256": str}
+    bad = [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind)]
+    if bad:
+        raise ExportError(f"{path} lacks {', '.join(bad)}: it is damaged or was not written by `vtok export`")
+    return facts
+
+
+def _folder(path_or_repo: str | Path, revision: str | None) -> Path:
+    path = Path(path_or_repo)
+    if path.is_dir():
+        return path
+    text = str(path_or_repo)
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", text) or text.startswith("."):
+        raise ExportError(f"no export at {text!r}: give a folder made by `vtok export`, or a Hub repository user/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:  # no code is asked for: nothing of it would be run
+        patterns = ["config.json", "*.safetensors", "README.md", "training.yaml"]
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ExportError(f"{text!r} is no folder here and could not be had from the Hub: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ExportError(f"{path} is missing: the export is incomplete")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ExportError(f"{path} is damaged, or not a safetensors file: {error}") from error
