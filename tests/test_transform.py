@@ -8,6 +8,7 @@ import torch
 from vector_quantize_pytorch import FSQ
 
 from vtok.layers.transform import (
+    CoefficientPredictor,
     TransformCode,
     allocate,
     cell_mean,
@@ -308,6 +309,30 @@ def test_training_its_parameters_lowers_the_error():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.97 * losses[0]
+
+
+def test_the_predictor_starts_as_the_identity_and_learns_what_a_rotation_cannot():
+    """Coefficient 1 is the square of coefficient 0, less its mean: uncorrelated with it, and told by it."""
+    torch.manual_seed(0)
+    predictor = CoefficientPredictor(2, width=32, dropout=0.0)
+    known = torch.randn(512, 1)
+    wanted = torch.cat([known, known**2 - 1], 1)
+    told = torch.cat([known, torch.zeros_like(known)], 1)
+    bits = torch.tensor([12.0, 0.0]).expand(512, -1)
+    assert torch.equal(predictor(told, bits), told)
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = (predictor(told, bits) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    got = predictor(told, bits).detach()
+    assert float((got - wanted)[:, 1].square().mean()) < 0.1 * float(wanted[:, 1].square().mean())
+    assert float((got - told)[:, 0].abs().max()) < 0.01  # what is known to 12 bits hardly moves
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(predictor(told, bits), got)
+    with pytest.raises(ValueError, match="dropout=1"):
+        CoefficientPredictor(2, dropout=1.0)
 
 
 # -- fit -----------------------------------------------------------------------------------------------------------
