@@ -406,6 +406,7 @@ def browser():
     chromium.close()
 
 
+RECONSTRUCTION = "document.getElementById('reconstruction')"
 # read from a copy: reading the page's own canvas back would draw a performance warning
 PIXELS = """(() => {{ const c = document.getElementById("{0}"), copy = document.createElement("canvas");
   copy.width = c.width; copy.height = c.height;
@@ -422,11 +423,11 @@ def test_the_player_plays_exact_frames_and_the_slider_switches_versions(tmp_path
     browser.events.clear()
     browser.open(path)
 
-    browser.wait("document.getElementById('reconstruction').dataset.frame !== undefined")
-    seen = {browser.js("document.getElementById('reconstruction').dataset.frame")}
+    browser.wait(f"{RECONSTRUCTION}.dataset.frame !== undefined")
+    seen = set()
     deadline = time.monotonic() + 20
     while len(seen) < 6 and time.monotonic() < deadline:
-        seen.add(browser.js("document.getElementById('reconstruction').dataset.frame"))
+        seen.add(browser.js(f"{RECONSTRUCTION}.dataset.frame"))
     assert len(seen) >= 6, f"frames do not advance: saw {seen} of 8"
 
     browser.js("document.getElementById('play').click()")
@@ -436,7 +437,7 @@ def test_the_player_plays_exact_frames_and_the_slider_switches_versions(tmp_path
     for k in BUDGETS:
         word = "token" if k == 1 else "tokens"
         browser.wait(f"document.getElementById('readout').textContent.startsWith('{k} {word}, ')")
-        time.sleep(0.2)
+        browser.wait(f"{RECONSTRUCTION}.dataset.label === '{k}' && {RECONSTRUCTION}.dataset.frame !== undefined")
         left, right = browser.js(PIXELS.format("original")), browser.js(PIXELS.format("reconstruction"))
         frame = left["frame"]
         assert right["label"] == str(k) and right["frame"] == frame and right["width"] == 32
@@ -480,7 +481,7 @@ def test_the_page_sorts_hides_and_fits(tmp_path, browser):
     pictures = {}
     for name, width, dark in (("light", 1200, False), ("dark", 1200, True), ("phone", 390, False)):
         browser.open(path, width=width, dark=dark)
-        browser.wait("document.getElementById('reconstruction').dataset.frame !== undefined")
+        browser.wait(f"{RECONSTRUCTION}.dataset.frame !== undefined")
         assert browser.js("document.documentElement.scrollWidth - innerWidth") <= 0, f"{name}: scrolls sideways"
         pictures[name] = browser.screenshot(tmp_path / f"{name}.png")
         assert len(pictures[name]) > 10_000
@@ -498,7 +499,7 @@ def test_captions_cannot_run_code(tmp_path, browser):
     path = write_report({**make_evaluation(clips), "model": NASTY}, clips, tmp_path / "report.html")
     browser.events.clear()
     browser.open(path)
-    browser.wait("document.getElementById('reconstruction').dataset.frame !== undefined")
+    browser.wait(f"{RECONSTRUCTION}.dataset.frame !== undefined")
     assert browser.js("window.hacked") is None
     assert NASTY in str(browser.js("document.getElementById('caption').textContent"))
     assert re.search("img", str(browser.js("document.querySelector('h1').innerHTML"))) and browser.problems() == []

@@ -38,6 +38,7 @@
   const paint = (canvas, clip, sources, how) => {
     if (canvas.width !== clip.width || canvas.height !== clip.height) { canvas.width = clip.width; canvas.height = clip.height; }
     if (!painters.has(canvas)) watcher.observe(canvas);
+    delete canvas.dataset.frame;  // says which frame is on the canvas: none of this source yet
     painters.set(canvas, { clip, sources, how, drawn: "" });
   };
   const forget = (root) => root.querySelectorAll("canvas").forEach((c) => { painters.delete(c); visible.delete(c); watcher.unobserve(c); });
