@@ -202,6 +202,8 @@ def test_the_wrong_model_is_refused_naming_both():
         Reader(io.BytesIO(data)).expect("other-ffff", b"\xff" * 32, entropy=model)
     with pytest.raises(bitstream.WrongModel, match="entropy.safetensors"):
         Reader(io.BytesIO(data)).expect("flexible-0123456789ab", SHA)
+    with pytest.raises(bitstream.WrongModel, match="but this is flexible-ba9876543210"):
+        Reader(io.BytesIO(data)).expect("flexible-ba9876543210", SHA, entropy=model)
     with pytest.raises(bitstream.WrongModel, match="static entropy model"):
         Reader(io.BytesIO(data)).expect("flexible-0123456789ab", SHA, entropy=fitted((10,), seed=6))
     with pytest.raises(bitstream.WrongModel):

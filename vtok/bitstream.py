@@ -282,7 +282,7 @@ class Reader:
     def expect(self, model_id: str, weights_sha256: bytes, *, entropy: StaticModel | None = None) -> None:
         """Require that the file was made with this model (and static model). Raises: WrongModel naming both."""
         header = self.header
-        if header.weights_sha256 != weights_sha256:
+        if (header.model_id, header.weights_sha256) != (model_id, weights_sha256):
             raise WrongModel(
                 f"{self._name} was encoded with model {header.model_id} (weights sha256 "
                 f"{header.weights_sha256.hex()[:16]}...), but this is {model_id} ({weights_sha256.hex()[:16]}...); "

@@ -231,6 +231,7 @@ def encode_file(
     rate = own if fps is None else as_fraction(fps)
     if rate <= 0:
         raise ValueError(f"fps={fps} must be above 0")
+    _Budget(model, budget=budget, tokens_per_second=tokens_per_second, fps=rate)  # a bad setting fails before any work
     shape = size or (info.height, info.width)
     _warn_if_far(model, shape)
     header = Header(
