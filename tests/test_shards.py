@@ -222,6 +222,21 @@ def test_unusual_videos_are_packed(tmp_path, name):
         assert verify(tmp_path / folder, progress=False) == []
 
 
+def test_containers_are_named_as_the_loader_knows_them(tmp_path):
+    stream = video(tmp_path / "a.m2ts", container="mpegts")
+    lone = video(tmp_path / "b", container="matroska")
+    plain = video(tmp_path / "c.y4m", codec="rawvideo", crf=None, container="yuv4mpegpipe")
+    packed([tmp_path, lone], tmp_path / "out", crf=0)
+    found = samples(tmp_path / "out")
+    assert rejected(tmp_path / "out") == []
+    by_end = {key.rpartition("-")[2]: sample for key, sample in found.items()}
+    assert by_end["a"]["ts"] == stream.read_bytes() and by_end["b"]["mkv"] == lone.read_bytes()
+    recoded = by_end["c"]["mp4"]
+    pairs = list(zip(iter_frames(plain), iter_frames(recoded)))
+    assert len(pairs) == 10 and all(_same(got, want) for (want, _), (got, _) in pairs)
+    assert verify(tmp_path / "out", progress=False) == []
+
+
 def test_variable_rate_becomes_constant_when_cut_and_stays_when_whole(tmp_path):
     times = [0.0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0, 1.4, 1.5]
     path = video(tmp_path / "vfr.mp4", times=times)

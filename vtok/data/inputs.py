@@ -101,12 +101,11 @@ def collect(inputs: Iterable[str | Path], *, exclude: Path | None = None) -> Inp
     manifests = {p.resolve(): p for p in paths if p.is_file() and p.suffix.lower() in MANIFEST_SUFFIXES}
     for path in manifests.values():
         _read_manifest(path, found)
-    seen = {row.path for row in found.rows}
-    for path in paths:
-        for file, source in _media_files(path, exclude=exclude, skip=set(manifests), rejected=found.rejected):
-            if file not in seen:
-                seen.add(file)
-                found.rows.append(Row(file, source))
+    seen = {row.path for row in found.rows} | set(manifests)
+    for path in sorted(paths, key=Path.is_dir):  # a file named itself is taken whatever its extension
+        for file, source in _media_files(path, exclude=exclude, skip=seen, rejected=found.rejected):
+            seen.add(file)
+            found.rows.append(Row(file, source))
     found.rows = _merge(_distinct(found.rows), found.rejected)
     found.rejected = list(dict.fromkeys(found.rejected))
     return found
@@ -115,7 +114,10 @@ def collect(inputs: Iterable[str | Path], *, exclude: Path | None = None) -> Inp
 def _media_files(
     path: Path, *, exclude: Path | None, skip: set[Path], rejected: list[Reject]
 ) -> Iterator[tuple[Path, str]]:
-    """(real path, source name) of a file, or of every file of a folder; hidden files and folders are left out."""
+    """(real path, source name) of a file, or of every file of a folder that `skip`, which may grow meanwhile, lacks.
+
+    Hidden files and folders are left out.
+    """
     if path.is_file():
         if path.resolve() not in skip:
             yield path.resolve(), path.name

@@ -28,7 +28,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from vtok.data.decode import FORMATS, DecodeError, VideoInfo, iter_frames, probe, write_video
-from vtok.data.inputs import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Reject
+from vtok.data.inputs import VIDEO_SUFFIXES, Reject
+from vtok.data.sources import MEDIA
 
 RECORDS = ".shards"  # folder of records in the output folder
 MAGIC = (
@@ -38,6 +39,16 @@ MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
     (b"OggS", "ogv"),
 )
+ALIASES = {
+    "mts": "ts",
+    "m2ts": "ts",
+    "m2v": "mpg",
+    "vob": "mpg",
+    "asf": "wmv",
+    "3gp": "mp4",
+    "3g2": "mp4",
+    "ogg": "ogv",
+}
 GROUP_OF_PICTURES = 32  # frames between keyframes of a re-encoded clip: a random window decodes at most this many more
 
 
@@ -190,8 +201,9 @@ def write_shard(
 def make_sample(item: Item, settings: Settings) -> dict[str, bytes | Path]:
     """The members of one sample by extension: the video (or image) first, then json, then wav where asked.
 
-    The video is the source's own bytes where nothing is to change, else H.264 in mp4. Either way every frame of it was
-    decoded without an error. Raises DecodeError with the reason.
+    The video is the source's own bytes where nothing is to change, else H.264 in mp4; raw streams and containers that
+    the loader does not name (y4m, h264, mxf ...) are re-encoded too. Either way every frame of it was decoded without
+    an error. Raises DecodeError with the reason.
     """
     size = item.path.stat().st_size
     if size != item.size:
@@ -200,12 +212,15 @@ def make_sample(item: Item, settings: Settings) -> dict[str, bytes | Path]:
         )
     info = probe(item.path)
     members: dict[str, bytes | Path] = {}
-    if needs_encoding(item, info, settings):
+    extension = _extension(item.path)
+    if extension is None and info.is_image:
+        raise DecodeError("a still image whose format shards do not hold; use png, jpg or webp")
+    if extension is None or needs_encoding(item, info, settings):
         video, frames, fps, (width, height) = _encode(item, info, settings)
         members["mp4"] = video
         duration_s = frames / fps
     else:
-        members[_extension(item.path)] = item.path
+        members[extension] = item.path
         width, height, fps = info.width, info.height, info.fps
         duration_s = _check(item, info)
     members["json"] = _json_bytes(
@@ -399,16 +414,21 @@ def _put(samples: np.ndarray, piece: np.ndarray, place: int) -> int:
     return place + len(piece)
 
 
-def _extension(path: Path) -> str:
-    """The container's usual extension without the dot: the file's own, or by its first bytes where it has none."""
-    suffix = path.suffix.lower()
-    if suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES:
-        return suffix[1:]
+def _extension(path: Path) -> str | None:
+    """The member extension of a file that is kept: its own, else by its first bytes; None where shards have none."""
+    suffix = path.suffix.lower()[1:]
+    suffix = ALIASES.get(suffix, suffix)
+    if suffix in MEDIA:
+        return suffix
+    if f".{suffix}" in VIDEO_SUFFIXES:
+        return None
     with open(path, "rb") as file:
         head = file.read(12)
     if head[:4] == b"RIFF":
-        return "webp" if head[8:12] == b"WEBP" else "avi"
-    return next((name for magic, name in MAGIC if head.startswith(magic)), "mp4")
+        return "webp" if head[8:] == b"WEBP" else "avi"
+    if head[4:8] == b"ftyp":
+        return "mp4"
+    return next((name for magic, name in MAGIC if head.startswith(magic)), None)
 
 
 class _Hashing:

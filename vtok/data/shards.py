@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+from rich.console import Console
 
 from vtok.data.decode import DecodeError, VideoInfo, probe
 from vtok.data.inputs import Inputs, Reject, Row, collect
@@ -147,17 +148,12 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
             share = 1.0 if whole else min(1.0, seconds / max(seen.info.duration_s, 1e-6))
             items[splits[row.path]].append((clip, seen.size * share))
     shards = tuple(shard for split in SPLITS for shard in _deal(items[split], split, settings))
-    content = {row.source: surveys[row.path].content for row in usable}
-    text = json.dumps(
-        {
-            "settings": asdict(settings),
-            "shards": [[shard.name, [item.fingerprint() for item in shard.items]] for shard in shards],
-            "content": content,
-            "av": av.__version__,
-        },
-        sort_keys=True,
-    )
-    return Plan(settings, shards, tuple(rejected), hashlib.sha256(text.encode()).hexdigest())
+    digest = hashlib.sha256(json.dumps([asdict(settings), av.__version__], sort_keys=True).encode())
+    for row in usable:
+        digest.update(json.dumps([row.source, surveys[row.path].content]).encode())
+    for shard in shards:
+        digest.update(json.dumps([shard.name, [item.fingerprint() for item in shard.items]], sort_keys=True).encode())
+    return Plan(settings, shards, tuple(rejected), digest.hexdigest())
 
 
 def cut(row: Row, info: VideoInfo, settings: Settings) -> list[tuple[float, float | None, bool]]:
@@ -310,7 +306,8 @@ def pack(
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part={part[0]}/{part[1]}: the first number counts from 0 and lies below the second")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    found = collect(inputs, exclude=out)
+    with Console(stderr=True, quiet=not progress).status("listing inputs"):
+        found = collect(inputs, exclude=out)
     if found.ignored:
         logger.info("manifest columns not read: %s", ", ".join(sorted(found.ignored)))
     with Workers(workers, progress=progress) as pool:
@@ -428,7 +425,7 @@ def main(argv: list[str]) -> int:
         if arguments.verify is not None:
             return _verify(arguments)
         return _pack(arguments)
-    except (ValueError, PackingError, WorkerError) as error:
+    except (ValueError, OSError, PackingError, WorkerError) as error:
         print(f"vtok shards: {error}", file=sys.stderr)
         return 2
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vtok.data.decode import DecodeError, iter_frames, probe
-from vtok.data.inputs import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from vtok.data.sources import MEDIA
 from vtok.data.workers import Notify, Workers
 
-MEDIA = frozenset(suffix[1:] for suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES)
 FIELDS = ("caption", "captions", "label", "qa", "source", "start_s", "duration_s", "fps", "width", "height")
 CHUNK = 1 << 20
 
@@ -110,7 +109,7 @@ def check_shard(tar: Path, row: dict[str, Any], lost: dict[str, str], notify: No
 
 def check_sample(members: dict[str, bytes]) -> list[str]:
     """What is wrong with one sample, given its members by extension."""
-    media = sorted(MEDIA & set(members))
+    media = sorted(set(MEDIA) & set(members))
     try:
         meta = json.loads(members["json"])
         missing = [name for name in FIELDS if name not in meta]
