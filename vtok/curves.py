@@ -39,15 +39,18 @@ class Curves:
     Args:
         folder: the run directory.
         resumed: step the run goes on from: lines after it are dropped, since they will be written again.
+        owed: the validation of that step will be written again too.
     """
 
-    def __init__(self, folder: Path | None, *, resumed: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: Path | None, *, resumed: int | None = None, owed: bool = False, tensorboard: bool = True
+    ) -> None:
         self.folder, self.board, self.file = folder, None, None
         if folder is None:
             return
         path = folder / "metrics.jsonl"
         if path.exists():
-            keep_until(path, resumed if resumed is not None else -1)
+            keep_until(path, resumed if resumed is not None else -1, owed=owed)
         self.file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -121,12 +124,14 @@ class Curves:
             self.board = None
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of a metrics.jsonl past `step`, and a last line cut short by a kill."""
+def keep_until(path: Path, step: int, *, owed: bool = False) -> None:
+    """Drops the lines of a metrics.jsonl past `step`, the validation of `step` if `owed`, and a line cut by a kill."""
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            again = owed and row["step"] == step and "val/loss" in row
+            if row["step"] <= step and not again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

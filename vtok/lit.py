@@ -141,6 +141,12 @@ class LitCompressor(pl.LightningModule):
 
     # set-up
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = strategy.float_buffers(self)  # every cast to bfloat16 and every move passes here
+        result = super()._apply(fn, recurse)
+        strategy.restore_buffers(self, kept)
+        return result
+
     def setup(self, stage: str) -> None:
         fit = getattr(self.model, "fit_statistics", None)
         if stage == "fit" and self.fresh and fit is not None and self.config.trainer.statistics_clips:
@@ -156,13 +162,17 @@ class LitCompressor(pl.LightningModule):
             compile_parts(self.model)
 
     def on_train_start(self) -> None:
-        if self.config.optim.ema_decay:
+        self._start_averages()
+        if self.config.trainer.ledger:
+            self._ledger = open(self.config.run_dir / f"ledger-{self.global_rank}.txt", "a", buffering=1)
+
+    def _start_averages(self) -> None:
+        """Pairs the averages, new or from a checkpoint, with the weights they follow; not before an engine moved them."""
+        if self.config.optim.ema_decay and self._ema is None:
             names, live = zip(*[(n, p) for n, p in self.model.named_parameters() if p.requires_grad])
             kept = self.ema_state or {n: p.detach().float().clone() for n, p in zip(names, live)}
             self.ema_state = {n: kept[n].to(self.device) for n in names}
             self._ema = ([self.ema_state[n] for n in names], [p.data for p in live])
-        if self.config.trainer.ledger:
-            self._ledger = open(self.config.run_dir / f"ledger-{self.global_rank}.txt", "a", buffering=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.config.optim
@@ -324,6 +334,7 @@ class LitCompressor(pl.LightningModule):
 
     def averaged(self) -> _Averaged:
         """Context in which the model carries its averaged weights (as it is where none are kept)."""
+        self._start_averages()
         return _Averaged(self._ema)
 
     def val_loss(self, clip: Clip, index: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,10 @@ class Conductor(pl.Callback):
         self.waited = 0.0
         self.text = ""
         self.bar: Bar | None = None
-        self.handlers: dict[int, Any] = {}
+        self.shown: Clip | None = None  # the validation clips whose pictures are saved
+        self.handlers: dict[int, Any] = {}  # as they were before Lightning and this run set theirs
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
 
     # life cycle
 
@@ -55,19 +57,25 @@ class Conductor(pl.Callback):
         self.window = {k: list(v) for k, v in state.get("window", {}).items()}
         self.best = state.get("best")
         self.elapsed_before = state.get("elapsed_s", 0.0)
+        self.owed = [False, False]
         self.first_step, self.poll_at = lit.steps_done, lit.steps_done + 1
         self.seconds_per_step = math.inf
         lit.clock = self._clock(self.elapsed_before)
         assert lit.steps_done == trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self.handlers[number] = signal.signal(number, self._on_signal)
+        for number in self.handlers:
+            signal.signal(number, self._on_signal)
         self.bar = Bar(self.config.trainer.max_steps, enabled=self.config.trainer.progress and trainer.is_global_zero)
         self.bar.start(lit.steps_done)
         now = time.perf_counter()
         self.began = self.boundary = self.line_began = self.saved_at = now
         self.line_step = lit.steps_done
         self.excluded = 0.0
+        look, show = state.get("owed", self.owed)
+        if look and self._validate(trainer, lit) and trainer.is_global_zero:
+            strategy.mark_best(self.config.run_dir / "checkpoints" / "last.ckpt")  # same step, same weights
+        if show:
+            self._samples(trainer, lit)
+        self.boundary = self.line_began = time.perf_counter()
 
     def _on_signal(self, number: int, _: Any) -> None:
         self.signalled = number  # and nothing else: saving here would interrupt a collective half-way
@@ -108,15 +116,14 @@ class Conductor(pl.Callback):
             return
         paused = time.perf_counter()
         names = ["last.ckpt"]
-        looked = (done or bool(run.val_every and step % run.val_every == 0)) and not stop
-        if looked and self._validate(trainer, lit):
-            names.append("best.ckpt")
-        if (
-            (run.sample_every and step % run.sample_every == 0)
-            or (looked and not run.sample_every)
-            or (done and looked)
-        ):
-            self._samples(trainer, lit)
+        look = done or bool(run.val_every and step % run.val_every == 0)
+        show = look if done or not run.sample_every else step % run.sample_every == 0
+        if stop and not done:  # little time is left: the next start begins with what is owed
+            self.owed = [look, show]
+        else:
+            names += ["best.ckpt"] if look and self._validate(trainer, lit) else []
+            if show:
+                self._samples(trainer, lit)
         if save or stop or done or len(names) > 1:
             self._save(trainer, lit, names)
         if stop or done:
@@ -239,7 +246,10 @@ class Conductor(pl.Callback):
         with _Evaluating(lit), lit.averaged():
             for new in _in_step(trainer, lit, trainer.datamodule.val_dataloader()):
                 batch = new if new is not None else batch
-                if batch is None:
+                self.shown = self.shown or _first(batch, SAMPLE_CLIPS)
+                if batch is None and not strategy.is_deepspeed(trainer.strategy):
+                    continue
+                if batch is None:  # sharded models run in step: this rank has nothing to run on
                     raise ValueError(
                         f"data.val_shards={self.config.data.val_shards!r} gives rank {trainer.global_rank} no clip: "
                         "use fewer processes or more validation clips"
@@ -284,14 +294,11 @@ class Conductor(pl.Callback):
     def _samples(self, trainer: Any, lit: LitCompressor) -> None:
         if not self.config.data.val_shards:
             return
-        clip = next(iter(trainer.datamodule.val_dataloader()))
-        clip = replace(
-            Clip(keys=clip.keys[:SAMPLE_CLIPS]),
-            **{
-                name: getattr(clip, name)[:SAMPLE_CLIPS] if getattr(clip, name) is not None else None
-                for name in ("video", "lengths", "times", "text", "prompt", "target", "qa")
-            },
-        )
+        if self.shown is None:
+            self.shown = _first(next(iter(trainer.datamodule.val_dataloader()), None), SAMPLE_CLIPS)
+        if self.shown is None:
+            return
+        clip = self.shown
         with _Evaluating(lit), lit.averaged():
             found = strategy.call(trainer, "pictures", clip.to(lit.device))
         if found is not None:
@@ -311,6 +318,7 @@ class Conductor(pl.Callback):
             "strategy": self.config.trainer.strategy,
             "window": self.window,
             "best": self.best,
+            "owed": self.owed,
         }
         written = folder / ".writing"
         if trainer.is_global_zero:
@@ -351,6 +359,15 @@ def _in_step(trainer: Any, lit: LitCompressor, loader: Any) -> Any:
         elif batch is None:
             return
         yield batch
+
+
+def _first(clip: Clip | None, count: int) -> Clip | None:
+    """The first clips of a batch."""
+    if clip is None:
+        return None
+    names = ("video", "lengths", "times", "text", "prompt", "target", "qa")
+    parts = {name: getattr(clip, name) for name in names}
+    return Clip(keys=clip.keys[:count], **{k: v[:count] if v is not None else None for k, v in parts.items()})
 
 
 def _all_max(values: list[Any], device: torch.device) -> list[float]:

@@ -69,7 +69,7 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
     class Engine(DeepSpeedStrategy):
-        """DeepSpeed that also runs on a CPU, and that leaves float buffers in float32."""
+        """DeepSpeed that also runs on a CPU."""
 
         @property
         def root_device(self) -> torch.device:
@@ -91,12 +91,6 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
             reset_seed()
             self.set_world_ranks()
             self._init_deepspeed_distributed()
-
-        def setup(self, trainer: Any) -> None:
-            assert self.lightning_module is not None
-            kept = float_buffers(self.lightning_module)
-            super().setup(trainer)
-            restore_buffers(self.lightning_module, kept)
 
     engine = Engine(
         stage=stage,
@@ -158,8 +152,8 @@ def step_outcome(strategy: Any) -> tuple[bool, float]:
 
 
 def autocast(strategy: Any, precision: str) -> Any:
-    """Context of a forward pass under DeepSpeed in bf16: weights are bfloat16, float32 buffers and inputs are not."""
-    if is_deepspeed(strategy) and precision.startswith("bf16"):
+    """Context of a forward pass whose weights are bfloat16 while float buffers are float32 (`restore_buffers`)."""
+    if precision == "bf16-true" or (is_deepspeed(strategy) and precision == "bf16-mixed"):
         return torch.autocast(strategy.root_device.type, torch.bfloat16)
     return nullcontext()
 
@@ -206,16 +200,32 @@ def publish(written: Path, names: list[str], *, about: dict[str, Any]) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         return
     for name in names[1:]:
-        aside = folder / f".{name}.aside"
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(written, aside)
-        except OSError:
-            shutil.copyfile(written, aside)
-            _fsync(aside)
-        os.replace(aside, folder / name)
+        _link(written, folder / name)
     os.replace(written, folder / names[0])
     _fsync(folder)
+
+
+def mark_best(last: Path) -> None:
+    """Makes best.ckpt the checkpoint that `last` is."""
+    best = last.with_name("best.ckpt")
+    if last.is_symlink():
+        aside = best.with_name(".best.link")
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.readlink(last))
+        os.replace(aside, best)
+    else:
+        _link(last, best)
+
+
+def _link(source: Path, target: Path) -> None:
+    aside = target.with_name(f".{target.name}.aside")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        shutil.copyfile(source, aside)
+        _fsync(aside)
+    os.replace(aside, target)
 
 
 def _fsync(path: Path) -> None:

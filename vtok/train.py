@@ -31,8 +31,9 @@ import vtok
 from vtok import strategy
 from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
-from vtok.lit import SCHEDULES, LitCompressor, LitTokenizer
+from vtok.lit import SCHEDULES, LitCompressor, LitTokenizer, NonFiniteError
 from vtok.loop import Conductor, touch
+from vtok.types import ShapeError
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,20 @@ def main(argv: list[str]) -> None:
         print("usage: train.py CONFIG.yaml [key=value ...]\n\nexample: train.py configs/flexible/debug.yaml name=first")
         raise SystemExit(0 if argv else 2)
     try:
-        config = load(argv[0], argv[1:])
-        check(config)
-    except (ValueError, FileNotFoundError) as error:
+        train(load(argv[0], argv[1:]))
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        if not _explains(error):
+            raise
         raise SystemExit(f"error: {error}") from None
-    train(config)
+
+
+def _explains(error: Exception) -> bool:
+    """Whether the message was written for the user by vtok itself: others are worth nothing without their traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
+    return raised_in.is_relative_to(Path(vtok.__file__).parent) and not isinstance(error, ShapeError)
 
 
 def check(config: RunConfig) -> None:
@@ -140,7 +150,9 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     about = strategy.describe(last) if last.exists() else None
     if about is not None:
         strategy.check_resumable(about, last, strategy=config.trainer.strategy, world_size=world_size)
-        changed = check_unchanged(load(run_dir / "config.yaml"), config) if first else {}
+        before = load(run_dir / "config.yaml")
+        changed = check_unchanged(before, config) if first else {}
+        config.model = before.model  # with what a family's `build` filled in when the run began
         if finished(about, config):
             if first:
                 print(
@@ -156,7 +168,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         else:
             (run_dir / "bad_batches.jsonl").unlink(missing_ok=True)
     resumed = None if about is None else about["step"]
-    curves = Curves(run_dir if first else None, resumed=resumed, tensorboard=config.trainer.tensorboard)
+    owed = about is not None and about.get("owed", [False])[0]
+    curves = Curves(run_dir if first else None, resumed=resumed, owed=owed, tensorboard=config.trainer.tensorboard)
     conductor = Conductor(config, curves)
     frozen_model = any(not p.requires_grad for p in lit.model.parameters())
     plugins: list[Any] = [strategy.AtomicCheckpointIO()]
@@ -198,14 +211,17 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
     """Model and objective of a run, from `seed` or from the weights of `init_from`, as a LightningModule."""
     family = load_family(config.model.name)
     pl.seed_everything(config.seed, workers=False, verbose=False)
-    model = family.Model(config.model)
+    if hasattr(family, "build"):  # a family whose fresh model needs more than its configuration
+        model = family.build(config.model, load=vtok.load)
+    else:
+        model = family.Model(config.model)
     if config.init_from and fresh:
-        source = vtok.load(config.init_from)  # pyright: ignore[reportAttributeAccessIssue]
+        source = vtok.load(config.init_from)
         try:
             model.load_state_dict(source.state_dict(), strict=True)
         except RuntimeError as error:
             raise ValueError(f"init_from={config.init_from!r} does not fit model.*: {error}") from error
-    objective = family.Objective(config.objective, config.model, load=lambda path: vtok.load(path))  # pyright: ignore[reportAttributeAccessIssue]
+    objective = family.Objective(config.objective, config.model, load=vtok.load)
     kind = LitTokenizer if hasattr(model, "decode") else LitCompressor
     return kind(config, model, objective, fresh=fresh)
 
@@ -219,6 +235,8 @@ def finished(about: dict[str, Any], config: RunConfig) -> bool:
 def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
     """{key: (old, new)} of what a resumed run changes. Raises ValueError for a key that would change model or data."""
     old, new = flatten(before), flatten(now)
+    if hasattr(load_family(now.model.name), "build"):  # it fills in what was left open: not a change
+        new |= {k: old[k] for k, value in new.items() if k.startswith("model.") and value is None and k in old}
     changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
     free = {f"data.{name}" for name in FREE_DATA}
     refused = [k for k in changed if k not in free and any(k == f or (f[-1] == "." and k.startswith(f)) for f in FIXED)]
@@ -365,7 +383,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("vtok", "torch", "lightning", "webdataset", "av", "deepspeed", "vector-quantize-pytorch")
+    packages = ("vtok", "lightning", "webdataset", "av", "deepspeed", "vector-quantize-pytorch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -373,7 +391,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {**{name: version(name) for name in packages}, "torch": torch.__version__},
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,

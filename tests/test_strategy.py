@@ -1,0 +1,233 @@
+"""Strategies and checkpoints: the pure parts here; DDP and DeepSpeed with two processes in one launch each (slow)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vtok import strategy
+from vtok.config import loads
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(**trainer):
+    return loads({"model": {"name": "outside.tiny"}, "trainer": trainer})
+
+
+def test_stages_are_read_from_the_name():
+    assert [strategy.stage_of(n) for n in strategy.STRATEGIES] == [0, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match="trainer.strategy='zero'.*auto, ddp, deepspeed_1"):
+        strategy.stage_of("zero")
+
+
+def test_one_process_needs_no_strategy_and_several_get_ddp():
+    assert strategy.build(config(), frozen_model=False) == "auto"
+    ddp = strategy.build(config(devices=2, find_unused_parameters=False), frozen_model=False)
+    assert type(ddp).__name__ == "DDPStrategy" and ddp._ddp_kwargs == {"find_unused_parameters": False}
+
+
+def test_deepspeed_settings_reach_the_engine():
+    asked = {"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    built = strategy.build(config(strategy="deepspeed_2", devices=2, deepspeed=asked), frozen_model=True)
+    assert strategy.is_deepspeed(built) and not strategy.is_deepspeed("auto")
+    assert built.config["zero_optimization"]["stage"] == 2
+    assert built.config["zero_optimization"]["reduce_bucket_size"] == 7 and built.config["wall_clock_breakdown"]
+    assert built.config["gradient_clipping"] == 1.0 and built.exclude_frozen_parameters is False
+
+
+def test_float_buffers_survive_a_cast():
+    module = nn.BatchNorm1d(3)
+    module.running_mean += 0.001
+    kept = strategy.float_buffers(module)
+    module.bfloat16()
+    strategy.restore_buffers(module, kept)
+    assert module.running_mean.dtype == torch.float32 and module.running_mean[0] == torch.tensor(0.001)
+    assert module.weight.dtype == torch.bfloat16 and module.num_batches_tracked.dtype == torch.int64
+
+
+def test_a_published_file_replaces_the_old_one_whole(tmp_path):
+    io = strategy.AtomicCheckpointIO()
+    for step in (1, 2):
+        content = {
+            "state_dict": {"model.w": torch.full((2,), float(step), dtype=torch.bfloat16)},
+            "vtok": {"step": step},
+        }
+        io.save_checkpoint(content, tmp_path / ".writing")
+        names = ["last.ckpt", "best.ckpt"] if step == 1 else ["last.ckpt"]
+        strategy.publish(tmp_path / ".writing", names, about={"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert [strategy.describe(tmp_path / n)["step"] for n in ("best.ckpt", "last.ckpt")] == [1, 2]
+    weights = strategy.model_weights(tmp_path / "last.ckpt")
+    assert weights["w"].dtype == torch.float32 and weights["w"].tolist() == [2, 2]
+
+
+def test_a_published_folder_replaces_the_old_one_whole(tmp_path):
+    for step in (1, 2, 3, 3):
+        written = tmp_path / ".writing"
+        (written / strategy.TAG).mkdir(parents=True)
+        (written / strategy.TAG / "shard.pt").write_text(str(step))
+        names = ["last.ckpt", "best.ckpt"] if step == 2 else ["last.ckpt"]
+        strategy.publish(written, names, about={"step": step})
+        assert strategy.describe(tmp_path / "last.ckpt")["step"] == step
+    assert strategy.describe(tmp_path / "best.ckpt")["step"] == 2
+    assert len([p for p in tmp_path.iterdir() if p.is_dir() and not p.is_symlink()]) == 2
+
+
+def test_what_is_not_a_checkpoint_is_said_to_be_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        strategy.describe(tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="b.ckpt is not a checkpoint of vtok"):
+        strategy.describe(tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="it has no vtok.json"):
+        strategy.describe(tmp_path)
+
+
+def test_other_worlds_and_stages_cannot_continue():
+    about = {"world_size": 2, "strategy": "deepspeed_2"}
+    strategy.check_resumable(about, Path("x"), strategy="deepspeed_2", world_size=2)
+    with pytest.raises(ValueError, match=r"written by 2 process\(es\).*= 1: .*Continue with 2, or .*vtok export"):
+        strategy.check_resumable(about, Path("x"), strategy="deepspeed_2", world_size=1)
+    with pytest.raises(ValueError, match="trainer.strategy=deepspeed_2, this run has trainer.strategy=ddp"):
+        strategy.check_resumable(about, Path("x"), strategy="ddp", world_size=2)
+
+
+# two processes
+
+SCRIPT = '''
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_train import Data, settings
+from pathlib import Path
+from vtok.train import train
+import signal, os
+from torch.utils.data import DataLoader
+import test_train
+
+class Mine(Data):
+    """Every rank its own batches: rank r of w sees r, r + w, ..."""
+    def advance(self, clip):
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        assert clip.keys[0] == f"{{self.done * world + rank}}/0"
+        self.done += 1
+        if rank in self.signal_at and self.done == 3:
+            os.kill(os.getpid(), self.signal_at[rank])  # one rank alone is told
+    def train_dataloader(self):
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        class Part(test_train.Stream):
+            def __iter__(self):
+                for i in range(self.first * world + rank, 1 << 40, world):
+                    yield next(iter(test_train.Stream(i, 1)))
+        return DataLoader(Part(self.done), batch_size=None)
+    def val_dataloader(self):  # unequal: rank 0 has two batches, rank 1 one
+        return DataLoader(test_train.Stream(10**6, 2 - self.trainer.global_rank), batch_size=None)
+
+out, chosen, precision, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+trainer = {{"devices": 2, "strategy": chosen, "precision": precision, "max_steps": 6, "val_every": 3, "log_every": 2}}
+if chosen == "deepspeed_3":  # below these sizes parameters stay whole, and nothing of ZeRO-3 would be tested
+    whole = {{"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+    trainer["deepspeed"] = {{"zero_optimization": whole}}
+objective = {{"start": 0}}
+if kind == "bad":
+    objective |= {{"not_finite_at": [2], "not_finite_rank": 1}}
+trainer |= {{"ledger": True, "accumulate": 2 if kind == "accumulate" else 1}}
+optim = {{"weight_decay": 0.1, "clip_grad_norm": 0.05}}
+name = f"{{chosen}}-{{precision}}-{{kind}}"
+config = settings(out, name=name, objective=objective, trainer=trainer, optim=optim)
+train(config, data=Mine(signal_at={{1: signal.SIGUSR1}} if kind == "stop" else None))
+'''
+
+
+def launch(out: Path, chosen: str, precision: str = "32-true", kind: str = "whole") -> int:
+    """One run of two processes; its exit code. DeepSpeed aborted at exit in 2 of 137 runs: one retry for that alone."""
+    script = out / "script.py"
+    script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(script), str(out), chosen, precision, kind]
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=out)
+        if done.returncode != -6:
+            break
+    if done.returncode not in (0, 128 + 10):
+        raise AssertionError(
+            f"{chosen} {precision} {kind}: rc {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        )
+    return done.returncode
+
+
+def ledger(run: Path, rank: int) -> list[tuple[int, str, float]]:
+    """(step, keys, loss) per batch; a step written again replaces the first."""
+    found = {}
+    for line in (run / f"ledger-{rank}.txt").read_text().splitlines():
+        step, micro, loss, keys = line.split(" ")
+        found[int(micro)] = (int(step), keys, float.fromhex(loss))
+    return [found[m] for m in sorted(found)]
+
+
+def values(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["deepspeed_1", "deepspeed_2", "deepspeed_3"])
+def test_deepspeed_equals_ddp_stops_and_goes_on(tmp_path_factory, chosen):
+    out = _shared(tmp_path_factory)
+    reference = out / "ddp-32-true-whole"
+    if not reference.exists():
+        assert launch(out, "ddp") == 0
+    assert launch(out, chosen, kind="stop") == 128 + 10  # told to rank 1 alone, at step 3
+    run = out / f"{chosen}-32-true-stop"
+    last = run / "checkpoints" / "last.ckpt"
+    assert 3 <= strategy.describe(last)["step"] < 6 and strategy.describe(last)["world_size"] == 2
+    assert launch(out, chosen, kind="stop") == 0
+    assert strategy.describe(last)["step"] == 6
+    for rank in (0, 1):
+        ours, theirs = ledger(run, rank), ledger(reference, rank)
+        assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+        assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], abs=2e-5)
+    whole, other = strategy.consolidate(reference / "checkpoints" / "last.ckpt"), strategy.consolidate(last)
+    assert whole.keys() == other.keys()
+    for name in whole:
+        assert torch.allclose(whole[name], other[name], atol=2e-5), name
+    norms = [[r["train/grad_norm"] for r in values(r_) if "train/grad_norm" in r] for r_ in (reference, run)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    scores = [[r["val/psnr_db_4"] for r in values(r_) if "val/psnr_db_4" in r] for r_ in (reference, run)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-2)
+    assert [r["val/clips"] for r in values(run) if "val/clips" in r][-1] == 12  # 8 of rank 0, 4 of rank 1
+
+
+@pytest.mark.slow
+def test_deepspeed_skips_what_is_not_finite_and_keeps_float_buffers_in_bf16(tmp_path):
+    assert launch(tmp_path, "deepspeed_3", "bf16-mixed", "bad") == 0
+    run = tmp_path / "deepspeed_3-bf16-mixed-bad"
+    lines = sorted(map(json.loads, (run / "bad_batches.jsonl").read_text().splitlines()), key=lambda r: r["rank"])
+    assert [(r["rank"], r["step"], r["loss"][0] == "nan") for r in lines] == [(0, 3, False), (1, 3, True)]
+    state = strategy.consolidate(run / "checkpoints" / "last.ckpt")
+    assert state["model.seen"][0].item() == pytest.approx(1.006, abs=1e-6)
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+@pytest.mark.slow
+def test_accumulation_means_the_same_under_ddp_and_deepspeed(tmp_path):
+    for chosen in ("ddp", "deepspeed_2"):
+        assert launch(tmp_path, chosen, kind="accumulate") == 0
+    one, two = (ledger(tmp_path / f"{c}-32-true-accumulate", 0) for c in ("ddp", "deepspeed_2"))
+    assert len(one) == 12 and [r[:2] for r in one] == [r[:2] for r in two]
+    assert [r[2] for r in one] == pytest.approx([r[2] for r in two], abs=2e-5)
+
+
+_OUT: list[Path] = []
+
+
+def _shared(factory) -> Path:
+    if not _OUT:
+        _OUT.append(factory.mktemp("strategies"))
+    return _OUT[0]
