@@ -18,6 +18,7 @@ group, D width, Q ids per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ class Config:
     mlp: str = "gelu"  # gelu | swiglu
     mlp_ratio: float = 4.0
     qk_norm: bool = True
+    norm: str = "rms"  # rms | layer
     positions: str = "learned"  # learned | sincos
     mask: str = "causal_last"  # full | causal_last | time_block_causal | time_block_causal_last
     blocks: int = 1  # time blocks of a chunk; more than one needs a time_block mask
@@ -215,6 +217,7 @@ class Model(ChunkedTokenizer):
             mlp_ratio=c.mlp_ratio,
             mlp=c.mlp,
             qk_norm=c.qk_norm,
+            norm=c.norm,
             flex=c.flex_attention,
             checkpoint=c.checkpoint,
         )
@@ -475,7 +478,9 @@ class Scorer(nn.Module):
         c = self.config = config
         self.code_in = nn.Linear(dim, c.width)
         self.places = nn.Parameter(torch.randn(c.num_tokens * c.blocks, c.width) * 0.02)
-        self.transformer = Transformer(c.width, c.scorer_depth, c.num_heads, mlp_ratio=c.mlp_ratio, mlp=c.mlp)
+        self.transformer = Transformer(
+            c.width, c.scorer_depth, c.num_heads, mlp_ratio=c.mlp_ratio, mlp=c.mlp, norm=c.norm
+        )
         self.head = nn.Linear(c.width, c.scorer_levels)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
@@ -508,7 +513,7 @@ class Scorer(nn.Module):
 
 def _teacher_config(config: Config) -> Config:
     values = dict(config.teacher_config)
-    quantizer = QuantizerConfig(**values.pop("quantizer"))
+    quantizer = QuantizerConfig(**values.pop("quantizer", {}))
     teacher = Config(**values, quantizer=quantizer)
     if teacher.num_frames != config.num_frames or teacher.channels != config.channels:
         raise ValueError(
@@ -518,9 +523,21 @@ def _teacher_config(config: Config) -> Config:
     return teacher
 
 
+def _differences(want: dict[str, Any], have: dict[str, Any], prefix: str = "") -> list[str]:
+    """What `have` says otherwise, for the keys of `want`."""
+    out: list[str] = []
+    for key, value in want.items():
+        got = have.get(key)
+        if isinstance(value, Mapping) and isinstance(got, Mapping):
+            out += _differences(dict(value), dict(got), f"{prefix}{key}.")
+        elif value != got:
+            out.append(f"{prefix}{key} is {got!r}, not {value!r}")
+    return out
+
+
 def build(config: Config, *, load: LoadTokenizer) -> Model:
     """A fresh model to train; a `teacher` is read by path, its architecture and weights become part of the model."""
-    if config.head != "teacher" or config.teacher_config is not None:
+    if config.head != "teacher" or not config.teacher:
         return Model(config)
     teacher = load(config.teacher)
     if not isinstance(teacher, Model):
@@ -528,7 +545,10 @@ def build(config: Config, *, load: LoadTokenizer) -> Model:
             f"model.teacher={config.teacher!r} is a {type(teacher).__module__} model: head=teacher decodes with a "
             "flexible one"
         )
-    config.teacher_config = asdict(teacher.config)
+    found = asdict(teacher.config)
+    if config.teacher_config is not None and (wrong := _differences(config.teacher_config, found)):
+        raise ValueError(f"model.teacher={config.teacher!r} is not what model.teacher_config says: {'; '.join(wrong)}")
+    config.teacher_config = found
     model = Model(config)
     model.teacher.load_state_dict(teacher.state_dict(), strict=True)
     return model

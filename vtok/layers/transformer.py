@@ -27,6 +27,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.dim,), None if self.weight is None else self.weight.to(x.dtype), 1e-6)
 
 
+def make_norm(kind: str, dim: int) -> nn.Module:
+    """`rms` (RMSNorm) or `layer` (LayerNorm), both with a learned gain, over the last dimension."""
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"norm={kind!r} is unknown; choose rms or layer")
+    return RMSNorm(dim) if kind == "rms" else nn.LayerNorm(dim, eps=1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; queries and keys are RMS-normalised per head (`qk_norm`), which keeps bf16 stable."""
 
@@ -96,11 +103,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, num_heads: int, *, mlp_ratio: float = 4.0, mlp: str = "gelu", qk_norm: bool = True):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        mlp: str = "gelu",
+        qk_norm: bool = True,
+        norm: str = "rms",
+    ):
         super().__init__()
-        self.norm1 = RMSNorm(width)
+        self.norm1 = make_norm(norm, width)
         self.attention = Attention(width, num_heads, qk_norm=qk_norm)
-        self.norm2 = RMSNorm(width)
+        self.norm2 = make_norm(norm, width)
         self.mlp = MLP(width, ratio=mlp_ratio, kind=mlp)
 
     def forward(self, x: Tensor, mask: Tensor | None, *, flex: bool = False) -> Tensor:
@@ -124,14 +140,15 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         mlp: str = "gelu",
         qk_norm: bool = True,
+        norm: str = "rms",
         flex: bool = False,
         checkpoint: bool = False,
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio=mlp_ratio, mlp=mlp, qk_norm=qk_norm) for _ in range(depth)
+            Block(width, num_heads, mlp_ratio=mlp_ratio, mlp=mlp, qk_norm=qk_norm, norm=norm) for _ in range(depth)
         )
-        self.norm = RMSNorm(width)
+        self.norm = make_norm(norm, width)
         self.flex, self.checkpoint = flex, checkpoint
         for module in self.modules():
             if isinstance(module, nn.Linear):
