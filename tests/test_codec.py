@@ -1,4 +1,4 @@
-"""A video file to .vtok and back: the very frames of the model's stream, constant memory, within its budget, or an error."""
+"""A video file to .vtok and back: the frames of the model's own stream, constant memory, within budget, or an error."""
 
 import os
 import subprocess
