@@ -167,7 +167,7 @@ class LitCompressor(pl.LightningModule):
             self._ledger = open(self.config.run_dir / f"ledger-{self.global_rank}.txt", "a", buffering=1)
 
     def _start_averages(self) -> None:
-        """Pairs the averages, new or from a checkpoint, with the weights they follow; not before an engine moved them."""
+        """Pairs the averages, new or from a checkpoint, with their weights; not before an engine has moved those."""
         if self.config.optim.ema_decay and self._ema is None:
             names, live = zip(*[(n, p) for n, p in self.model.named_parameters() if p.requires_grad])
             kept = self.ema_state or {n: p.detach().float().clone() for n, p in zip(names, live)}

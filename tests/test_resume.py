@@ -1,0 +1,199 @@
+"""Exact resume of whole processes: killed at random moments, or told to stop, a run ends as if nothing had happened."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtok import strategy
+from vtok.data.decode import write_video
+
+ROOT = Path(__file__).parent.parent
+SHARDS, SAMPLES = 5, 8
+
+
+def make_shards(folder: Path) -> Path:
+    """Real mp4 files of moving gradients in real tars with an index."""
+    folder.mkdir(parents=True)
+    entries = []
+    for s in range(SHARDS):
+        path = folder / f"clips-{s:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i in range(SAMPLES):
+                generator = torch.Generator().manual_seed(100 * s + i)
+                first, second = torch.randint(0, 256, (2, 1, 1, 3), generator=generator).float()
+                across = torch.linspace(0, 1, 24).reshape(1, 24, 1)
+                frames = [
+                    (first + (second - first) * (across * t / 9)).expand(24, 24, 3).round().to(torch.uint8).contiguous()
+                    for t in range(10)
+                ]
+                media = io.BytesIO()
+                write_video(media, frames, fps=8)
+                for name, content in ((f"{s}-{i}.json", b"{}"), (f"{s}-{i}.mp4", media.getvalue())):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        entries.append({"name": path.name, "samples": SAMPLES, "bytes": len(content), "sha256": digest})
+    (folder / "index.json").write_text(json.dumps({"shards": entries}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("corpus") / "shards")
+
+
+def write_config(folder: Path, shards: Path, *, processes: int, steps: int) -> Path:
+    values = {
+        "out": str(folder),
+        "model": {"name": "outside.tiny"},
+        "objective": {"slow_s": 0.04},
+        "data": {
+            "shards": str(shards),
+            "val_shards": str(shards),
+            "num_frames": 4,
+            "size": [16, 16],
+            "batch_size": 4,
+            "val_batch_size": 8,
+            "val_clips": 12,
+            "num_workers": 2 if processes == 1 else 1,
+            "shuffle_buffer": 8,
+            "hflip": 0.5,
+        },
+        "optim": {"warmup_steps": 5, "ema_decay": 0.9},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": processes,
+            "max_steps": steps,
+            "log_every": 5,
+            "val_every": 16,
+            "checkpoint_every": 6,
+            "statistics_clips": 16,
+            "ledger": True,
+        },
+    }
+    path = folder / f"config-{processes}.yaml"
+    path.write_text(json.dumps(values))  # json is yaml
+    return path
+
+
+def start(config: Path, name: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, str(ROOT / "train.py"), str(config), f"name={name}"]
+    log = open(config.parent / f"{name}.log", "a")
+    return subprocess.Popen(
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
+    )
+
+
+def finish(process: subprocess.Popen, config: Path, name: str) -> None:
+    try:
+        code = process.wait(timeout=180)
+    finally:
+        _kill(process)
+    assert code == 0, (config.parent / f"{name}.log").read_text()[-4000:]
+
+
+def _kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the launched ranks and the loader workers too
+    except ProcessLookupError:
+        pass
+    process.wait(timeout=30)
+
+
+def lines_of(run: Path) -> int:
+    path = run / "ledger-0.txt"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(process: subprocess.Popen, run: Path, lines: int) -> None:
+    ends = time.monotonic() + 120
+    while lines_of(run) < lines and process.poll() is None:
+        assert time.monotonic() < ends, f"{run} does not get on"
+        time.sleep(0.02)
+
+
+def ledger(run: Path, rank: int) -> dict[int, str]:
+    """Each batch's step, exact loss and keys; what a later start wrote again replaces what an earlier one wrote."""
+    found = {}
+    for line in (run / f"ledger-{rank}.txt").read_text().splitlines():
+        if len(line.split(" ")) == 4 and line.count(",") == 3:  # not one cut short by the kill
+            found[int(line.split(" ")[1])] = line
+    return found
+
+
+def curves(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("per_s", "wait", "time_s", "seconds")
+    return [{k: v for k, v in row.items() if not any(c in k for c in clocks)} for row in rows]
+
+
+def assert_same_end(one: Path, other: Path, *, processes: int) -> None:
+    for rank in range(processes):
+        assert ledger(one, rank) == ledger(other, rank)
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
+        assert a["global_step"] == b["global_step"]
+        for part in ("state_dict", "ema"):
+            assert a[part].keys() == b[part].keys() and all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert curves(one) == curves(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path, shards, processes):
+    steps = 48
+    config = write_config(tmp_path, shards, processes=processes, steps=steps)
+    finish(start(config, "whole"), config, "whole")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert len(ledger(whole, 0)) == steps
+    keys = [line.split(" ")[3] for rank in range(processes) for line in ledger(whole, rank).values()]
+    assert len(set(keys)) == len(keys)  # a batch never comes twice, nor to two ranks
+
+    moments = random.Random(time.time_ns())
+    for _ in range(3):
+        process = start(config, "cut")
+        wait_for(process, cut, lines_of(cut) + moments.randint(3, 14))
+        time.sleep(moments.uniform(0, 0.2))
+        _kill(process)
+    finish(start(config, "cut"), config, "cut")
+    assert_same_end(whole, cut, processes=processes)
+    log = (tmp_path / "cut.log").read_text()
+    assert log.count("taking over") == 3 and "resuming" in log
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_first_process_stops_both_at_one_step_and_a_second_start_is_refused(tmp_path, shards):
+    config = write_config(tmp_path, shards, processes=2, steps=40)
+    run = tmp_path / "told"
+    process = start(config, "told")
+    try:
+        wait_for(process, run, 7)
+        rival = start(config, "told")
+        assert rival.wait(timeout=120) == 1
+        assert "is in use by process" in (tmp_path / "told.log").read_text()
+        assert process.poll() is None  # the first one did not mind
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        _kill(process)
+    step = strategy.describe(run / "checkpoints" / "last.ckpt")["step"]
+    assert 7 <= step < 40
+    assert len(ledger(run, 0)) == len(ledger(run, 1)) == step  # saved at a step boundary, the same one
+    assert f"stopped by SIGTERM at step {step}" in (tmp_path / "told.log").read_text()
+    finish(start(config, "told"), config, "told")
+    finish(start(config, "whole"), config, "whole")
+    assert_same_end(tmp_path / "whole", run, processes=2)
