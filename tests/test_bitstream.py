@@ -1,7 +1,9 @@
 """The .vtok container and the entropy model: every id comes back, every damage is noticed, sizes are the ideal ones."""
 
+import hashlib
 import io
 import math
+import zlib
 from dataclasses import replace
 from fractions import Fraction
 
@@ -351,3 +353,56 @@ def test_factors_come_from_the_model_and_must_multiply():
     Model.index_factors = ((8, 8),)
     with pytest.raises(ValueError, match="do not multiply"):
         entropy.factors_of(Model())
+
+
+# --- the documented bytes (docs/formats.md) ---
+
+
+def test_the_documented_bytes():
+    """An independent reader, written from docs/formats.md, gives back ids 5, 299 | 6, 0 and 1, 2 | 3, 4."""
+    rows = [[[5, 299], [6, 0]], [[1, 2], [3, 4]]]
+    chunks = [Chunk(np.array(r), (2,), 16) for r in rows]
+    data = make_file(chunks, (7, 300), model_id="toy-abcdef", budget=3, frames=31)
+    at = 0
+
+    def take(n):
+        nonlocal at
+        at += n
+        return data[at - n : at]
+
+    def number():
+        value = shift = 0
+        while True:
+            byte = take(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def little(n):
+        return int.from_bytes(take(n), "little")
+
+    assert take(8).hex() == "8956544f4b0d0a1a" and little(2) == 1
+    end = little(2) + at
+    assert take(1) == b"\0" and take(number()) == b"toy-abcdef" and take(32) == SHA
+    assert [number() for _ in range(10)] == [48, 64, 30000, 1001, 3, 0, 1, 2, 7, 300] and at == end
+    crc = zlib.crc32(data[:at])
+    assert little(4) == crc
+    start = at
+    assert take(1) == b"R" and number() == 10
+    assert [number() for _ in range(4)] == [2, 1, 17, 3]  # chunks, groups, frames + 1, tokens + 1
+    assert (2100**4 - 1).bit_length() == 45
+    x, ids = little(6), []
+    for radix in (7, 300) * 4:
+        x, digit = divmod(x, radix)
+        ids.append(digit)
+    assert ids == [5, 299, 6, 0, 1, 2, 3, 4] and x == 0
+    crc = zlib.crc32(data[start:at], crc)
+    assert little(4) == crc
+    start = at
+    assert take(1) == b"F" and number() == 36
+    assert [number() for _ in range(4)] == [31, 2, 4, 1]
+    assert take(32) == hashlib.sha256(data[:start]).digest()
+    crc = zlib.crc32(data[start:at], crc)
+    assert little(4) == crc
+    assert little(4) == len(data) - start and take(4) == b"VTKE" and at == len(data)
