@@ -11,10 +11,12 @@ import http.server
 import io
 import itertools
 import json
+import multiprocessing
 import os
-import signal
+import subprocess
 import tarfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -400,13 +402,12 @@ def test_weights_set_the_mixture(tmp_path):
 # ---- resume
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
-@pytest.mark.parametrize("world", [1, 2])
-def test_resume_continues_with_the_very_next_batch(corpus, tmp_path, workers, world):
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 3), (2, 2)])
+def test_resume_continues_with_the_very_next_batch(corpus, tmp_path, world, workers):
     for rank in range(world):
         settings = {"rank": rank, "world": world, "quarantine": tmp_path / "q.jsonl"}
         whole = fingerprint(take(make_loader(stream(corpus, **settings), num_workers=workers), 14))
-        for done in (1, 4, 11) if workers else (1, 2, 3, 7, 11):
+        for done in (1, 4) if workers else (1, 2, 3, 7, 11):
             rest = take(make_loader(stream(corpus, start=done, **settings), num_workers=workers), 14 - done)
             assert fingerprint(rest) == whole[done:], f"after {done} batches"
 
@@ -698,11 +699,23 @@ def test_data_module_validation_and_bad_settings(corpus):
             ClipDataModule(config(corpus, **change))
 
 
-def test_workers_leave_signals_to_the_main_process():
-    old = {name: signal.getsignal(name) for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-    try:
-        pipeline.quiet_worker(0)
-        assert all(signal.getsignal(name) is signal.SIG_IGN for name in old)
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
+def _worker(ready) -> None:
+    pipeline.quiet_worker(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_workers_heed_their_parent_only():
+    """SIGUSR1, SIGINT and SIGTERM to the whole step leave a worker alone; its parent can still end it."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    for name in ("USR1", "INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # from a process that is not the parent
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

@@ -31,6 +31,7 @@ import math
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -482,10 +483,22 @@ def _as_is(batch: Any) -> Any:
 
 
 def quiet_worker(_: int) -> None:
-    """For `worker_init_fn`: SLURM and Ctrl-C signal every process of a step, and only the main one may act on it."""
-    for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    """For `worker_init_fn`: one thread, and deaf to the signals that SLURM and Ctrl-C send to every process of a step.
+
+    Only the main process may act on those. SIGTERM from the parent itself still ends the worker: the parent waits for
+    it at exit, and would wait for ever.
+    """
     torch.set_num_threads(1)
+    for name in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def training_batches(
