@@ -573,6 +573,8 @@ def _add_stream(
         stream.codec_context.color_range = 2 if pix_fmt.startswith("yuvj") else 1
         stream.codec_context.color_primaries = 1
         stream.codec_context.color_trc = 1
+    elif pix_fmt.startswith("gray"):
+        stream.codec_context.color_range = 2  # swscale writes full-range grey; untagged it would be read as limited
     return stream
 
 
