@@ -294,7 +294,8 @@ class Downsample:
         def spread(count: int) -> Tensor:
             return train[torch.linspace(0, len(train) - 1, min(count, len(train))).round().long()]
 
-        clips = spread(64)
+        rgb = spread(64).float() - 127.5
+        ycc = _mix(_YCC, rgb)
         self.choice: dict[int, tuple[Grid, list[_Quantizer]]] = {}
         candidates = {int(rate): grid_candidates(int(rate), self.shape) for rate in rates}
         errors = self._plane_errors(spread(24), candidates, progress)
@@ -302,8 +303,9 @@ class Downsample:
             ranked = sorted(grids, key=lambda grid: (self._predicted(grid, errors), grid.bits))[:6]
             best = None
             for grid in ranked:
-                quantizers = [_Quantizer.fit(self._down(clips, grid, plane), grid.depth) for plane in range(3)]
-                score = float(_mean_psnr(self._run(clips, grid, quantizers), clips))
+                planes = rgb if grid.colour == "rgb" else ycc
+                quantizers = [_Quantizer.fit(self._down(planes, grid, plane), grid.depth) for plane in range(3)]
+                score = float(_mean_psnr(self._run(planes, grid, quantizers), rgb))
                 if best is None or score > best[0]:
                     best = score, grid, quantizers
             if best is not None:
@@ -358,22 +360,22 @@ class Downsample:
             float(errors[*plane, grid.depth][at + i]) * float(weight[i]) for i, plane in enumerate(grid.planes())
         )
 
-    def _down(self, video: Tensor, grid: Grid, plane: int) -> Tensor:
-        x = video.float() - 127.5
-        x = x[:, plane] if grid.colour == "rgb" else torch.einsum("j,bj...->b...", _YCC[plane].to(x), x)
-        for dim, (size, to) in enumerate(zip(self.shape, grid.planes()[plane])):
-            x = _along(area_matrix(size, to), x, dim + 1)
+    def _down(self, planes: Tensor, grid: Grid, plane: int) -> Tensor:
+        x = planes[:, plane]
+        for dim in (2, 1, 0):  # columns first: a plain matrix product leaves little for the others
+            x = _along(area_matrix(self.shape[dim], grid.planes()[plane][dim]), x, dim + 1)
         return x
 
-    def _run(self, video: Tensor, grid: Grid, quantizers: list[_Quantizer]) -> Tensor:
-        planes = []
+    def _run(self, planes: Tensor, grid: Grid, quantizers: list[_Quantizer]) -> Tensor:
+        """Centred RGB [B, 3, T, H, W] from centred planes of the grid's colour space."""
+        out = []
         for plane in range(3):
-            x = quantizers[plane](self._down(video, grid, plane))
-            for dim in (2, 1, 0):  # the cheapest axis first
+            x = quantizers[plane](self._down(planes, grid, plane))
+            for dim in (0, 1, 2):
                 x = _along(linear_matrix(grid.planes()[plane][dim], self.shape[dim]), x, dim + 1)
-            planes.append(x)
-        x = torch.stack(planes, 1)
-        return _levels((x if grid.colour == "rgb" else _mix(_RGB, x)) + 127.5)
+            out.append(x)
+        x = torch.stack(out, 1)
+        return (x if grid.colour == "rgb" else _mix(_RGB, x)).clamp_(-127.5, 127.5)
 
     def reconstruct(self, video: Tensor, bits: float, lengths: Tensor | None = None) -> Reconstruction:
         """The clip through the grid chosen for this rate; see the head of the module."""
@@ -383,7 +385,11 @@ class Downsample:
             if not grid_candidates(int(bits), self.shape):
                 return f"{bits:g} bits do not pay for one sample of three planes"
             raise ValueError(f"downsample was fitted for {sorted(self.choice)} bits, asked for {bits:g}")
-        parts = [self._run(part, *chosen) for part in repeat_last(video, lengths).split(_BATCH)]
+        parts = []
+        for part in repeat_last(video, lengths).split(_BATCH):
+            planes = part.float() - 127.5
+            planes = planes if chosen[0].colour == "rgb" else _mix(_YCC, planes)
+            parts.append(_levels(self._run(planes, *chosen) + 127.5))
         return torch.cat(parts), torch.full((len(video),), float(chosen[0].bits), dtype=torch.float64)
 
     def describe(self, bits: float) -> str:
@@ -394,7 +400,7 @@ class Downsample:
 
 
 def _mean_psnr(recon: Tensor, target: Tensor) -> Tensor:
-    mse = (recon.float() - target.float()).square().mean((1, 2, 3, 4)).clamp(min=1e-6)
+    mse = (recon - target).square().mean((1, 2, 3, 4)).clamp(min=1e-6)
     return (10 * torch.log10(255**2 / mse)).mean()
 
 

