@@ -36,7 +36,7 @@ from vtok.layers.perceptual import load_lpips
 from vtok.layers.positions import Positions
 from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.pyramid import coverage
-from vtok.layers.transform import TransformCode
+from vtok.layers.transform import CoefficientPredictor, TransformCode
 from vtok.layers.transformer import Transformer
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
@@ -63,6 +63,8 @@ class Config:
     num_tokens: int = 64  # of a group (time block)
     registers: str = "learned"  # learned | pyramid | dct (a linear transform code, the network a residual around it)
     dct_frequencies: list[int] = field(default_factory=lambda: [16, 24, 24])  # dct: lowest (t, y, x) frequencies kept
+    predictor_width: int = 384  # dct: hidden units of the perceptron that guesses what no token has told; 0 = none
+    predictor_dropout: float = 0.2
     dropped: str = "mask"  # mask (a learned vector stands in) | cut (the sequence is shorter)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     head: str = "pixels"  # pixels | teacher (ids of a frozen tokenizer, whose decoder makes the pixels; TiTok)
@@ -198,8 +200,14 @@ class Model(ChunkedTokenizer):
                 channels=c.channels,
                 max_frequencies=(c.dct_frequencies[0], c.dct_frequencies[1], c.dct_frequencies[2]),
             )
+            count = self.code.num_coefficients
+            self.predictor = (
+                CoefficientPredictor(count, width=c.predictor_width, dropout=c.predictor_dropout)
+                if c.predictor_width
+                else None
+            )
             # coefficients go with tokens in order of variance, `share` to a token
-            self.share = -(-self.code.num_coefficients // c.num_tokens)
+            self.share = -(-count // c.num_tokens)
             self.to_latent = nn.Linear(c.width, self.share)  # corrections of coefficients, not latents
             self.coefficients_in = nn.Linear(self.share, c.width)
             self.decoded_in = nn.Linear(self.share, c.width)
@@ -354,7 +362,9 @@ class Model(ChunkedTokenizer):
             cells = self._cells(chunks)[:, :, :count].to(value)
             queries = queries + (cells.transpose(-1, -2) @ value).flatten(1, 2)
         elif c.registers == "dct":
-            known, _ = self.code.dequantize(codes[:, 0], keep[:, 0], through=through)
+            known, bits = self.code.dequantize(codes[:, 0], keep[:, 0], through=through)
+            if self.predictor is not None:
+                known = self.predictor(known, bits)
             base = self.code.synthesise(
                 known,
                 frames=lengths.clamp_min(1),

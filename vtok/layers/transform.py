@@ -290,6 +290,8 @@ class TransformCode(nn.Module):
         self.register_buffer("cells", torch.ones(len(symbols.radix), dtype=torch.int64))  # its cells after the symbol
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.analysis, self.synthesis, self.gain = Rotation(rotated), Rotation(rotated), Gain(count)
+        if self.target.is_meta:  # built for its shapes only
+            return
         candidates = self._candidates()
         spectrum = natural_spectrum(candidates)
         strongest = spectrum.argsort(descending=True, stable=True)[:count]
