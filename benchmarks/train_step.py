@@ -1,0 +1,139 @@
+"""What a training step of vtok costs over a bare PyTorch loop with the same model and batch.
+
+    python benchmarks/train_step.py [--repeats 5] [--steps 40]
+
+One real run (`vtok.train.train`: logging, TensorBoard and a live progress bar on, validation and checkpoints outside
+the measured steps). Its data stream makes one bare step, with a copy of model and objective, each time a batch is asked
+for; so the two loops alternate step by step, and whatever else the machine does hits both. CPU time of this process,
+all its threads; loading is the same for both (clips in memory). The ratio is (ours / bare), the median over repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+os.environ["FORCE_COLOR"] = "1"  # a live bar, as on a terminal
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from vtok.config import RunConfig, load
+from vtok.lit import parameter_groups
+from vtok.train import train
+from vtok.types import Clip
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM = 10
+
+
+class Bare:
+    """The loop one would write by hand: forward, backward, clipping, AdamW."""
+
+    def __init__(self, module: pl.LightningModule, config: RunConfig) -> None:
+        trainer, module._trainer = module._trainer, None
+        twin = copy.deepcopy(module)
+        module._trainer = trainer
+        self.model, self.objective, self.limit = twin.model, twin.objective, config.optim.clip_grad_norm
+        self.optimizer = torch.optim.AdamW(parameter_groups(twin, config.optim), lr=config.optim.lr, fused=True)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.step = 0
+
+    def __call__(self, clip: Clip) -> None:
+        self.optimizer.zero_grad()
+        loss = self.objective(self.model, clip.as_float(), self.step)
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.limit)
+        self.optimizer.step()
+        self.step += 1
+
+
+class Alternating(pl.LightningDataModule):
+    """Clips from memory; a bare step before each batch. `marks`: CPU time at each of our steps, and of bare so far."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.config, self.bare, self.bare_s = config, None, 0.0
+        self.marks: list[tuple[float, float]] = []
+        size, frames, count = config.data.size, config.data.num_frames, config.data.batch_size
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(4 * count, 3, frames, 4, 4, generator=generator)
+        video = torch.nn.functional.interpolate(coarse, (frames, *size), mode="trilinear").mul(255).to(torch.uint8)
+        self.clips = [Clip(keys=[str(i)] * count, video=part) for i, part in enumerate(video.split(count))]
+
+    def advance(self, clip: Clip) -> None:
+        self.marks.append((time.process_time(), self.bare_s))
+
+    def train_dataloader(self) -> DataLoader:
+        outer = self
+
+        class Stream(IterableDataset):
+            def __len__(self) -> int:
+                return 1 << 40
+
+            def __iter__(self):
+                for i in range(1 << 40):
+                    clip = outer.clips[i % len(outer.clips)]
+                    module = outer.trainer.lightning_module
+                    if outer.trainer.training and getattr(outer.trainer, "optimizers", None):
+                        outer.bare = outer.bare or Bare(module, outer.config)
+                        began = time.process_time()
+                        outer.bare(clip)
+                        outer.bare_s += time.process_time() - began
+                    yield clip
+
+        return DataLoader(Stream(), batch_size=None)
+
+
+def measure(config: RunConfig, *, repeats: int, steps: int) -> tuple[float, float, list[float]]:
+    """(bare ms, ours ms, ratios) of one configuration."""
+    config.data.shards, config.data.val_shards = "memory", ""
+    config.trainer.max_steps = WARM + repeats * steps + 1
+    config.trainer.val_every = config.trainer.sample_every = config.trainer.checkpoint_every = 0
+    config.trainer.max_minutes, config.trainer.checkpoint_minutes = None, 1e6
+    config.trainer.statistics_clips = min(config.trainer.statistics_clips, 64)
+    config.trainer.accelerator = "cpu"
+    data = Alternating(config)
+    with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        config.out = out
+        train(config, data=data)
+    bare, ours = [], []
+    for i in range(repeats):
+        (begin, bare_begin), (end, bare_end) = data.marks[WARM + i * steps], data.marks[WARM + (i + 1) * steps]
+        bare.append((bare_end - bare_begin) / steps)
+        ours.append((end - begin) / steps - bare[-1])
+    return 1e3 * statistics.median(bare), 1e3 * statistics.median(ours), [o / b for o, b in zip(ours, bare)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="steps of a repeat")
+    asked = parser.parse_args()
+    if asked.repeats < 5 or asked.steps < 10:
+        raise SystemExit(f"error: --repeats {asked.repeats} --steps {asked.steps}: at least 5 and 10")
+    torch.set_num_threads(1)
+    configs = ROOT / "configs" / "flexible"
+    rows = [
+        ("debug preset", load(configs / "debug.yaml", ["data.batch_size=8"])),
+        ("about 25 ms a step", load(configs / "debug.yaml", ["data.batch_size=28"])),
+        ("about 25 ms, averaged weights", load(configs / "debug.yaml", ["data.batch_size=28", "optim.ema_decay=0.99"])),
+        ("demo preset", load(configs / "demo.yaml", [])),
+    ]
+    print(f"{'':32}{'bare ms':>10}{'ours ms':>10}{'ratio':>8}   spread of the {asked.repeats} repeats")
+    for name, config in rows:
+        bare, ours, ratios = measure(config, repeats=asked.repeats, steps=asked.steps)
+        middle = statistics.median(ratios)
+        print(f"{name:32}{bare:10.2f}{ours:10.2f}{middle:8.3f}   {min(ratios):.3f} to {max(ratios):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
