@@ -40,7 +40,7 @@ TINY = {
 }
 BLOCKS = {"mask": "time_block_causal_last", "blocks": 2}
 VQ = {"quantizer": {"name": "vq", "codebook_size": 32, "dim": 4}}
-FAMILIES = [name for name in vtok_config.family_names() if name in TINY]
+TEACHER = {"head": "teacher", "teacher_config": {k: v for k, v in TINY["flexible"].items()}}
 
 
 def video(frames=5, height=16, width=16, seed=0):
@@ -108,7 +108,7 @@ def imports_of(source: str) -> set[str]:
 # --- there and back ---
 
 
-@pytest.mark.parametrize("changes", [{}, BLOCKS, VQ, {"registers": "pyramid"}, {"dropped": "cut"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, BLOCKS, VQ, TEACHER, {"registers": "pyramid"}, {"dropped": "cut"}], ids=str)
 def test_an_export_encodes_and_decodes_as_the_run(tmp_path, changes):
     run = make_run(tmp_path / "run", **changes)
     model, config = load_run(run)
@@ -175,6 +175,41 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path, exported):
         shipping.export(run, mine, entropy=False)
     assert (mine / "thesis.tex").read_text() == "years of work"
     assert not list(tmp_path.glob(".*part*"))
+
+
+def test_the_model_card_is_valid_for_the_hub_and_holds_the_table(tmp_path):
+    from huggingface_hub import ModelCard
+
+    run = make_run(tmp_path / "run", shards="shards/train")
+    rows = [
+        {"method": "flexible", "budget": 4, "tokens_mean": 4.0, "bits_mean": 63.86, "psnr_db": 21.4567, "ssim": None},
+        {
+            "method": "mean_colour",
+            "budget": None,
+            "tokens_mean": None,
+            "bits_mean": 16.0,
+            "psnr_db": 14.0,
+            "ssim": None,
+        },
+    ]
+    (run / "eval").mkdir()
+    (run / "eval" / "eval.json").write_text(
+        json.dumps({"schema": 1, "clips": 59, "shards": "shards/val", "rows": rows})
+    )
+    start = {
+        "command": ["/home/me/python", "/home/me/train.py", "demo.yaml"],
+        "gpus": [],
+        "cpu_count": 2,
+        "commit": "abc",
+    }
+    (run / "environment.json").write_text(json.dumps({"starts": [start]}))
+    text = (shipping.export(run, tmp_path / "export", entropy=False, licence="cc-by-4.0") / "README.md").read_text()
+    facts = ModelCard(text).data.to_dict()
+    assert facts["license"] == "cc-by-4.0" and facts["library_name"] == "transformers"
+    assert {"vtok", "custom_code"} <= set(facts["tags"])
+    assert "| flexible | 4 | 4 | 63.86 | 21.46 |" in text and "| mean_colour |  |  | 16 | 14 |" in text
+    assert "59 clips of `shards/val`" in text and "`python train.py demo.yaml`" in text and "/home/me" not in text
+    assert "2 CPU cores" in text and "shards/train" in text and "15.966 bits" in text
 
 
 # --- entropy ---
@@ -464,7 +499,8 @@ def bare_environment(folder: Path) -> Path:
 @pytest.mark.slow
 def test_automodel_gives_the_same_tokens_where_vtok_is_absent(tmp_path):
     """The export's own code, in a fresh environment without vtok and what training needs."""
-    kinds = {"plain": {}, "blocks": BLOCKS, "vq": VQ, "dct": {"registers": "dct", "num_tokens": 8}}
+    dct = {"registers": "dct", "num_tokens": 8}
+    kinds = {"plain": {}, "blocks": BLOCKS, "vq": VQ, "teacher": TEACHER, "dct": dct}
     exports = {}
     for name, changes in kinds.items():
         run = make_run(tmp_path / f"run_{name}", **changes)

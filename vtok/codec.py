@@ -323,7 +323,13 @@ def decode_file(
 
 def _as_tokens(chunk: Chunk, model: Any) -> Tokens:
     device = next(iter(model.parameters())).device
-    return chunk.to_tokens(model.lookup, tuple(model.codebook_sizes), device=device)
+    tokens = chunk.to_tokens(model.lookup, tuple(model.codebook_sizes), device=device)
+    if not hasattr(model, "tokens_from_indices") or tokens.frames is None:
+        return tokens
+    assert tokens.indices is not None
+    return model.tokens_from_indices(  # a family may know more of its tokens than their ids: places, times
+        tokens.indices, lengths=tokens.lengths, group=tokens.group, rank=tokens.rank, frames=tokens.frames
+    )
 
 
 def _warn_if_far(model: Any, size: tuple[int, int]) -> None:
