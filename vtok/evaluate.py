@@ -32,7 +32,7 @@ from torch import Tensor
 from vtok.config import DataConfig, EvalConfig, from_dict
 from vtok.entropy import StaticModel, factors_of
 from vtok.layers.perceptual import LPIPS, load_lpips
-from vtok.metrics.codecs import CODECS, Point, encoder_versions, sweep_clips
+from vtok.metrics.codecs import CODECS, CodecCrash, Point, encoder_versions, sweep_clips
 from vtok.metrics.codecs import describe as describe_codec
 from vtok.metrics.controls import CONTROLS, Downsample, fit_control, repeat_last
 from vtok.metrics.distortion import clip_lpips, clip_psnr, clip_ssim, clip_tdiff_psnr
@@ -382,15 +382,21 @@ class Evaluator:
         fps = videos[0].shape[1] / seconds if videos and math.isfinite(seconds) else self.fps or 8.0
         rates = [self.rates[budget] for budget in self.budgets]
         for name in self.codec_names:
-            points = sweep_clips(
-                videos,
-                rates,
-                codec=name,
-                fps=fps,
-                profile=self.profile,
-                processes=self.processes,
-                progress=self._track(f"{name} on {self.processes} process(es)", len(videos)),
-            )
+            try:
+                points = sweep_clips(
+                    videos,
+                    rates,
+                    codec=name,
+                    fps=fps,
+                    profile=self.profile,
+                    processes=self.processes,
+                    progress=self._track(name, len(videos)),
+                )
+            except CodecCrash as error:
+                log.warning("%s", error)
+                for row in rows:
+                    row.notes += [str(error)] if row.method == name else []
+                continue
             for at, row in enumerate(row for row in rows if row.method == name):
                 chosen: list[Point] = [each[at] for each in points]
                 for clip, point in zip(clips, chosen):

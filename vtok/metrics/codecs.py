@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +42,6 @@ class Codec:
     encoder: str
     worst_crf: int
     profiles: dict[str, dict[str, str]]
-    block: int = 2  # sides are padded to a multiple of this (4:2:0 needs 2)
 
 
 _X265 = "info=0:log-level=none:pools=none:frame-threads=1:keyint={frames}:min-keyint={frames}:scenecut=0:open-gop=0"
@@ -76,6 +76,10 @@ CODECS = {
     ),
 }
 _DECODERS = {"x264": "h264", "x265": "hevc", "av1": "libdav1d"}
+
+
+class CodecCrash(RuntimeError):
+    """An encoder or decoder ended its process."""
 
 
 def _nal_units(stream: bytes) -> list[bytes]:
@@ -153,6 +157,13 @@ _RANGE = torch.tensor([219.0, 224.0, 224.0]) / 255.0
 _OFFSET = torch.tensor([16.0, 128.0, 128.0])
 
 
+def _padding(side: int, codec: str) -> int:
+    # libx265 216 corrupts the heap on sides such as 48, below its 64-pixel coding tree and not a power of two
+    if codec == "x265" and side < 64:
+        return next(power for power in (16, 32, 64) if power >= side) - side
+    return side % 2  # 4:2:0 needs even sides
+
+
 def to_yuv420(video: Tensor) -> np.ndarray:
     """uint8 [T, 3H/2, W], Y over Cb over Cr as FFmpeg lays yuv420p out, of RGB levels [3, T, H, W] (even H, W)."""
     _, frames, height, width = video.shape
@@ -179,14 +190,14 @@ def from_yuv420(images: np.ndarray) -> Tensor:
 def encode(clip: Tensor, *, codec: str, crf: int, fps: float = 8.0, profile: str = "offline") -> Encoded:
     """The elementary stream of a uint8 RGB clip [3, T, H, W] at one CRF.
 
-    Deterministic: one thread, no rate control, one closed GOP. Sides that 4:2:0 cannot hold are padded by their edge.
+    One thread, no rate control, one closed GOP: x264 and SVT-AV1 repeat themselves to the byte, libx265 nearly. Sides that 4:2:0 cannot hold are padded by their edge.
     Raises: ValueError for an unknown codec, profile, or CRF.
     """
     spec = _spec(codec, profile)
     if not 0 <= crf <= spec.worst_crf:
         raise ValueError(f"crf={crf} is out of range: {codec} takes 0 to {spec.worst_crf}")
     _, frames, height, width = clip.shape
-    pad = (0, -width % spec.block, 0, -height % spec.block)
+    pad = (0, _padding(width, codec), 0, _padding(height, codec))
     images = to_yuv420(F.pad(clip.float(), pad, mode="replicate"))
     rate = Fraction(fps).limit_denominator(1001)
     context = av.CodecContext.create(spec.encoder, "w")
@@ -357,7 +368,12 @@ def sweep_clips(
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Point]]:
-    """`sweep` of many clips, [clip][rate], in `processes` processes; progress is called with (done, total)."""
+    """`sweep` of many clips, [clip][rate], in `processes` processes; progress is called with (done, total).
+
+    0 processes encodes here. Otherwise encoders run in processes of their own: one that aborts (seen with libx265 216
+    at width 48, height 32: heap corruption) then costs its rows and not the evaluation.
+    Raises: CodecCrash when one did.
+    """
     _spec(codec, profile)
     jobs = [(clip, [float(rate) for rate in rates], codec, fps, profile) for clip in clips]
     out: list[list[Point]] = []
@@ -367,15 +383,20 @@ def sweep_clips(
         if progress:
             progress(len(out), len(jobs))
 
-    if processes <= 1:
+    if processes < 1:
         for job in jobs:
             collect(_job(job))
         return out
     # spawn: a forked child of a process that has used torch's or an encoder's threads may hang
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(jobs) or 1), mp_context=context) as pool:
-        for points in pool.map(_job, jobs):
-            collect(points)
+        try:
+            for points in pool.map(_job, jobs):
+                collect(points)
+        except BrokenProcessPool as error:
+            raise CodecCrash(
+                f"{codec} ({CODECS[codec].encoder}) ended its process on one of the clips; none of it is reported"
+            ) from error
     return out
 
 

@@ -1,0 +1,141 @@
+"""The evaluator on a real (tiny, untrained) flexible tokenizer: rows, nulls with reasons, strict JSON, same windows."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from vtok.evaluate import (
+    Evaluator,
+    bootstrap,
+    default_budgets,
+    print_table,
+    showcase,
+    without_nan,
+)
+from vtok.families.flexible import Config, Model
+from vtok.metrics.distortion import clip_psnr
+from vtok.types import Clip, to_uint8
+
+BUDGETS = [1, 4, 8]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    config = Config(
+        num_frames=4,
+        size=[16, 16],
+        patch=[2, 8, 8],
+        width=16,
+        encoder_depth=1,
+        decoder_depth=1,
+        num_heads=2,
+        num_tokens=8,
+    )
+    return Model(config).eval()
+
+
+def batches(count: int, *, seed: int, lengths: bool = False, times: bool = True) -> list[Clip]:
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for first in range(0, count, 4):
+        size = min(4, count - first)
+        coarse = torch.rand(size, 3, 2, 4, 4, generator=generator) * 255
+        video = torch.nn.functional.interpolate(coarse, size=(4, 16, 16), mode="trilinear").to(torch.uint8)
+        out.append(
+            Clip(
+                keys=[f"{seed}-{first + i}" for i in range(size)],
+                video=video,
+                lengths=torch.tensor([4, 3, 2, 4][:size]) if lengths else None,
+                times=(torch.arange(4) / 8.0).expand(size, 4) if times else None,
+            )
+        )
+    return out
+
+
+def test_rows_are_measured_on_the_same_windows_and_are_strict_json(model):
+    val = batches(6, seed=1, lengths=True)
+    evaluator = Evaluator(
+        model, val=val, train=batches(12, seed=0), budgets=BUDGETS, codecs=["x264"], processes=0, progress=False
+    )
+    result = evaluator.run(model="tiny", shards="somewhere")
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["schema"] == 1 and result["family"] == "flexible" and result["clips"] == 6
+    rows = {(row["method"], row["budget"]): row for row in result["rows"]}
+    methods = ["flexible", "dct", "downsample", "x264"]
+    assert set(rows) == {(m, b) for m in methods for b in BUDGETS} | {("mean_colour", None), ("mean_frame", None)}
+    for (method, budget), row in rows.items():
+        assert (
+            row["clips"] == 6 and row["psnr_db"] > 0 and row["psnr_db_ci"][0] <= row["psnr_db"] <= row["psnr_db_ci"][1]
+        )
+        assert row["lpips"] is None and "lpips" in row["note"]
+        assert row["bits_per_second"] > 0 and row["bits_per_pixel"] > 0
+        if method == "flexible":
+            assert row["tokens_mean"] == budget and row["bits_mean"] == pytest.approx(budget * math.log2(64000))
+            assert row["entropy_bits_mean"] > 0 and row["encode_seconds_per_clip"] > 0
+            assert len(row["usage_per_position"]) == budget
+            assert row["ids_counted"] == 6 * budget and 0 < row["usage"] <= row["usage_possible"]
+        else:
+            assert row["tokens_mean"] is None and row["entropy_bits_mean"] is None and "tokenizers only" in row["note"]
+        if method in ("dct", "downsample"):
+            assert row["bits_mean"] <= rows["flexible", budget]["bits_mean"]
+        if method == "x264":
+            assert "below the codec's floor for 6 of 6 clips" in row["note"]
+            assert row["bits_mean"] > rows["flexible", budget]["bits_mean"]
+    assert rows["flexible", 1]["worse_share"] is None and "worse_share" in rows["flexible", 1]["note"]
+    scores = result["per_clip"]["psnr_db"]["flexible"]
+    worse = sum(b < a for a, b in zip(scores["1"], scores["4"])) / 6
+    assert rows["flexible", 4]["worse_share"] == pytest.approx(worse)
+    # the same numbers by hand, padding left out
+    with torch.inference_mode():
+        hand = []
+        for clip in val:
+            recon = to_uint8(model.decode(model.encode(clip.as_float(), budget=4), size=(16, 16)))
+            hand += clip_psnr(recon[:, :, :4], clip.video, clip.lengths).tolist()
+    assert scores["4"] == pytest.approx(hand) and rows["flexible", 4]["psnr_db"] == pytest.approx(sum(hand) / 6)
+    assert result["per_clip"]["keys"] == [key for clip in val for key in clip.keys]
+    for key in ("python", "torch", "codecs", "cpu", "seed", "device"):
+        assert result["environment"][key] is not None
+    print_table(result)
+    shown = showcase(evaluator, result, fps=8.0, each=1)
+    assert sorted(clip["tags"][0] for clip in shown) == ["best", "random", "worst"]
+    for clip in shown:
+        at = result["per_clip"]["keys"].index(clip["key"])
+        assert clip["original"].shape == (clip["original"].shape[0], 16, 16, 3) and clip["fps"] == pytest.approx(8.0)
+        assert clip["psnr_db"]["4"] == pytest.approx(scores["4"][at], abs=1e-3)
+        assert {"1", "4", "8", "dct", "mean_colour"} <= set(clip["reconstructions"])
+
+
+def test_without_training_clips_or_times_the_nulls_have_reasons(model):
+    evaluator = Evaluator(model, val=iter(batches(4, seed=1, times=False)), budgets=[2], progress=False)
+    rows = {row["method"]: row for row in evaluator.run()["rows"]}
+    assert rows["flexible"]["entropy_bits_mean"] is None and "no training clips" in rows["flexible"]["note"]
+    assert rows["flexible"]["bits_per_second"] is None and "per second" in rows["flexible"]["note"]
+    for name in ("dct", "downsample"):
+        assert rows[name]["psnr_db"] is None and rows[name]["clips"] == 0 and "training clips" in rows[name]["note"]
+    assert rows["mean_colour"]["bits_mean"] == 16
+
+
+def test_settings_are_checked(model):
+    assert default_budgets(64) == [1, 4, 16, 64] and default_budgets(100) == [1, 4, 16, 64, 100]
+    with pytest.raises(ValueError, match="x264, x265, av1"):
+        Evaluator(model, val=[], codecs=["h264"])
+    with pytest.raises(ValueError, match="mean_colour"):
+        Evaluator(model, val=[], controls=["mean"])
+    with pytest.raises(ValueError, match="at least one token"):
+        Evaluator(model, val=[], budgets=[0])
+    evaluator = Evaluator(model, val=batches(2, seed=0), budgets=[9], controls=[], progress=False)
+    (row,) = evaluator.run()["rows"]
+    assert row["tokens_mean"] == 8 and "too short for 9 tokens" in row["note"]
+
+
+def test_bootstrap_covers_the_mean_and_needs_two_clips():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = bootstrap(values, seed=0)
+    assert low < float(values.mean()) < high and (high - low) == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert bootstrap(values, seed=0) == [low, high] and bootstrap(values[:1], seed=0) is None
+    assert without_nan({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
