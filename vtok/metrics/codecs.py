@@ -190,7 +190,8 @@ def from_yuv420(images: np.ndarray) -> Tensor:
 def encode(clip: Tensor, *, codec: str, crf: int, fps: float = 8.0, profile: str = "offline") -> Encoded:
     """The elementary stream of a uint8 RGB clip [3, T, H, W] at one CRF.
 
-    One thread, no rate control, one closed GOP: x264 and SVT-AV1 repeat themselves to the byte, libx265 nearly. Sides that 4:2:0 cannot hold are padded by their edge.
+    One thread, no rate control, one closed GOP: x264 and SVT-AV1 repeat themselves to the byte, libx265 nearly. Sides
+    that the encoder cannot hold are padded by their edge.
     Raises: ValueError for an unknown codec, profile, or CRF.
     """
     spec = _spec(codec, profile)
