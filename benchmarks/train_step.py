@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vtok.config import RunConfig, load
 from vtok.lit import parameter_groups
-from vtok.train import train
+from vtok.train import build, train
 from vtok.types import Clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,21 @@ def measure(config: RunConfig, *, repeats: int, steps: int) -> tuple[float, floa
     return 1e3 * statistics.median(bare), 1e3 * statistics.median(ours), [o / b for o, b in zip(ours, bare)]
 
 
+def batch_of(config: RunConfig, *, ms: float) -> int:
+    """Clips a batch whose bare step takes about `ms` of CPU time on this machine, now."""
+    times = []
+    for count in (4, 16):
+        config.data.batch_size = count
+        clips, bare = Alternating(config).clips, Bare(build(config), config)
+        bare(clips[0])
+        began = time.process_time()
+        for i in range(10):
+            bare(clips[i % len(clips)])
+        times.append(1e2 * (time.process_time() - began))
+    slope = max((times[1] - times[0]) / 12, 1e-3)
+    return max(1, round(4 + (ms - times[0]) / slope))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -122,15 +137,16 @@ def main() -> None:
         raise SystemExit(f"error: --repeats {asked.repeats} --steps {asked.steps}: at least 5 and 10")
     torch.set_num_threads(1)
     configs = ROOT / "configs" / "flexible"
+    debug = configs / "debug.yaml"
+    batch = f"data.batch_size={batch_of(load(debug), ms=25)}"
     rows = [
-        ("debug preset", load(configs / "debug.yaml", ["data.batch_size=8"])),
-        ("about 25 ms a step", load(configs / "debug.yaml", ["data.batch_size=28"])),
-        ("about 25 ms, averaged weights", load(configs / "debug.yaml", ["data.batch_size=28", "optim.ema_decay=0.99"])),
-        ("demo preset", load(configs / "demo.yaml", [])),
+        ("a step of about 25 ms", [debug, batch]),
+        ("the same, averaged weights", [debug, batch, "optim.ema_decay=0.99"]),
+        ("demo preset", [configs / "demo.yaml"]),
     ]
     print(f"{'':32}{'bare ms':>10}{'ours ms':>10}{'ratio':>8}   spread of the {asked.repeats} repeats")
-    for name, config in rows:
-        bare, ours, ratios = measure(config, repeats=asked.repeats, steps=asked.steps)
+    for name, (path, *overrides) in rows:
+        bare, ours, ratios = measure(load(path, overrides), repeats=asked.repeats, steps=asked.steps)
         middle = statistics.median(ratios)
         print(f"{name:32}{bare:10.2f}{ours:10.2f}{middle:8.3f}   {min(ratios):.3f} to {max(ratios):.3f}", flush=True)
 

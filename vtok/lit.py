@@ -111,6 +111,39 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return [group for group in groups.values() if group["params"]]
 
 
+def freeze(module: nn.Module, optim: OptimConfig) -> list[nn.Module]:
+    """Switch off the parameters that `optim.freeze` and `optim.train_only` name; returns the modules wholly at rest,
+    which stay in eval mode too (a frozen codebook must not follow its latents).
+
+    Raises: ValueError for a prefix that names no parameter, or when nothing is left to learn.
+    """
+    names = [name for name, _ in module.named_parameters()]
+
+    def under(name: str, prefixes: list[str]) -> bool:
+        return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+    parts = {name for name, _ in module.named_modules()} | set(names)
+    for key, prefixes in (("freeze", optim.freeze), ("train_only", optim.train_only)):
+        for prefix in prefixes:
+            if prefix not in parts:
+                tops = sorted({".".join(n.split(".")[:2]) for n in names})
+                raise ValueError(f"optim.{key}: {prefix!r} is the prefix of no parameter; names begin with {tops}")
+    if not optim.freeze and not optim.train_only:
+        return []
+    resting = {n for n in names if under(n, optim.freeze) or (optim.train_only and not under(n, optim.train_only))}
+    for name, parameter in module.named_parameters():
+        if name in resting:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(f"optim.freeze={optim.freeze}, train_only={optim.train_only} leave nothing to learn")
+
+    def at_rest(name: str) -> bool:
+        inside = [n for n in names if n.startswith(name + ".")]
+        return all(n in resting for n in inside) if inside else under(name, optim.freeze)
+
+    return [part for name, part in module.named_modules() if name and at_rest(name)]
+
+
 def compile_parts(module: nn.Module) -> None:
     """torch.compile each outermost part of `module` that has a forward of its own, in place: names are unchanged.
 
@@ -136,6 +169,7 @@ class LitCompressor(pl.LightningModule):
         super().__init__()
         self.config, self.fresh = config, fresh
         self.model, self.objective = model, objective
+        self.resting = freeze(self, config.optim)
         self.strict_loading = False  # load_state_dict below is stricter: only frozen parts of the objective may lack
         self.frozen_names = {f"objective.{n}" for n, p in objective.named_parameters() if not p.requires_grad}
         self.steps_done = 0  # optimizer steps, skipped ones included
@@ -160,6 +194,12 @@ class LitCompressor(pl.LightningModule):
             super().__setattr__(name, value)
 
     # set-up
+
+    def train(self, mode: bool = True) -> LitCompressor:
+        super().train(mode)
+        for part in getattr(self, "resting", ()):
+            part.train(False)
+        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = strategy.float_buffers(self)  # every cast to bfloat16 and every move passes here
@@ -291,7 +331,8 @@ class LitCompressor(pl.LightningModule):
         # a short memory at first, or the random initial weights would weigh on short runs
         decay = min(self.config.optim.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
         averages, live = self._ema
-        torch._foreach_lerp_(averages, [p.float() for p in live], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        live = live if live[0].dtype == torch.float32 else [p.float() for p in live]
+        torch._foreach_lerp_(averages, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def _skipped(self) -> None:
         self.bad_in_row += 1
