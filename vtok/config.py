@@ -57,6 +57,8 @@ class OptimConfig:
     min_lr_ratio: float = 0.01
     clip_grad_norm: float = 1.0  # joint over every parameter group; 0 = off
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # parameter-name prefix -> factor on lr
+    freeze: list[str] = field(default_factory=list)  # parameter-name prefixes that do not learn, such as model.encoder
+    train_only: list[str] = field(default_factory=list)  # when given, every parameter under no such prefix is frozen
     ema_decay: float = 0.0  # exponential moving average of the model's weights, used to evaluate and export; 0 = off
 
 

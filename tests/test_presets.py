@@ -1,0 +1,211 @@
+"""Presets of the flexible family: twins differ in size alone, full models have the size their header says, the
+mechanisms of every stage run and rest as they should."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vtok import config as configuration
+from vtok.budget import allocate_levels
+from vtok.families import flexible
+from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
+from vtok.layers.prior import PriorConfig
+from vtok.lit import freeze
+from vtok.quantize import QuantizerConfig
+from vtok.types import Clip
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "flexible"
+FULL = ("titok_teacher", "titok", "titok_stage2", "one_d_piece", "one_d_piece_stage2", "larp", "adaptok",
+        "adaptok_scorer", "base")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_presets_have_the_parameters_their_header_states(name):
+    stated = re.search(r"^# Parameters: ([\d.]+) M", (CONFIGS / f"{name}.yaml").read_text(), re.M)
+    assert stated, f"{name}.yaml states no parameter count"
+    with torch.device("meta"):
+        model = Model(configuration.load(CONFIGS / f"{name}.yaml").model)
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - float(stated[1])) < 0.06
+
+
+SMALL = dict(num_frames=4, size=[16, 16], patch=[2, 8, 8], width=32, encoder_depth=1, decoder_depth=1, num_heads=2)
+
+
+def clip(batch: int = 3, frames: int = 4) -> Clip:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(batch, 3, frames, 4, 4, generator=generator) * 2 - 1
+    return Clip([str(i) for i in range(batch)], nn.functional.interpolate(coarse, size=(frames, 16, 16)))
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        QuantizerConfig(levels=[5, 4, 3]),
+        QuantizerConfig(name="vq", codebook_size=16, dim=4),
+        QuantizerConfig(name="lfq", codebook_size=16),
+    ],
+    ids=["fsq", "vq", "lfq"],
+)
+def test_teacher_stages(quantizer):
+    """Stage 1 learns the teacher's ids without touching it; stage 2 reaches its decoder through soft codes."""
+    torch.manual_seed(0)
+    teacher = Model(Config(**SMALL, mask="full", num_tokens=4, quantizer=quantizer)).eval()
+    config = Config(**SMALL, mask="full", num_tokens=4, head="teacher", teacher="somewhere")
+    model = flexible.build(config, load=lambda path: teacher)
+    assert torch.equal(model.teacher.registers, teacher.registers)
+    again = Model(configuration.from_dict(Config, configuration.to_dict(config), where="export"))
+    again.load_state_dict(model.state_dict(), strict=True)  # the config alone rebuilds it
+    pixels = clip()
+
+    class Holder(nn.Module):
+        def __init__(self, objective):
+            super().__init__()
+            self.model, self.objective = model, objective
+
+    first = Objective(ObjectiveConfig(l1=0.0, teacher=1.0), config)
+    resting = freeze(Holder(first), configuration.OptimConfig(freeze=["model.teacher"]))
+    assert model.teacher in resting
+    for part in resting:
+        part.eval()
+    before = {n: p.clone() for n, p in model.teacher.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
+    seen = []
+    for step in range(30):
+        torch.manual_seed(0)
+        loss = first(model, pixels, step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        seen.append(float(loss.report["teacher"]))
+    assert seen[-1] < 0.8 * seen[0] and "l1" not in loss.report
+    assert all(torch.equal(v, before[n]) for n, v in model.teacher.state_dict().items())
+    model.requires_grad_(True)
+    second = Objective(ObjectiveConfig(l1=0.0, l2=1.0), config)
+    second(model, pixels, 0).total.backward()
+    assert model.teacher.out.weight.grad.abs().sum() > 0 and model.out.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        tokens = model.eval().encode(pixels)
+        assert model.decode(tokens, size=(16, 16)).shape == pixels.video.shape
+
+
+def test_teacher_that_does_not_fit():
+    teacher = Model(Config(**SMALL, mask="full", num_tokens=4))
+    config = Config(**SMALL, mask="full", num_tokens=4, head="teacher", teacher="x", teacher_config={"num_tokens": 8})
+    with pytest.raises(ValueError, match="num_tokens is 4, not 8"):
+        flexible.build(config, load=lambda path: teacher)
+    with pytest.raises(ValueError, match="objective.teacher=1.0 needs model.head=teacher"):
+        Objective(ObjectiveConfig(teacher=1.0), Config(**SMALL))
+
+
+def test_prior_reads_only_earlier_tokens_and_shapes_the_encoder():
+    config = Config(
+        **SMALL,
+        mask="full",
+        num_tokens=8,
+        quantizer=QuantizerConfig(
+            name="vq", codebook_size=16, dim=4, ema_decay=0.0, kmeans_init=False, stochastic_temperature=0.03
+        ),
+    )
+    objective = Objective(ObjectiveConfig(prior=PriorConfig(weight=0.1, width=16, depth=1, num_heads=2)), config)
+    codes = torch.randn(2, 8, 4)
+    changed = codes.clone()
+    changed[:, 5:] = 9.0
+    assert torch.equal(objective.prior.logits(codes)[:, :6], objective.prior.logits(changed)[:, :6])
+    assert not torch.equal(objective.prior.logits(codes)[:, 6:], objective.prior.logits(changed)[:, 6:])
+    model = Model(config).train()
+    loss = objective(model, clip(), 0)
+    model.zero_grad()
+    (loss.total - loss.total.detach()).backward()
+    assert loss.report["prior"] > 0 and model.to_latent.weight.grad.abs().sum() > 0
+    # the prior alone reaches the encoder, through the quantized vectors
+    model.zero_grad()
+    out = model(clip().video, torch.full((3,), 4), torch.full((3, 1), 8))
+    ids = out.quantized.indices.flatten(1, 2)[..., 0]
+    objective.prior(out.quantized.embeddings.flatten(1, 2), ids, lookup=model.lookup, step=0).backward()
+    assert model.to_latent.weight.grad.abs().sum() > 0
+
+
+def test_discriminator_rests_between_its_steps():
+    from vtok.losses import AdversarialConfig
+
+    adversarial = AdversarialConfig(weight=0.3, every=5, start=10, width=8, depth=1)
+    objective = Objective(ObjectiveConfig(adversarial=adversarial), Config(**SMALL))
+    assert [step for step in range(30) if not objective.idle(step)] == [10, 15, 20, 25]
+    model = Model(Config(**SMALL))
+    assert "adversarial" not in objective(model, clip(), 9).report
+    report = objective(model, clip(), 11).report
+    assert "adversarial" in report and "discriminator" not in report
+    assert "discriminator" in objective(model, clip(), 15).report
+
+
+def test_scorer_learns_lengths_and_allocates_within_the_budget():
+    torch.manual_seed(0)
+    config = Config(
+        **SMALL, mask="time_block_causal", blocks=2, num_tokens=8, dropped="cut", scorer_depth=1, scorer_levels=4
+    )
+    model = Model(config)
+    pixels = clip(4)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    plain = Objective(ObjectiveConfig(), config)
+    for step in range(60):  # a tokenizer for which more tokens are worth something
+        loss = plain(model, pixels, step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+    objective = Objective(ObjectiveConfig(scorer=True), config)
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.objective = model, objective
+
+    freeze(Holder(), configuration.OptimConfig(train_only=["model.scorer"]))
+    before = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("scorer")}
+    optimizer = torch.optim.AdamW(model.scorer.parameters(), 3e-3)
+    errors = []
+    for step in range(80):
+        loss = objective(model, pixels, step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        errors.append(float(loss.report["scorer"]))
+    assert sum(errors[-10:]) < 0.5 * sum(errors[10:20])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    for total in (4, 7, 12, 16):
+        share = model.eval().allocate(pixels, total)
+        assert share.shape == (4, 2) and int(share.sum(1).max()) <= total and int(share.min()) >= 2
+        tokens = model.encode(pixels, budget=share)
+        assert tokens.lengths.tolist() == share.sum(1).tolist()
+    alone = torch.cat([model.allocate(Clip(["x"], pixels.video[i : i + 1]), 12) for i in range(4)])
+    assert torch.equal(alone, model.allocate(pixels, 12))  # each clip has its own budget, whatever its batch
+    with pytest.raises(ValueError, match="ask for 4 or more"):
+        model.allocate(pixels, 3)
+
+
+def test_allocation_is_the_exact_optimum():
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(30):
+        cost = torch.rand(1, 3, 4, generator=generator)
+        total = int(torch.randint(3, 13, (1,), generator=generator))
+        got = allocate_levels(cost, torch.ones(1, 3, dtype=torch.bool), total=total * 2 + 1, unit=2)[0] // 2
+        every = [(a, b, c) for a in range(4) for b in range(4) for c in range(4) if a + b + c + 3 <= total]
+        best = min(float(cost[0, 0, a] + cost[0, 1, b] + cost[0, 2, c]) for a, b, c in every)
+        assert abs(float(sum(cost[0, g, int(got[g]) - 1] for g in range(3))) - best) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "optim, message",
+    [
+        (dict(freeze=["model.encodre"]), "names begin with"),
+        (dict(freeze=["model", "objective"]), "leave nothing to learn"),
+    ],
+)
+def test_freezing_what_is_not_there(optim, message):
+    holder = nn.ModuleDict({"model": nn.Linear(2, 2), "objective": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=message):
+        freeze(holder, configuration.OptimConfig(**optim))
