@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vtok import config as configuration
@@ -45,11 +46,9 @@ def main(argv: list[str]) -> int:
     from vtok import evaluate
     from vtok.export import main_export
 
-    code = int(evaluate.main([str(run), "--out", str(run / "eval")]) or 0)
-    if code:
-        return code
+    _run(evaluate.main, [str(run), "--out", str(run / "eval")])
     _say(4, "exporting")
-    main_export([str(run), "--out", str(export)])
+    _run(main_export, [str(run), "--out", str(export)])
     minutes = (time.monotonic() - started) / 60
     print(f"\ndone in {minutes:.1f} minutes")
     print(f"  report   {run / 'eval' / 'report.html'}")
@@ -73,12 +72,21 @@ def _pack(options: argparse.Namespace, settings: configuration.RunConfig) -> tup
     else:
         _say(1, f"packing {options.videos} into shards")
         source = options.videos
+    # two cores cannot decode large video as fast as a small model learns from it: small copies to train on
+    small = ["--short-side", str(max(settings.data.size) * 3 // 2), "--crf", "10"]
     if options.val is None:
-        shards.main([str(source), "--out", str(out / "shards")])
+        _run(shards.main, [str(source), "--out", str(out / "shards"), *small])
         return out / "shards" / "train", out / "shards" / "val"
-    for split, folder in (("train", source), ("val", options.val)):
-        shards.main([str(folder), "--out", str(out / f"shards-{split}"), "--split", split])
+    _run(shards.main, [str(source), "--out", str(out / "shards-train"), "--split", "train", *small])
+    _run(shards.main, [str(options.val), "--out", str(out / "shards-val"), "--split", "val"])
     return out / "shards-train" / "train", out / "shards-val" / "val"
+
+
+def _run(command: Callable[[list[str]], object], argv: list[str]) -> None:
+    """One command of vtok's; a status other than 0 ends the demo with it."""
+    status = command(argv)
+    if status:
+        raise SystemExit(status)
 
 
 def _say(step: int, what: str) -> None:
