@@ -197,7 +197,7 @@ def test_the_model_card_is_valid_for_the_hub_and_holds_the_table(tmp_path):
         json.dumps({"schema": 1, "clips": 59, "shards": "shards/val", "rows": rows})
     )
     start = {
-        "command": ["/home/me/python", "/home/me/train.py", "demo.yaml"],
+        "command": ["/opt/me/python", "/opt/me/train.py", "demo.yaml"],
         "gpus": [],
         "cpu_count": 2,
         "commit": "abc",
@@ -208,7 +208,7 @@ def test_the_model_card_is_valid_for_the_hub_and_holds_the_table(tmp_path):
     assert facts["license"] == "cc-by-4.0" and facts["library_name"] == "transformers"
     assert {"vtok", "custom_code"} <= set(facts["tags"])
     assert "| flexible | 4 | 4 | 63.86 | 21.46 |" in text and "| mean_colour |  |  | 16 | 14 |" in text
-    assert "59 clips of `shards/val`" in text and "`python train.py demo.yaml`" in text and "/home/me" not in text
+    assert "59 clips of `shards/val`" in text and "`python train.py demo.yaml`" in text and "/opt/me" not in text
     assert "2 CPU cores" in text and "shards/train" in text and "15.966 bits" in text
 
 

@@ -17,11 +17,15 @@ def frame_mask(lengths: Tensor, frames: int) -> Tensor:
 
 
 def reconstruction(recon: Tensor, target: Tensor, *, kind: str, mask: Tensor | None = None) -> Tensor:
-    """Mean absolute (`l1`) or squared (`l2`) error over the real frames (mask [B, T] bool, None = all)."""
+    """Error over the real frames (mask [B, T] bool, None = all): mean absolute (`l1`), mean squared (`l2`), or the mean
+    over clips of the logarithm of each clip's mean squared error (`log_l2`): what a mean of per-clip PSNR measures."""
     error = (recon - target).abs() if kind == "l1" else (recon - target).square()
-    if mask is None:
-        return error.mean()
     per_frame = error.mean((1, 3, 4))  # [B, T]
+    if mask is None:
+        mask = torch.ones_like(per_frame, dtype=torch.bool)
+    if kind == "log_l2":
+        per_clip = (per_frame * mask).sum(1) / mask.sum(1)
+        return per_clip.clamp_min(1e-6).log().mean()
     return (per_frame * mask).sum() / mask.sum()
 
 

@@ -569,6 +569,7 @@ class ObjectiveConfig:
     nested: NestedConfig = field(default_factory=NestedConfig)
     l1: float = 1.0
     l2: float = 0.0
+    log_l2: float = 0.0  # mean over clips of log(mean squared error): PSNR's own average
     perceptual: float = 0.0  # LPIPS per frame
     perceptual_weights: str = ""  # path of the LPIPS weights
     perceptual_sha256: str = ""
@@ -637,7 +638,7 @@ class Objective(nn.Module):
         mask = None if clip.lengths is None else losses.frame_mask(lengths, video.shape[2])
         shape = model.config
         keep = nested_keep(shape.num_tokens, video.shape[0], groups=shape.blocks, config=c.nested).to(video.device)
-        pixels = bool(c.l1 or c.l2 or c.perceptual or c.adversarial.weight)
+        pixels = bool(c.l1 or c.l2 or c.log_l2 or c.perceptual or c.adversarial.weight)
         out = model(video, lengths, keep, pixels=pixels)
         total = c.quantizer * out.quantized.loss
         report = {f"quantizer_{k}": v for k, v in out.quantized.report.items()}
@@ -670,8 +671,9 @@ class Objective(nn.Module):
         c = self.config
         l1 = losses.reconstruction(recon, video, kind="l1", mask=mask)
         l2 = losses.reconstruction(recon, video, kind="l2", mask=mask)
-        total = c.l1 * l1 + c.l2 * l2
-        report = {"l1": l1.detach(), "l2": l2.detach()}
+        log_l2 = losses.reconstruction(recon, video, kind="log_l2", mask=mask)
+        total = c.l1 * l1 + c.l2 * l2 + c.log_l2 * log_l2
+        report = {"l1": l1.detach(), "l2": l2.detach(), "log_l2": log_l2.detach()}
         if self.perceptual is not None and c.perceptual:
             distance = losses.perceptual(self.perceptual, recon, video, mask=mask)
             total = total + c.perceptual * distance
