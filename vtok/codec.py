@@ -28,7 +28,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vtok.bitstream import CODINGS, Chunk, DamagedFile, Footer, Header, Reader, Writer, read_footer
-from vtok.data.decode import iter_frames, probe, write_video
+from vtok.data.decode import VideoReader, probe, write_video
 from vtok.data.pipeline import View, fit
 from vtok.loading import identify, load_any
 from vtok.types import Clip, Streaming, Tokens, to_uint8
@@ -254,7 +254,7 @@ def encode_file(
             count += 1
             yield frame
 
-    source = _resized(_at_rate(iter_frames(video_path), None if fps is None else rate), size)
+    source = _resized(_source(video_path, None if fps is None else rate), size)
     with _aside(out) as part, _bar(f"encode {Path(video_path).name}", total, progress) as source_bar:
         with open(part, "wb") as file:
             writer = Writer(file, header, entropy=entropy)
@@ -350,25 +350,14 @@ def resize_crop(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return fit(pixels, View(num_frames=1, size=size, crop="center"), None)[:, 0].permute(1, 2, 0).numpy()
 
 
-def _at_rate(frames: Iterable[tuple[np.ndarray, float]], fps: Fraction | None) -> Iterator[np.ndarray]:
-    """Every frame, or the frames on show at 0, 1/fps, 2/fps ... seconds."""
-    if fps is None:
-        for frame, _ in frames:
-            yield frame
-        return
-    shown: np.ndarray | None = None
-    since = previous = 0.0
-    wanted = 0
-    for frame, seconds in frames:
-        while shown is not None and float(wanted / fps) < seconds - 1e-6:
-            yield shown
-            wanted += 1
-        shown, previous, since = frame, since, seconds
-    # The last frame stays as long as the one before it did.
-    end = since + (since - previous)
-    while shown is not None and (wanted == 0 or float(wanted / fps) < end - 1e-6):
-        yield shown
-        wanted += 1
+def _source(path: str | Path, fps: Fraction | None) -> Iterator[np.ndarray]:
+    """Every frame, or the frames on show at 0, 1/fps, 2/fps ... seconds: those the loader picks for a window."""
+    with VideoReader(path) as reader:
+        if fps is None:
+            for frame, _ in reader.frames():
+                yield frame
+        else:
+            yield from reader.at_rate(fps)
 
 
 def _resized(frames: Iterable[np.ndarray], size: tuple[int, int] | None) -> Iterator[np.ndarray]:

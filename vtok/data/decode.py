@@ -22,6 +22,7 @@ Legend: T frames, H height, W width.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -295,9 +296,8 @@ class VideoReader:
 
     def _pick(self, wanted: list[float]) -> tuple[Tensor, Tensor]:
         out: Any = None
-        shown: VideoFrame | None = None
         written: VideoFrame | None = None
-        end, done = 0.0, 0
+        done = 0
 
         def emit(frame: VideoFrame) -> None:
             nonlocal out, written, done
@@ -313,21 +313,47 @@ class VideoReader:
                 written = frame
             done += 1
 
-        for frame, seconds in self._from(wanted[0]):
-            # Before the first frame there is nothing on show: the first frame itself is taken.
-            while done < len(wanted) and wanted[done] + self._tolerance < seconds:
-                emit(frame if shown is None else shown)
-            if done == len(wanted):
-                break
-            shown, end = frame, seconds + self._shown_for(frame)
-        if shown is not None and done < len(wanted):
-            while done < len(wanted) and wanted[done] < end - self._tolerance:
-                emit(shown)
-        if out is None:
-            if shown is None:
-                raise DecodeError("0 frames")
-            raise PastEnd(f"the video ends at {end:.3f} s, before {wanted[0]:.3f} s")
+        for frame in self._on_show(wanted):
+            emit(frame)
+        assert out is not None
         return torch.from_numpy(out[:done]), torch.tensor(wanted[:done], dtype=torch.float64)
+
+    def at_rate(self, fps: float | Fraction) -> Iterator[np.ndarray]:
+        """The whole video at `fps`, uint8 [H, W, 3] each: what `window` picks from 0 s on, in constant memory."""
+        if not fps > 0:
+            raise ValueError(f"fps={fps} must be above 0")
+        picked: VideoFrame | None = None
+        pixels: np.ndarray | None = None
+        for frame in self._on_show(float(i / fps) for i in itertools.count()):
+            if frame is not picked or pixels is None:
+                picked, pixels = frame, self._rgb(frame)
+            yield pixels
+
+    def _on_show(self, wanted: Iterable[float]) -> Iterator[VideoFrame]:
+        """The frame on show at each of the wanted seconds (not decreasing), until the video or the times end."""
+        times = iter(wanted)
+        first = want = next(times)
+        shown: VideoFrame | None = None
+        end, count = 0.0, 0
+        for frame, seconds in self._from(want):
+            # Before the first frame there is nothing on show: the first frame itself is taken.
+            while want + self._tolerance < seconds:
+                yield frame if shown is None else shown
+                count += 1
+                if (following := next(times, None)) is None:
+                    return
+                want = following
+            shown, end = frame, seconds + self._shown_for(frame)
+        if shown is None:
+            raise DecodeError("0 frames")
+        while want < end - self._tolerance:
+            yield shown
+            count += 1
+            if (following := next(times, None)) is None:
+                return
+            want = following
+        if not count:
+            raise PastEnd(f"the video ends at {end:.3f} s, before {first:.3f} s")
 
     def _shown_for(self, frame: VideoFrame) -> float:
         """Seconds a frame stays when no other follows."""
