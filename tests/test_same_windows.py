@@ -45,7 +45,7 @@ def make_model(form: str) -> Model:
     model = Model(Config(**SMALL, **FORMS[form]))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * 0.02)
     return model.eval()
 
 
@@ -124,4 +124,4 @@ def test_the_evaluators_psnr_is_that_of_the_files(tmp_path, form, source):
             row_of = next(r for r in result["rows"] if r["budget"] == k * groups)
             assert row_of["bits_mean"] == pytest.approx(done.tokens * np.log2(64000))
     assert json.dumps(result)
-    assert len({round(value, 2) for column in measured.values() for value in column}) > 3, "all alike prove nothing"
+    assert len({round(value, 3) for column in measured.values() for value in column}) > 4, "all alike prove nothing"
