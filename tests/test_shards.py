@@ -370,6 +370,34 @@ def test_manifest_rows_and_folder_are_one(tmp_path):
     assert json.loads((tmp_path / "out/split.json").read_text())["val"] == ["clips/a.mp4"]
 
 
+def test_a_cut_video_keeps_with_each_clip_what_is_on_show_in_it(tmp_path):
+    video(tmp_path / "long.mp4", frames=moving(60))  # 6 s
+    seen = {
+        "early": (0.0, 1.0),
+        "needle": (1.9, 2.0),
+        "over the cut": (1.5, 3.0),
+        "late": (4.5, 6.0),
+        "open": (5, None),
+    }
+    qa = [
+        {"id": name, "question": f"{name}?", "answer": "yes", "start_s": first} | ({"end_s": last} if last else {})
+        for name, (first, last) in seen.items()
+    ]
+    captions = [{"start_s": a, "end_s": b, "text": f"{a}"} for a, b in ((0, 1.9), (1.9, 4), (4, 6))]
+    row = {"file": "long.mp4", "qa": [*qa, {"id": "any", "question": "?", "answer": 1}], "captions": captions}
+    manifest = write_manifest(tmp_path / "m.jsonl", [row, {"file": "long.mp4", "end_s": 1.0, "qa": qa[:-1]}])
+    packed([manifest], tmp_path / "out", clip_seconds=2, split="train")
+    clips = sorted(
+        map(meta, samples(tmp_path / "out", "train").values()), key=lambda c: (c["start_s"], c["duration_s"])
+    )
+    asked = [[question["id"] for question in clip["qa"]] for clip in clips]
+    assert asked == [["early"], ["early", "needle", "any"], ["any"], ["late", "open", "any"]]
+    assert [(q["start_s"], q["end_s"]) for q in clips[1]["qa"][:2]] == [(0.0, 1.0), (1.9, 2.0)]
+    assert [(q["start_s"], q["end_s"]) for q in clips[3]["qa"][:2]] == [(0.5, 2.0), (1.0, 2.0)]
+    assert "start_s" not in clips[3]["qa"][2]
+    assert [clip["caption"] for clip in clips[1:]] == ["0", "1.9", "4"]  # not the first of the video for all of them
+
+
 ROWS = {
     '{"file": "a.mp4", ': r"line 1 is not JSON",
     "[1, 2]": r"line 1 is not a JSON object but list",
@@ -388,6 +416,7 @@ ROWS = {
     '{"file": "a.mp4", "captions": [{"start_s": 0}]}': r"captions must hold",
     '{"file": "a.mp4", "qa": {"question": "?"}}': r"qa must be a list",
     '{"file": "a.mp4", "qa": [{"question": "?"}]}': r"qa must hold",
+    '{"file": "a.mp4", "qa": [{"question": "?", "answer": 1, "start_s": 3, "end_s": 2}]}': r"qa: start_s=3 is not",
     '{"file": "a.mp4", "split": "everything"}': r"split='everything' is unknown",
     '{"file": "a.mp4", "label": [1]}': r"label must be",
     '{"file": "p.png", "end_s": 1}': r"an image has no start_s",

@@ -43,7 +43,8 @@ class Row:
 
     path: real path, what is opened. source: the file's name in reports and keys, with forward slashes; unique per path.
     video: the original video it was taken from, "" for the file itself: a split never parts the rows of one video.
-    captions: ({start_s, end_s, text}, ...), seconds of the file; None for an end that is not known yet.
+    captions: ({start_s, end_s, text}, ...), seconds of the file; None for an end that is not known yet. qa: questions,
+        with the same two keys where only a part of the file shows the answer.
     where: "manifest:line", "" for a file of a folder.
     """
 
@@ -303,10 +304,10 @@ def _row(values: dict[str, Any], where: str, folder: Path) -> Row:
         path=path,
         source=_source_name(name, folder, path),
         video=video,
-        caption=(caption or "").strip() or (captions[0]["text"] if captions else ""),
+        caption=(caption or "").strip(),
         captions=captions,
         label=label,
-        qa=_questions(values.get("qa")),
+        qa=_questions(values.get("qa"), start_s or 0.0, end_s),
         split=_split(values.get("split")),
         start_s=start_s,
         end_s=end_s,
@@ -365,27 +366,33 @@ def _captions(value: Any, start_s: float, end_s: float | None) -> tuple[dict[str
             item = {"text": item}
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
             raise ValueError("captions must hold strings or {start_s, end_s, text}")
-        first = _seconds(item.get("start_s"), "captions.start_s")
-        last = _seconds(item.get("end_s"), "captions.end_s")
-        first, last = (start_s if first is None else first), (end_s if last is None else last)
-        if last is not None and first >= last:
-            raise ValueError(f"captions: start_s={first:g} is not before end_s={last:g}")
-        out.append({"start_s": first, "end_s": last, "text": item["text"]})
+        out.append({**_span(item, "captions", start_s, end_s), "text": item["text"]})
     return tuple(out)
 
 
-def _questions(value: Any) -> tuple[dict[str, Any], ...]:
+def _span(item: dict[str, Any], key: str, start_s: float, end_s: float | None) -> dict[str, float | None]:
+    """{start_s, end_s} of a caption or question; what it leaves open is the row's."""
+    first, last = _seconds(item.get("start_s"), f"{key}.start_s"), _seconds(item.get("end_s"), f"{key}.end_s")
+    first, last = (start_s if first is None else first), (end_s if last is None else last)
+    if last is not None and first >= last:
+        raise ValueError(f"{key}: start_s={first:g} is not before end_s={last:g}")
+    return {"start_s": first, "end_s": last}
+
+
+def _questions(value: Any, start_s: float, end_s: float | None) -> tuple[dict[str, Any], ...]:
     out = []
     for number, item in enumerate(_listed(value, "qa")):
         if not isinstance(item, dict) or not isinstance(item.get("question"), str) or item.get("answer") is None:
-            raise ValueError("qa must hold {question, answer, id?, type?, choices?}")
+            raise ValueError("qa must hold {question, answer, id?, type?, choices?, start_s?, end_s?}")
         choices = item.get("choices")
         if choices is not None and not isinstance(choices, list):
             raise ValueError(f"qa.choices must be a list, got {_kind(choices)}")
         kind = str(item.get("type") or ("open" if choices is None else "choice"))
         question = {"id": str(item.get("id", number)), "type": kind}
         question |= {"question": item["question"], "answer": item["answer"]}
-        out.append(question if choices is None else {**question, "choices": choices})
+        question |= {} if choices is None else {"choices": choices}
+        timed = item.get("start_s") is not None or item.get("end_s") is not None
+        out.append({**question, **_span(item, "qa", start_s, end_s)} if timed else question)
     return tuple(out)
 
 

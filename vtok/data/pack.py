@@ -223,12 +223,14 @@ def make_sample(item: Item, settings: Settings) -> dict[str, bytes | Path]:
         members[extension] = item.path
         width, height, fps = info.width, info.height, info.fps
         duration_s = _check(item, info)
+    captions = _captions_of(item, duration_s)
+    longest = max(captions, key=lambda c: c["end_s"] - c["start_s"], default={"text": ""})
     members["json"] = _json_bytes(
         {
-            "caption": item.caption,
-            "captions": _captions_of(item, duration_s),
+            "caption": item.caption or longest["text"],
+            "captions": captions,
             "label": item.label,
-            "qa": list(item.qa),
+            "qa": _questions_of(item, duration_s, fps),
             "source": item.source,
             "start_s": round(item.start_s, 6),
             "duration_s": round(duration_s, 6),
@@ -366,6 +368,26 @@ def _captions_of(item: Item, duration_s: float) -> list[dict[str, Any]]:
         last = duration_s if caption["end_s"] is None else min(duration_s, caption["end_s"] - item.start_s)
         if first < last or duration_s == 0.0:
             out.append({"start_s": round(first, 6), "end_s": round(max(first, last), 6), "text": caption["text"]})
+    return out
+
+
+def _questions_of(item: Item, duration_s: float, fps: float) -> list[dict[str, Any]]:
+    """The questions that the clip can answer, their spans in seconds of the clip.
+
+    A question with a span needs all of it (half a frame less at most; of one without an end, the beginning): cut in
+    two, the answer may be another. One without a span is about the row, and stays with each clip that is cut from it.
+    """
+    out = []
+    for question in item.qa:
+        if "start_s" in question:
+            first = question["start_s"] - item.start_s
+            last = duration_s if question["end_s"] is None else question["end_s"] - item.start_s
+            outside = max(-first, last - duration_s)
+            if duration_s and (outside > 0.5 / fps and not item.whole or first >= duration_s or last <= 0):
+                continue
+            span = {"start_s": max(0.0, first), "end_s": min(last, duration_s)}
+            question = {**question, **{key: round(seconds, 6) for key, seconds in span.items()}}
+        out.append(question)
     return out
 
 
