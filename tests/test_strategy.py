@@ -1,7 +1,9 @@
-"""Strategies and checkpoints: the pure parts here; DDP and DeepSpeed with two processes in one launch each (slow)."""
+"""Strategies and checkpoints: the pure parts here; DDP and DeepSpeed with two processes, in two launches (slow)."""
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,18 +103,16 @@ def test_other_worlds_and_stages_cannot_continue():
 # two processes
 
 SCRIPT = '''
-import sys
+import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_train import Data, settings
 from pathlib import Path
-from vtok.train import train
-import signal, os
 from torch.utils.data import DataLoader
 import test_train
+from vtok.train import train
 
-class Mine(Data):
+class Mine(test_train.Data):
     """Every rank its own batches: rank r of w sees r, r + w, ..."""
     def advance(self, clip):
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -130,37 +130,61 @@ class Mine(Data):
     def val_dataloader(self):  # unequal: rank 0 has two batches, rank 1 one
         return DataLoader(test_train.Stream(10**6, 2 - self.trainer.global_rank), batch_size=None)
 
-out, chosen, precision, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-trainer = {{"devices": 2, "strategy": chosen, "precision": precision, "max_steps": 6, "val_every": 3, "log_every": 2}}
-if chosen == "deepspeed_3":  # below these sizes parameters stay whole, and nothing of ZeRO-3 would be tested
-    whole = {{"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
-    trainer["deepspeed"] = {{"zero_optimization": whole}}
-objective = {{"start": 0}}
-if kind == "bad":
-    objective |= {{"not_finite_at": [2], "not_finite_rank": 1}}
-trainer |= {{"ledger": True, "accumulate": 2 if kind == "accumulate" else 1}}
-optim = {{"weight_decay": 0.1, "clip_grad_norm": 0.05}}
-name = f"{{chosen}}-{{precision}}-{{kind}}"
-config = settings(out, name=name, objective=objective, trainer=trainer, optim=optim)
-train(config, data=Mine(signal_at={{1: signal.SIGUSR1}} if kind == "stop" else None))
+for asked in sys.argv[2:]:
+    chosen, precision, kind = asked.split(",")
+    trainer = {{"devices": 2, "strategy": chosen, "precision": precision, "max_steps": 6, "val_every": 3}}
+    trainer |= {{"log_every": 2, "ledger": True, "accumulate": 2 if kind == "accumulate" else 1}}
+    if chosen == "deepspeed_3":  # below these sizes parameters stay whole, and nothing of ZeRO-3 would be tested
+        whole = {{"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+        trainer["deepspeed"] = {{"zero_optimization": whole}}
+    objective = {{"start": 0}}
+    if kind == "bad":
+        objective |= {{"not_finite_at": [2], "not_finite_rank": 1}}
+    if kind == "stop":
+        objective |= {{"slow_s": 0.26}}  # ranks ask each other twice a second: here, at every step
+    optim = {{"weight_decay": 0.1, "clip_grad_norm": 0.05}}
+    name = f"{{chosen}}-{{precision}}-{{kind}}"
+    config = test_train.settings(Path(sys.argv[1]), name=name, objective=objective, trainer=trainer, optim=optim)
+    code = 0
+    try:
+        train(config, data=Mine(signal_at={{1: signal.SIGUSR1}} if kind == "stop" else None))
+    except SystemExit as stopped:
+        code = stopped.code
+    print(f"rank {{os.environ.get('LOCAL_RANK', 0)}}: {{asked}} ended with {{code}}", flush=True)
 '''
+PLAIN = "32-true"
+STAGES = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 
 
-def launch(out: Path, chosen: str, precision: str = "32-true", kind: str = "whole") -> int:
-    """One run of two processes; its exit code. DeepSpeed aborted at exit in 2 of 137 runs: one retry for that alone."""
+def launch(out: Path, *runs: str) -> dict[str, int]:
+    """{run: exit code} of runs one after another in one launch of two processes: starting those is what takes long.
+
+    DeepSpeed aborted at exit in 2 of 137 runs: that alone is forgiven, once every run has ended.
+    """
     script = out / "script.py"
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(script), str(out), chosen, precision, kind]
-    for _ in range(2):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=out)
-        if done.returncode != -6:
-            break
-    if done.returncode not in (0, 128 + 10):
-        raise AssertionError(
-            f"{chosen} {precision} {kind}: rc {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        )
-    return done.returncode
+    command = [sys.executable, str(script), str(out), *runs]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=out)
+    ended = dict(re.findall(r"^rank 0: (\S+) ended with (\d+)$", done.stdout, re.MULTILINE))
+    if done.returncode not in (0, -6) or list(ended) != list(runs):
+        raise AssertionError(f"rc {done.returncode} after {ended}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return {run: int(code) for run, code in ended.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of every run, two launches: the second, in new processes, goes on where a signal stopped the first."""
+    out = tmp_path_factory.mktemp("strategies")
+    stopped = [f"{stage},{PLAIN},stop" for stage in STAGES]
+    others = [f"ddp,{PLAIN},whole", f"ddp,{PLAIN},accumulate", f"deepspeed_2,{PLAIN},accumulate"]
+    codes = launch(out, *others, *stopped, "deepspeed_3,bf16-mixed,bad")
+    assert {run for run, code in codes.items() if code == 128 + signal.SIGUSR1} == set(stopped)
+    for stage in STAGES:  # told to rank 1 alone, at step 3
+        about = strategy.describe(out / f"{stage}-{PLAIN}-stop" / "checkpoints" / "last.ckpt")
+        assert 3 <= about["step"] < 6 and about["world_size"] == 2
+    assert set(launch(out, *stopped).values()) == {0}
+    return out
 
 
 def ledger(run: Path, rank: int) -> list[tuple[int, str, float]]:
@@ -177,17 +201,10 @@ def values(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", ["deepspeed_1", "deepspeed_2", "deepspeed_3"])
-def test_deepspeed_equals_ddp_stops_and_goes_on(tmp_path_factory, chosen):
-    out = _shared(tmp_path_factory)
-    reference = out / "ddp-32-true-whole"
-    if not reference.exists():
-        assert launch(out, "ddp") == 0
-    assert launch(out, chosen, kind="stop") == 128 + 10  # told to rank 1 alone, at step 3
-    run = out / f"{chosen}-32-true-stop"
+@pytest.mark.parametrize("chosen", STAGES)
+def test_deepspeed_equals_ddp_stops_and_goes_on(runs, chosen):
+    reference, run = runs / f"ddp-{PLAIN}-whole", runs / f"{chosen}-{PLAIN}-stop"
     last = run / "checkpoints" / "last.ckpt"
-    assert 3 <= strategy.describe(last)["step"] < 6 and strategy.describe(last)["world_size"] == 2
-    assert launch(out, chosen, kind="stop") == 0
     assert strategy.describe(last)["step"] == 6
     for rank in (0, 1):
         ours, theirs = ledger(run, rank), ledger(reference, rank)
@@ -205,9 +222,8 @@ def test_deepspeed_equals_ddp_stops_and_goes_on(tmp_path_factory, chosen):
 
 
 @pytest.mark.slow
-def test_deepspeed_skips_what_is_not_finite_and_keeps_float_buffers_in_bf16(tmp_path):
-    assert launch(tmp_path, "deepspeed_3", "bf16-mixed", "bad") == 0
-    run = tmp_path / "deepspeed_3-bf16-mixed-bad"
+def test_deepspeed_skips_what_is_not_finite_and_keeps_float_buffers_in_bf16(runs):
+    run = runs / "deepspeed_3-bf16-mixed-bad"
     lines = sorted(map(json.loads, (run / "bad_batches.jsonl").read_text().splitlines()), key=lambda r: r["rank"])
     assert [(r["rank"], r["step"], r["loss"][0] == "nan") for r in lines] == [(0, 3, False), (1, 3, True)]
     state = strategy.consolidate(run / "checkpoints" / "last.ckpt")
@@ -216,18 +232,7 @@ def test_deepspeed_skips_what_is_not_finite_and_keeps_float_buffers_in_bf16(tmp_
 
 
 @pytest.mark.slow
-def test_accumulation_means_the_same_under_ddp_and_deepspeed(tmp_path):
-    for chosen in ("ddp", "deepspeed_2"):
-        assert launch(tmp_path, chosen, kind="accumulate") == 0
-    one, two = (ledger(tmp_path / f"{c}-32-true-accumulate", 0) for c in ("ddp", "deepspeed_2"))
+def test_accumulation_means_the_same_under_ddp_and_deepspeed(runs):
+    one, two = (ledger(runs / f"{c}-{PLAIN}-accumulate", 0) for c in ("ddp", "deepspeed_2"))
     assert len(one) == 12 and [r[:2] for r in one] == [r[:2] for r in two]
     assert [r[2] for r in one] == pytest.approx([r[2] for r in two], abs=2e-5)
-
-
-_OUT: list[Path] = []
-
-
-def _shared(factory) -> Path:
-    if not _OUT:
-        _OUT.append(factory.mktemp("strategies"))
-    return _OUT[0]
