@@ -18,6 +18,7 @@ group, D width, Q ids per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -215,6 +216,8 @@ class Model(ChunkedTokenizer):
             for residual in (self.to_latent, self.out):  # the network begins as no correction at all
                 nn.init.zeros_(residual.weight)
                 nn.init.zeros_(residual.bias)
+        if c.registers == "learned" and not self.registers.is_meta:
+            self._begin_in_place()
 
     def _transformer(self, depth: int) -> Transformer:
         c = self.config
@@ -229,6 +232,55 @@ class Model(ChunkedTokenizer):
             flex=c.flex_attention,
             checkpoint=c.checkpoint,
         )
+
+    def _begin_in_place(self) -> None:
+        """Learned registers begin spread over the patches, read those they lie on, and are read from there.
+
+        Where every register begins as the same small noise it reads the mean of all patches, and a run paints one
+        colour for its first hundreds of steps. Here register i of a time block starts at the position of one patch, and
+        the first block of encoder and decoder attends by position, with values passed on as they are (in the spirit of
+        Trockman and Kolter 2023, https://arxiv.org/abs/2305.09828). Everything stays free to learn; the output begins
+        at zero. Only initial values: no parameter and no operation is added.
+        """
+        c = self.config
+        with torch.no_grad():
+            tables = [self.encoder_positions] + ([self.decoder_positions] if c.head == "pixels" else [])
+            for positions in tables:
+                if positions.kind == "learned":
+                    for table in positions.tables:
+                        nn.init.normal_(table, std=_POSITION_STD)
+            spots = patch_of_token(c.num_tokens, c.grid, c.blocks)
+            seen = self.encoder_positions(c.grid)
+            self.registers.copy_(seen[spots] + start_attention(self.encoder, seen, own=self.registers))
+            if c.head == "teacher":
+                told = self.encoder_positions(self.teacher.config.grid)
+                there = patch_of_token(self.teacher.num_tokens, self.teacher.config.grid, self.teacher.blocks)
+                start_attention(self.decoder, told, own=None)
+                self.decoder_places.copy_(told[there])
+                self.decoder_registers.copy_(seen[spots])
+            else:
+                places = self.decoder_positions(c.grid)
+                self.decoder_registers.copy_(places[spots])
+                start_attention(self.decoder, places, own=None)
+            self._learn_as_wide()
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def _learn_as_wide(self) -> None:
+        """Gains of the norms begin at _WIDTH / width, the weights that read them as much smaller: the same function.
+
+        An AdamW step changes what a matrix gives by about lr x width x gain, so that a narrow model moves as far in a
+        step as the papers' width does at the same optim.lr (what muP does by a rate for each matrix: Yang et al. 2022,
+        https://arxiv.org/abs/2203.03466, table 8). At width _WIDTH and above nothing changes.
+        """
+        gain = max(1.0, _WIDTH / self.config.width)
+        for net in (self.encoder, self.decoder):
+            pairs = [(block.norm1, block.attention.qkv) for block in net.blocks]
+            pairs += [(block.norm2, block.mlp.up) for block in net.blocks]
+            pairs += [(net.norm, self.to_latent if net is self.encoder else self.out)]
+            for norm, reader in pairs:
+                norm.weight.mul_(gain)
+                reader.weight.div_(gain)
 
     # ---- chunks and patches ------------------------------------------------------------------------------------
 
@@ -469,6 +521,54 @@ class Model(ChunkedTokenizer):
         videos: float [B, C, T, H, W] in [-1, 1], from training clips.
         """
         return self.code.fit(videos) if self.config.registers == "dct" else {}
+
+
+_WIDTH = 768  # of TiTok-B, One-D-Piece-B, LARP and AdapTok: what their learning rates are made for
+_POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
+_SHARPNESS = 8.0  # attention logit between a token and its own place
+_OWN_STD = 0.3  # of what sets registers of one patch apart
+
+
+def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> Tensor:
+    """[blocks * num_tokens] int64: the patch each learned register begins at. Steps of the golden ratio over the
+    patches of its time block in raster order, so that every prefix of a block is spread evenly, and no patch is taken
+    twice before all are taken."""
+    patches = math.prod(grid) // blocks
+    stride = next(s for s in range(max(round(patches * 0.618), 1), 2 * patches + 1) if math.gcd(s, patches) == 1)
+    return torch.cat([b * patches + torch.arange(num_tokens) * stride % patches for b in range(blocks)])
+
+
+def start_attention(net: Transformer, positions: Tensor, *, own: Tensor | None) -> Tensor:
+    """Initial weights of the first block of `net` with which a token attends to where it is, and passes on what it
+    finds: queries and keys are the whitened principal components of `positions` [N, D].
+
+    Returns: noise like `own` (zeros for None) outside these components, which attention does not see.
+    """
+    attention = net.blocks[0].attention if len(net.blocks) else None
+    if attention is None or len(positions) < 2:
+        return torch.zeros_like(positions[:1]) if own is None else torch.randn_like(own) * _OWN_STD
+    width, heads = positions.shape[1], attention.num_heads
+    size = width // heads
+    centre = positions.mean(0)
+    _, values, basis = torch.linalg.svd((positions - centre).double(), full_matrices=False)
+    rank = min(int((values > 1e-3 * values[0]).sum()), size)
+    basis, deviation = basis[:rank].float(), values[:rank].float() / len(positions) ** 0.5
+    scale = positions.square().mean().sqrt()  # what the norm before attention divides by
+    sharp = (_SHARPNESS * size**0.5 / rank) ** 0.5
+    project = basis / deviation[:, None] * sharp  # [rank, D]
+    query_key = torch.zeros(size, width)
+    query_key[:rank] = project * scale
+    shift = torch.zeros(size)
+    shift[:rank] = -project @ centre
+    mix = nn.init.orthogonal_(torch.empty(width, width))
+    value = mix - mix @ basis.T @ basis  # what a token holds, not where it is
+    attention.qkv.weight.copy_(torch.cat([query_key.repeat(heads, 1), query_key.repeat(heads, 1), value]))
+    attention.qkv.bias.copy_(torch.cat([shift.repeat(2 * heads), -value @ centre / scale]))
+    attention.out.weight.copy_(mix.T)
+    if own is None:
+        return torch.zeros_like(positions[:1])
+    noise = torch.randn_like(own) * _OWN_STD
+    return noise - noise @ basis.T @ basis
 
 
 class Scorer(nn.Module):
