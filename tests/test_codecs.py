@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from vtok.metrics.codecs import (
     ANCHORS,
     CODECS,
     Anchor,
+    Workers,
     _nal_type,
     _nal_units,
     _obus,
@@ -116,20 +119,33 @@ def test_sweep_fits_the_rate_or_shows_the_floor(codec):
     assert "below the codec's floor for 1 of 2 clips at 16 bits" in text and CODECS[codec].encoder in text
 
 
+def _half(number: int) -> int:
+    if number < 0:
+        os.abort()
+    return number // 2
+
+
 @pytest.mark.slow
-def test_processes_give_the_same_points():
+def test_processes_give_the_same_points_and_a_crash_costs_its_job():
     seen = []
-    alone = sweep_clips([CLIP, CLIP.flip(1)], [3000.0], codec="x264", processes=0)
-    both = sweep_clips(
-        [CLIP, CLIP.flip(1)],
-        [3000.0],
-        codec="x264",
-        processes=2,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(1, 2), (2, 2)]
-    for a, b in zip(alone, both):
-        assert a[0].bits == b[0].bits and torch.equal(a[0].video, b[0].video)
+    clips = [CLIP, CLIP.flip(1)]
+    with Workers(0) as here:
+        alone = sweep_clips(clips, [3000.0], codec="x264", workers=here)
+    with Workers(2) as workers:
+        both = sweep_clips(
+            clips,
+            [3000.0],
+            codec="x264",
+            workers=workers,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        assert seen == [(1, 2), (2, 2)]
+        for a, b in zip(alone, both):
+            assert a and b and a[0].bits == b[0].bits and torch.equal(a[0].video, b[0].video)
+        assert workers.map(_half, [2, 4, -1, 6]) == [1, 2, None, 3]
+        assert workers.map(_half, [8]) == [4], "the next call has processes again"
+    text = describe([both[0][0], None], 3000.0, codec="x264", profile="offline")
+    assert "libx264 ended its process on 1 clip(s)" in text
 
 
 def test_bad_names_are_named():

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
-from vtok.evaluate import (
-    Evaluator,
-    bootstrap,
-    default_budgets,
-    print_table,
-    showcase,
-    without_nan,
-)
+from vtok.evaluate import print_table, showcase
+from vtok.evaluator import Evaluator, default_budgets
 from vtok.families.flexible import Config, Model
 from vtok.metrics.distortion import clip_psnr
+from vtok.rows import bootstrap, without_nan
 from vtok.types import Clip, to_uint8
 
 BUDGETS = [1, 4, 8]
@@ -55,6 +52,12 @@ def batches(count: int, *, seed: int, lengths: bool = False, times: bool = True)
             )
         )
     return out
+
+
+def printed(result) -> str:
+    out = io.StringIO()
+    print_table(result, Console(file=out, width=80))
+    return out.getvalue()
 
 
 def test_rows_are_measured_on_the_same_windows_and_are_strict_json(model):
@@ -100,7 +103,10 @@ def test_rows_are_measured_on_the_same_windows_and_are_strict_json(model):
     assert result["per_clip"]["keys"] == [key for clip in val for key in clip.keys]
     for key in ("python", "torch", "codecs", "cpu", "seed", "device"):
         assert result["environment"][key] is not None
-    print_table(result)
+    text = printed(result)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "PSNR" in text and "x264" in text and "*" in text and f"{rows['flexible', 4]['psnr_db']:.2f}" in text
+    assert rows["x264", 4]["below_floor"] == 1.0
     shown = showcase(evaluator, result, fps=8.0, each=1)
     assert sorted(clip["tags"][0] for clip in shown) == ["best", "random", "worst"]
     for clip in shown:

@@ -15,7 +15,7 @@ from vtok.data import shards
 from vtok.data.decode import VideoReader, decode_window, write_video
 from vtok.data.module import view_of
 from vtok.data.pipeline import validation_batches
-from vtok.evaluate import Evaluator
+from vtok.evaluator import Evaluator
 from vtok.families.flexible import Config, Model
 from vtok.metrics.distortion import clip_psnr
 from vtok.types import Clip, to_uint8

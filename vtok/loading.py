@@ -86,7 +86,7 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, family: str |
         family: dotted module of an out-of-tree family that you trust; the folder's own word is not taken for it.
     Raises: ExportError for a missing, foreign, damaged or newer export; ValueError from the configuration's checks.
     """
-    folder = _folder(path_or_repo, revision)
+    folder = export_folder(path_or_repo, revision=revision)
     facts = read_config(folder)
     module = load_family(family) if family else load_family(str(facts["family"]), trusted=False)
     config = from_dict(module.Config, facts["model"], where=f"{folder / 'config.json'}: model")
@@ -199,7 +199,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _folder(path_or_repo: str | Path, revision: str | None) -> Path:
+def export_folder(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of an export, fetched first where it is a Hub repository. Raises: ExportError."""
     path = Path(path_or_repo)
     if path.is_dir():
         return path

@@ -17,11 +17,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -76,10 +77,6 @@ CODECS = {
     ),
 }
 _DECODERS = {"x264": "h264", "x265": "hevc", "av1": "libdav1d"}
-
-
-class CodecCrash(RuntimeError):
-    """An encoder or decoder ended its process."""
 
 
 def _nal_units(stream: bytes) -> list[bytes]:
@@ -359,50 +356,104 @@ def _job(job: tuple[Tensor, list[float], str, float, str]) -> list[Point]:
     return sweep(clip, rates, codec=codec, fps=fps, profile=profile)
 
 
+class Workers:
+    """Processes for work that may end its process, kept from one call to the next (each imports torch once).
+
+    0 processes works here. Use as a context manager.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def _submit(self, function: Callable[[Any], Any], job: Any) -> Future[Any]:
+        if self._pool is None:
+            # spawn: a forked child of a process that has used torch's or an encoder's threads may hang
+            context = torch.multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.processes, mp_context=context)
+        return self._pool.submit(function, job)
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        jobs: Sequence[Any],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any | None]:
+        """function(job) of every job, in order; None for a job that ends its process."""
+        out: list[Any | None] = [None] * len(jobs)
+        done = 0
+
+        def collect(index: int, result: Any) -> None:
+            nonlocal done
+            out[index], done = result, done + 1
+            if progress:
+                progress(done, len(jobs))
+
+        if self.processes < 1:
+            for index, job in enumerate(jobs):
+                collect(index, function(job))
+            return out
+        waiting: list[Future[Any] | None] = []
+        for job in jobs:
+            try:
+                waiting.append(self._submit(function, job))
+            except BrokenProcessPool:
+                waiting.append(None)
+        suspects = []
+        for index, future in enumerate(waiting):
+            try:
+                if future is None:
+                    raise BrokenProcessPool
+                collect(index, future.result())
+            except BrokenProcessPool:  # one job takes all unfinished ones with it
+                suspects.append(index)
+        if suspects:
+            self._stop()
+        for index in suspects:  # one at a time, so that a broken pool names its job
+            try:
+                collect(index, self._submit(function, jobs[index]).result())
+            except BrokenProcessPool:
+                self._stop()
+                collect(index, None)
+        return out
+
+
 def sweep_clips(
     clips: Sequence[Tensor],
     rates: Sequence[float],
     *,
     codec: str,
+    workers: Workers,
     fps: float = 8.0,
     profile: str = "offline",
-    processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> list[list[Point]]:
-    """`sweep` of many clips, [clip][rate], in `processes` processes; progress is called with (done, total).
+) -> list[list[Point] | None]:
+    """`sweep` of many clips, [clip][rate]; progress is called with (done, total).
 
-    0 processes encodes here. Otherwise encoders run in processes of their own: one that aborts (seen with libx265 216
-    at width 48, height 32: heap corruption) then costs its rows and not the evaluation.
-    Raises: CodecCrash when one did.
+    Encoders run in processes of their own: one that aborts (seen with libx265 216 at width 48, height 32: heap
+    corruption) costs its clip, for which there is None, and not the evaluation.
     """
     _spec(codec, profile)
     jobs = [(clip, [float(rate) for rate in rates], codec, fps, profile) for clip in clips]
-    out: list[list[Point]] = []
-
-    def collect(points: list[Point]) -> None:
-        out.append(points)
-        if progress:
-            progress(len(out), len(jobs))
-
-    if processes < 1:
-        for job in jobs:
-            collect(_job(job))
-        return out
-    # spawn: a forked child of a process that has used torch's or an encoder's threads may hang
-    context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs) or 1), mp_context=context) as pool:
-        try:
-            for points in pool.map(_job, jobs):
-                collect(points)
-        except BrokenProcessPool as error:
-            raise CodecCrash(
-                f"{codec} ({CODECS[codec].encoder}) ended its process on one of the clips; none of it is reported"
-            ) from error
-    return out
+    return workers.map(_job, jobs, progress=progress)
 
 
-def describe(points: Sequence[Point], rate: float, *, codec: str, profile: str) -> str:
-    """What a row's note says of the clips at one rate."""
+def describe(points: Sequence[Point | None], rate: float, *, codec: str, profile: str) -> str:
+    """What a row's note says of the clips at one rate; None is a clip whose encoder crashed."""
+    crashed = sum(point is None for point in points)
+    points = [point for point in points if point is not None]
     spec = CODECS[codec]
     below = sum(not point.fits for point in points)
     anchors = sorted({str(point.anchor) for point in points})
@@ -412,6 +463,8 @@ def describe(points: Sequence[Point], rate: float, *, codec: str, profile: str) 
             f"; below the codec's floor for {below} of {len(points)} clips at {rate:.0f} bits: shown there are the "
             f"minimum bits it can write (crf {spec.worst_crf}) and the quality it has at those"
         )
+    if crashed:
+        text += f"; {spec.encoder} ended its process on {crashed} clip(s), which are left out"
     return text
 
 

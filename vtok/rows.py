@@ -1,0 +1,137 @@
+"""Rows of eval.json: per-clip numbers of a method at a budget become means, intervals, and reasons for each null."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok.metrics.codecs import encoder_versions
+
+SCHEMA = 1
+RESAMPLES = 1000  # of the bootstrap
+DISTORTIONS = ("psnr_db", "ssim", "tdiff_psnr_db", "lpips")
+
+
+def bootstrap(values: Tensor, *, seed: int) -> list[float] | None:
+    """95 % percentile interval of the mean over clips, from 1000 resamples of the clips; None below two clips."""
+    values = values[~values.isnan()]
+    if len(values) < 2:
+        return None
+    draw = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
+    means = values[draw].mean(1)
+    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+
+
+@dataclass
+class Row:
+    """Per-clip numbers of one (method, budget), in the order of the windows; `notes` explains what is not there."""
+
+    method: str
+    budget: int | None
+    values: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, **columns: Tensor | Sequence[float]) -> None:
+        for name, column in columns.items():
+            values = column.double().cpu().tolist() if isinstance(column, Tensor) else list(column)
+            self.values.setdefault(name, []).extend(values)
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.tensor(self.values.get(name, []), dtype=torch.float64)
+
+    def mean(self, name: str) -> float:
+        defined = self.tensor(name)
+        defined = defined[~defined.isnan()]
+        return float(defined.mean()) if len(defined) else math.nan
+
+    def finish(self, *, ours: bool, lpips: bool, seed: int) -> dict[str, Any]:
+        """The row of eval.json. ours: of the tokenizer, not of a control. lpips: its weights were there."""
+        out: dict[str, Any] = {
+            "method": self.method,
+            "budget": self.budget,
+            "clips": int((~self.tensor("psnr_db").isnan()).sum()),
+            "tokens_mean": self.mean("tokens"),
+            "tokens_per_second": self.mean("tokens_per_second"),
+            "bits_mean": self.mean("bits"),
+            "entropy_bits_mean": self.mean("entropy_bits"),
+            "bits_per_pixel": self.mean("bits_per_pixel"),
+            "bits_per_second": self.mean("bits_per_second"),
+            **{name: self.mean(name) for name in DISTORTIONS},
+            "psnr_db_ci": bootstrap(self.tensor("psnr_db"), seed=seed),
+            "worse_share": None,
+            "encode_seconds_per_clip": self.mean("encode_s"),
+            "decode_seconds_per_clip": self.mean("decode_s"),
+        }
+        out |= self.extra
+        notes = list(self.notes)
+        if not ours:
+            notes.append("tokens, ids and seconds are measured for tokenizers only")
+        if out["clips"]:
+            if not lpips:
+                notes.append("lpips: no weights were given (eval.lpips_weights)")
+            elif math.isnan(out["lpips"]):
+                notes.append("lpips: compares RGB only")
+            if math.isnan(out["ssim"]):
+                notes.append("ssim: frames are smaller than its 11 x 11 window")
+            if math.isnan(out["tdiff_psnr_db"]):
+                notes.append("tdiff_psnr_db: no clip has two frames")
+            if math.isnan(out["bits_per_second"]) and not math.isnan(out["bits_mean"]):
+                notes.append("per second: neither the clips nor fps say how long they last")
+            if out["psnr_db_ci"] is None:
+                notes.append("psnr_db_ci: needs two clips")
+        out["note"] = "; ".join(notes) or None
+        return out
+
+
+def without_nan(value: Any) -> Any:
+    """The same JSON value with null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def environment(device: torch.device, *, seed: int) -> dict[str, Any]:
+    """Versions, hardware, seed and commit: what a number needs to be compared with another."""
+    from importlib.metadata import version
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        commit = done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchmetrics": version("torchmetrics"),
+        "codecs": encoder_versions(),
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "seed": seed,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
