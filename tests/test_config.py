@@ -39,6 +39,9 @@ def test_base_is_read_first(tmp_path):
         ("model: {name: flexible}", ["batch"], "key=value"),
         ("model: {name: flexible, mask: none}", [], "causal_last"),
         ("a: [", [], "not readable as yaml"),
+        ("model: {name: flexible}", ["data.size=[1"], r"override 'data.size=\[1': its value is not yaml"),
+        ("model: {name: flexible}", ["data.weights=[a]"], r"data.weights\[0\]: Value 'a' .* Float$"),
+        ("model: {name: nowhere.at.all}", [], "model.name='nowhere.at.all': there is no module 'nowhere'.*PYTHONPATH"),
     ],
 )
 def test_errors_name_the_key(tmp_path, text, overrides, message):

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import vtok.families
 
@@ -42,7 +43,7 @@ class DataConfig:
     num_workers: int = 2
     shuffle_buffer: int = 256  # samples; 0 keeps the order of the shards
     val_clips: int | None = None  # at most this many validation clips; None = all
-    seed: int = 0
+    seed: int = 0  # of the order of samples, their windows and crops
     max_bad_fraction: float = 0.01  # share of samples that may be broken before the run stops
     max_pixels: int = 1 << 31  # frames x height x width a clip may decode to
 
@@ -100,7 +101,7 @@ class EvalConfig:
 class RunConfig:
     name: str = "run"  # the run directory is <out>/<name>
     out: str = "runs"
-    seed: int = 0
+    seed: int = 0  # of the weights and of everything random in a step; the data's is data.seed
     init_from: str = ""  # export folder or Hub repository whose weights the model starts from
     model: Any = None
     objective: Any = None
@@ -128,7 +129,15 @@ def load_family(name: str, *, trusted: bool = True) -> ModuleType:
     Raises: ValueError naming the choices, or the export a module lacks.
     """
     if "." in name and trusted:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # something that the family itself imports
+            raise ValueError(
+                f"model.name={name!r}: there is no module {error.name!r}; set PYTHONPATH, or choose one of "
+                f"{family_names()}"
+            ) from error
     elif name in family_names():
         module = importlib.import_module(f"vtok.families.{name}")
     else:
@@ -144,9 +153,10 @@ def _explain(error: OmegaConfBaseException, where: str, base: DictConfig) -> Val
     key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
     parent = OmegaConf.select(base, key.rpartition(".")[0]) if "." in key else base
     choices = sorted(str(k) for k in parent) if isinstance(parent, DictConfig) else []
-    near = difflib.get_close_matches(key.rpartition(".")[2], choices, 1)
+    own = key.rpartition(".")[2].partition("[")[0]
+    near = difflib.get_close_matches(own, choices, 1)
     message = str(error).splitlines()[0].rstrip(". ")
-    advice = f"; did you mean {near[0]!r}?" if near and near[0] != key.rpartition(".")[2] else ""
+    advice = f"; did you mean {near[0]!r}?" if near and near[0] != own else ""
     if "not in" in message and choices:
         advice += f" Known keys here: {', '.join(choices)}"
     return ValueError(f"{where}: {key or 'config'}: {message}{advice}")
@@ -178,6 +188,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     for item in overrides or []:
         if "=" not in item:
             raise ValueError(f"override {item!r} is not of the form key=value")
+        try:
+            OmegaConf.from_dotlist([item])
+        except YAMLError as error:
+            raise ValueError(f"override {item!r}: its value is not yaml: {getattr(error, 'problem', error)}") from error
     command_line = OmegaConf.from_dotlist(list(overrides or []))
     return _resolve([(str(path), node), ("command line", command_line)])
 
