@@ -656,12 +656,12 @@ def test_validation_leaves_broken_clips_out(tmp_path):
 
 def config(corpus: Path, **changes) -> DataConfig:
     settings = dict(shards=str(corpus), val_shards=str(corpus), num_frames=4, size=[16, 16], fps=6.0, batch_size=3)
-    return DataConfig(**(settings | dict(num_workers=0, shuffle_buffer=4) | changes))
+    return DataConfig(**(settings | dict(num_workers=0, shuffle_buffer=4, seed=7) | changes))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_module_resumes_from_its_state(corpus, workers):
-    module = ClipDataModule(config(corpus, num_workers=workers), seed=7)
+    module = ClipDataModule(config(corpus, num_workers=workers))
     loader = iter(module.train_dataloader())
     whole = []
     for step in range(10):
@@ -669,7 +669,7 @@ def test_data_module_resumes_from_its_state(corpus, workers):
         module.advance(whole[-1])
         if step == 4:
             state = json.loads(json.dumps(module.state_dict()))
-    other = ClipDataModule(config(corpus, num_workers=workers), seed=7)
+    other = ClipDataModule(config(corpus, num_workers=workers))
     other.load_state_dict(state)
     assert other.batches_consumed == 5
     assert fingerprint(take(other.train_dataloader(), 5)) == fingerprint(whole[5:])
@@ -677,13 +677,25 @@ def test_data_module_resumes_from_its_state(corpus, workers):
 
 
 def test_data_module_refuses_another_stream(corpus, tmp_path):
-    state = ClipDataModule(config(corpus, num_workers=2), seed=7).state_dict()
+    state = ClipDataModule(config(corpus, num_workers=2)).state_dict()
     with pytest.raises(ValueError, match="data.num_workers was 2 and is 0; .*batch_size was 3 and is 5"):
-        ClipDataModule(config(corpus, batch_size=5), seed=7).load_state_dict(state)
+        ClipDataModule(config(corpus, batch_size=5)).load_state_dict(state)
     with pytest.raises(ValueError, match="trainer.devices x trainer.num_nodes was 4 and is 1"):
-        ClipDataModule(config(corpus, num_workers=2), seed=7).load_state_dict({**state, "world": 4})
+        ClipDataModule(config(corpus, num_workers=2)).load_state_dict({**state, "world": 4})
     with pytest.raises(ValueError, match="the shards under data.shards"):
-        ClipDataModule(config(make_shards(tmp_path, 2, 2), num_workers=2), seed=7).load_state_dict(state)
+        ClipDataModule(config(make_shards(tmp_path, 2, 2), num_workers=2)).load_state_dict(state)
+
+
+def test_a_checkpoint_tells_of_the_shards_that_are_read_whatever_comes_later(tmp_path):
+    shards = make_shards(tmp_path, 2, 3)
+    module = ClipDataModule(config(shards))
+    next(iter(module.train_dataloader()))
+    before = module.state_dict()
+    entries = json.loads((shards / "index.json").read_text())["shards"]
+    (shards / "index.json").write_text(json.dumps({"shards": entries[:1]}))
+    assert module.state_dict() == before  # the stream still reads two shards
+    with pytest.raises(ValueError, match="the shards under data.shards"):
+        ClipDataModule(config(shards)).load_state_dict(before)
 
 
 def test_data_module_validation_and_bad_settings(corpus):
@@ -694,6 +706,10 @@ def test_data_module_validation_and_bad_settings(corpus):
         ({"crop": "x"}, "data.crop"),
         ({"size": [4]}, "data.size"),
         ({"num_workers": -1}, "num_workers=-1"),
+        ({"shuffle_buffer": -1}, "shuffle_buffer=-1"),
+        ({"max_bad_fraction": 5}, "max_bad_fraction=5"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"crop": "center", "scale": [0.5, 1.0]}, r"data.scale=\[0.5, 1.0\] is for data.crop=random"),
     ):
         with pytest.raises(ValueError, match=message):
             ClipDataModule(config(corpus, **change))

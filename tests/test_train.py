@@ -1,23 +1,28 @@
 """Training in one process: the step, its state, the run directory. Launches and kills are in test_resume.py."""
 
+import io
 import json
 import math
 import os
+import re
 import signal
+import tarfile
 from pathlib import Path
 
 import av
 import lightning.pytorch as pl
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from vtok import lit, loop, strategy
+from vtok import curves, lit, loop, strategy
 from vtok import train as training
 from vtok.config import OptimConfig, load, loads
 from vtok.curves import contact_sheet, duration, keep_until
-from vtok.types import Clip
+from vtok.metrics.distortion import clip_psnr
+from vtok.types import Clip, to_uint8
 
 BATCH = 4
 
@@ -128,17 +133,6 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(tmp_pat
     assert of["objective.discriminator.0.bias"]["part"] == "objective.discriminator"
     with pytest.raises(ValueError, match="lr_multipliers: 'encoder'.*model.inward"):
         lit.parameter_groups(module, OptimConfig(lr_multipliers={"encoder": 1.0}))
-
-
-def test_psnr_is_of_each_clips_own_error_over_its_real_frames():
-    video = torch.zeros(3, 3, 4, 2, 2, dtype=torch.uint8)
-    other = video.clone()
-    other[0] += 10
-    other[1, :, 2:] += 100  # only padding differs
-    found = lit.psnr(other, video, torch.tensor([4, 2, 4]))
-    assert found[0] == pytest.approx(10 * math.log10(255**2 / 100))
-    assert found[1] == pytest.approx(10 * math.log10(255**2 * (2 * 3 * 4)))  # perfect: one level in one value
-    assert found[2] > found[1] > 50
 
 
 def test_codebook_use_counts_real_tokens_only():
@@ -307,7 +301,7 @@ def test_averaged_weights_follow_their_definition_and_are_what_is_measured(tmp_p
     module.model.load_state_dict(strategy.model_weights(run / "checkpoints" / "last.ckpt"))
     both = torch.cat(
         [
-            lit.psnr(lit.to_uint8(video), clip.video, clip.frames())
+            clip_psnr(to_uint8(video), clip.video, clip.lengths)
             for clip in Data().val_dataloader()
             for video in [module.model.decode(module.model.encode(clip.as_float(), budget=4), size=(16, 16))]
         ]
@@ -350,6 +344,10 @@ def test_a_run_ends_with_its_minutes_and_stays_ended(tmp_path, capsys):
         ({"trainer": {"max_minutes": -1.0}}, "trainer.max_minutes=-1.0"),
         ({"trainer": {"accumulate": 0}}, "trainer.accumulate=0"),
         ({"trainer": {"val_every": -1}}, "trainer.val_every=-1"),
+        ({"trainer": {"accelerator": "abacus"}}, "trainer.accelerator='abacus'.*cpu, gpu"),
+        ({"trainer": {"accelerator": "cuda", "devices": 99}}, "trainer.devices=99, but this machine has"),
+        ({"trainer": {"sample_every": 2}, "data": {"shards": "x"}}, "sample_every=2.*data.val_shards"),
+        ({"eval": {"budgets": [0, 4]}}, "eval.budgets=0"),
         ({"optim": {"schedule": "linear"}}, "optim.schedule='linear'.*cosine"),
         ({"optim": {"ema_decay": 1.0}}, "optim.ema_decay=1.0"),
         ({"optim": {"betas": [0.9]}}, "optim.betas"),
@@ -414,3 +412,57 @@ def test_evaluating_gives_every_module_its_own_mode_back():
     with loop._Evaluating(module):
         assert not module.training
     assert module.training and module[0].training and not module[1].training
+
+
+def test_statistics_are_fitted_behind_a_bar_on_a_terminal_and_in_few_lines_elsewhere(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(curves.time, "monotonic", lambda: clock[0])
+
+    def shown(terminal: bool) -> str:
+        clock[0] = 0.0
+        bar = curves.Bar("statistics", delay_s=3.0)
+        bar.console, bar.live = Console(file=io.StringIO(), force_terminal=terminal, width=100), terminal
+        bar.every = 0.5 if terminal else 15.0
+        for clip in lit._videos(DataLoader(Stream(0, 20), batch_size=None), 78, bar):
+            assert len(clip) in (BATCH, 2)
+            clock[0] += 2.0  # a batch takes two seconds
+        bar.stop()
+        return bar.console.file.getvalue() + capsys.readouterr().out
+
+    live, log = shown(True), shown(False)
+    assert "statistics" in live and "78 of 78 clips" in live and "\r" in live
+    assert [line[:16] for line in log.splitlines()] == ["statistics  41.0", "statistics  82.1"]
+
+
+def test_a_factor_of_0_rests_a_part_and_the_line_still_tells_the_rate(tmp_path):
+    optim = {"lr": 0.01, "lr_multipliers": {"model": 0.0}, "schedule": "constant", "warmup_steps": 0}
+    config = settings(tmp_path, optim=optim, trainer={"max_steps": 2, "log_every": 1, "val_every": 0})
+    before = training.build(config).model.inward.weight.clone()
+    run = training.train(config, data=Data())
+    assert torch.equal(checkpoint(run)["state_dict"]["model.inward.weight"], before)
+    assert [r["train/lr"] for r in metrics(run) if "train/lr" in r] == [0.01, 0.01]
+
+
+def test_a_run_that_begins_anew_forgets_what_an_unsaved_start_left(tmp_path, capsys):
+    config = settings(tmp_path, trainer={"max_steps": 1}, data={"shards": "stream"})
+    (_made(config.run_dir) / "quarantine.jsonl").write_text('{"seed": 0, "epoch": 0, "shard": "a", "key": "b"}\n')
+    run = training.train(config, data=Data())
+    assert not (run / "quarantine.jsonl").exists()
+    assert "data.val_shards is empty: no validation" in capsys.readouterr().out
+
+
+def test_too_many_broken_samples_are_told_in_one_line_even_by_a_worker(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(30):
+            entry = tarfile.TarInfo(f"{i}.mp4")
+            entry.size = 4
+            tar.addfile(entry, io.BytesIO(b"nope"))
+    path = tmp_path / "a.yaml"
+    data = f"{{shards: {tmp_path}, num_workers: 1, num_frames: 4, size: [16, 16]}}"
+    path.write_text(
+        f"model: {{name: outside.tiny}}\ndata: {data}\ntrainer: {{accelerator: cpu, statistics_clips: 0}}\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        training.main([str(path), f"out={tmp_path}", "trainer.tensorboard=false"])
+    assert re.match(r"error: \d+ of \d+ samples seen are broken .*data.max_bad_fraction=0.01", stopped.value.code)
+    assert "Traceback" not in stopped.value.code and len(stopped.value.code.splitlines()) == 1

@@ -165,26 +165,26 @@ class Bar:
     """The progress of a run: a live bar on a terminal, a line now and then elsewhere (a log file, a pipe).
 
     Refreshed at most twice a second, or every 15 seconds in a log: a live bar that redraws each step costs more CPU
-    than the rest of the loop's bookkeeping together.
+    than the rest of the loop's bookkeeping together. delay_s: nothing is due before; for work that is often short.
     """
 
-    def __init__(self, total: int, *, enabled: bool = True) -> None:
-        self.total, self.enabled = total, enabled
+    def __init__(self, title: str, *, enabled: bool = True, delay_s: float = 0.0) -> None:
+        self.title, self.enabled = title, enabled
         self.console = Console(file=sys.stdout)
         self.live = self.console.is_terminal
-        self.last = 0.0
         self.bar: Progress | None = None
         self.every = 0.5 if self.live else 15.0
+        self.last = time.monotonic() + max(delay_s - self.every, 0.0)
 
-    def start(self, step: int) -> None:
-        if self.enabled and self.live:
+    def start(self) -> None:
+        """Shows the live bar at once; `show` does it otherwise."""
+        if self.enabled and self.live and self.bar is None:
             self.bar = Progress(
-                TextColumn("[bold]train"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console,
+                TextColumn(f"[bold]{self.title}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console,
                 auto_refresh=False, redirect_stdout=True, redirect_stderr=True,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task("train", total=1.0, text="")
-        self.last = time.monotonic()
+            self.task = self.bar.add_task(self.title, total=1.0, text="")
 
     def due(self) -> bool:
         return self.enabled and time.monotonic() - self.last >= self.every
@@ -193,10 +193,11 @@ class Bar:
         if not self.enabled:
             return
         self.last = time.monotonic()
+        self.start()
         if self.bar is not None:
             self.bar.update(self.task, completed=share, text=text, refresh=True)
         else:
-            print(f"train {100 * share:5.1f} % | {text}", flush=True)
+            print(f"{self.title} {100 * share:5.1f} % | {text}", flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 
 from vtok import strategy
 from vtok.config import OptimConfig, RunConfig
+from vtok.curves import Bar
+from vtok.metrics.distortion import clip_psnr
 from vtok.types import Clip, to_uint8
 
 SCHEDULES = ("cosine", "constant", "wsd")
@@ -174,6 +175,7 @@ class LitCompressor(pl.LightningModule):
         self.frozen_names = {f"objective.{n}" for n, p in objective.named_parameters() if not p.requires_grad}
         self.steps_done = 0  # optimizer steps, skipped ones included
         self.micro_done = 0  # batches
+        self.lr = 0.0  # of the last step, before the factors of groups
         self.clock = 0.0  # share of trainer.max_minutes that has passed, agreed by all ranks
         self.bad_in_row = 0
         self.bad_steps = 0
@@ -211,9 +213,12 @@ class LitCompressor(pl.LightningModule):
         fit = getattr(self.model, "fit_statistics", None)
         if stage == "fit" and self.fresh and fit is not None and self.config.trainer.statistics_clips:
             if self.global_rank == 0:
+                run = self.config.trainer
                 loader = self.trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
                 torch.manual_seed(step_seed(self.config.seed, 1 << 62, 0))
-                fit(_videos(loader, self.config.trainer.statistics_clips))
+                bar = Bar("statistics", enabled=run.progress, delay_s=3.0)
+                fit(_videos(loader, run.statistics_clips, bar))
+                bar.stop()
             state = self.trainer.strategy.broadcast({k: v.cpu() for k, v in self.model.state_dict().items()})
             self.model.load_state_dict(state)
 
@@ -280,9 +285,9 @@ class LitCompressor(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One AdamW step. With trainer.max_minutes the rate follows the clock: such a run is not bitwise repeatable."""
         idle = self._idle()
-        scale = self.config.optim.lr * rate(self.config.optim, self.steps_done, self.progress())
+        self.lr = self.config.optim.lr * rate(self.config.optim, self.steps_done, self.progress())
         for group in optimizer.param_groups:
-            group["lr"] = 0.0 if group["part"] in idle else scale * group["factor"]
+            group["lr"] = 0.0 if group["part"] in idle else self.lr * group["factor"]
         optimizer.step(closure=optimizer_closure)
         if self.micro_done % self.config.trainer.accumulate:
             return
@@ -399,7 +404,7 @@ class LitCompressor(pl.LightningModule):
         return _Averaged(self._ema)
 
     def val_loss(self, clip: Clip, index: int) -> dict[str, Any]:
-        """The objective on held-out clips, with the same random numbers every time: {name: (sum over clips, clips)}."""
+        """The objective on held-out clips, with the same random numbers every time: {name: mean over the clips}."""
         reseed(step_seed(self.config.seed, -1 - index, self.global_rank), self.device)
         loss = self._loss(clip)
         report = {**loss.report, "loss": loss.total}
@@ -427,7 +432,7 @@ class LitTokenizer(LitCompressor):
         assert clip.video is not None
         original = clip.video if not clip.video.is_floating_point() else to_uint8(clip.video)
         for budget, video, tokens in self.reconstructions(clip):
-            out["mean"][f"psnr_db_{budget}"] = psnr(video, original, clip.frames()).tolist()
+            out["mean"][f"psnr_db_{budget}"] = clip_psnr(video, original, clip.lengths).tolist()
             out["top"] = f"psnr_db_{budget}"  # the last one: every token
             if tokens.indices is not None:
                 out["ids"] = tokens.indices.masked_fill(~tokens.mask[..., None], -1).cpu()
@@ -475,18 +480,6 @@ class _Averaged:
             del self.kept
 
 
-def psnr(video: Tensor, original: Tensor, frames: Tensor) -> Tensor:
-    """[B] peak signal-to-noise ratio in dB of uint8 clips [B, C, T, H, W], from each clip's own mean squared error.
-
-    Only a clip's first `frames` [B] frames count. A perfect clip gets the ratio of an error of one level in one value.
-    """
-    error = (video.double() - original.double()).square().mean((1, 3, 4))  # [B, T]
-    real = torch.arange(error.shape[1], device=error.device) < frames[:, None]
-    mse = (error * real).sum(1) / frames
-    floor = 1.0 / (frames * video.shape[1] * video.shape[3] * video.shape[4])
-    return 10 * torch.log10(255.0**2 / torch.maximum(mse, floor.double()))
-
-
 def codebook_use(ids: Iterable[Tensor], sizes: tuple[int, ...]) -> dict[str, Any]:
     """How validation tokens use the codebook.
 
@@ -520,16 +513,15 @@ def _perplexity(counts: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum())) if len(counts) else 0.0
 
 
-def _videos(loader: Iterable[Clip], clips: int) -> Iterator[Tensor]:
-    """Float videos of the first `clips` training clips, with a line of progress every three seconds."""
-    seen, told = 0, time.monotonic()
+def _videos(loader: Iterable[Clip], clips: int, bar: Bar) -> Iterator[Tensor]:
+    """Float videos of the first `clips` training clips, with progress."""
+    seen = 0
     for clip in loader:
         video = clip.as_float().video
         assert video is not None
         yield video[: clips - seen]
         seen += len(clip)
-        if time.monotonic() - told > 3:
-            told = time.monotonic()
-            print(f"fitting the model's statistics: {min(seen, clips)} of {clips} clips", flush=True)
+        if bar.due():
+            bar.show(min(seen / clips, 1.0), f"{min(seen, clips)} of {clips} clips")
         if seen >= clips:
             return

@@ -64,8 +64,8 @@ class Conductor(pl.Callback):
         assert lit.steps_done == trainer.global_step
         for number in self.handlers:
             signal.signal(number, self._on_signal)
-        self.bar = Bar(self.config.trainer.max_steps, enabled=self.config.trainer.progress and trainer.is_global_zero)
-        self.bar.start(lit.steps_done)
+        self.bar = Bar("train", enabled=self.config.trainer.progress and trainer.is_global_zero)
+        self.bar.start()
         now = time.perf_counter()
         self.began = self.boundary = self.line_began = self.saved_at = now
         self.line_step = lit.steps_done
@@ -199,7 +199,7 @@ class Conductor(pl.Callback):
         steps = max(lit.steps_done - self.line_step, 1)
         self.seconds_per_step = spent / steps
         means |= {
-            "train/lr": lit.config.optim.lr * self._rate(trainer),
+            "train/lr": lit.lr,
             "train/clips_per_s": clips_per_s,
             "train/tokens_per_s": clips_per_s * tokens,
             "train/data_wait_share": min(self.waited / spent, 1.0),
@@ -214,14 +214,6 @@ class Conductor(pl.Callback):
         )
         self.window, self.clips, self.waited, self.excluded = {}, 0, 0.0, 0.0
         self.line_began, self.line_step = now, lit.steps_done
-
-    def _rate(self, trainer: Any) -> float:
-        lr = self.config.optim.lr
-        return (
-            trainer.optimizers[0].param_groups[0]["lr"] / lr / trainer.optimizers[0].param_groups[0]["factor"]
-            if lr
-            else 0.0
-        )
 
     def _show(self, lit: LitCompressor) -> None:
         assert self.bar is not None

@@ -31,12 +31,15 @@ import vtok
 from vtok import strategy
 from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
+from vtok.data.module import ClipDataModule
+from vtok.data.pipeline import TooManyBroken
 from vtok.lit import SCHEDULES, LitCompressor, LitTokenizer, NonFiniteError
 from vtok.loop import Conductor, touch
 from vtok.types import ShapeError
 
 log = logging.getLogger(__name__)
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 # What a resumed run may change under `data.`: everything else there decides which samples come, and in what order.
 FREE_DATA = ("val_shards", "val_batch_size", "val_clips", "root", "cache_dir", "max_bad_fraction", "max_pixels")
@@ -55,6 +58,13 @@ def main(argv: list[str]) -> None:
         if not _explains(error):
             raise
         raise SystemExit(f"error: {error}") from None
+    except TooManyBroken as error:
+        raise SystemExit(f"error: {_own_words(error)}") from None
+
+
+def _own_words(error: TooManyBroken) -> str:
+    """The message of an error; one that comes from a loader's worker carries that worker's traceback before it."""
+    return str(error).rpartition(f"{TooManyBroken.__name__}: ")[2].strip()
 
 
 def _explains(error: Exception) -> bool:
@@ -78,6 +88,7 @@ def check(config: RunConfig) -> None:
         "trainer.log_every": trainer.log_every,
         "trainer.max_bad_steps": trainer.max_bad_steps,
         "trainer.checkpoint_minutes": trainer.checkpoint_minutes,
+        "eval.budgets": min(config.eval.budgets, default=1),
     }
     for key, value in positive.items():
         if not value > 0:
@@ -99,6 +110,16 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"trainer.max_minutes={trainer.max_minutes} must be above 0, or null for no limit")
     if trainer.precision not in PRECISIONS:
         raise ValueError(f"trainer.precision={trainer.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if trainer.accelerator not in ACCELERATORS:
+        known = ", ".join(ACCELERATORS)
+        raise ValueError(f"trainer.accelerator={trainer.accelerator!r} is unknown; choose one of {known}")
+    if trainer.accelerator in ("gpu", "cuda", "auto") and (torch.cuda.is_available() or trainer.accelerator == "cuda"):
+        there = torch.cuda.device_count()
+        if trainer.devices > there:
+            raise ValueError(
+                f"trainer.devices={trainer.devices}, but this machine has {there} GPU(s): lower it, or choose "
+                "trainer.accelerator=cpu"
+            )
     if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
         raise ValueError("trainer.precision=16-mixed needs a GPU; choose bf16-mixed or 32-true")
     if optim.schedule not in SCHEDULES:
@@ -118,6 +139,10 @@ def check(config: RunConfig) -> None:
         raise ValueError("trainer.compile=true does not work with DeepSpeed's hooks; choose ddp, or compile=false")
     if not config.data.shards:
         raise ValueError("data.shards is empty: name the folder that `vtok shards` wrote (it holds index.json)")
+    if trainer.sample_every and not config.data.val_shards:
+        raise ValueError(
+            f"trainer.sample_every={trainer.sample_every}: sample videos are of validation clips; name data.val_shards"
+        )
 
 
 def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> Path:
@@ -151,7 +176,7 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     if about is not None:
         strategy.check_resumable(about, last, strategy=config.trainer.strategy, world_size=world_size)
         before = load(run_dir / "config.yaml")
-        changed = check_unchanged(before, config) if first else {}
+        changed = check_unchanged(before, config)  # on every rank, or the others would wait for the one that refuses
         config.model = before.model  # with what a family's `build` filled in when the run began
         if finished(about, config):
             if first:
@@ -160,13 +185,17 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
                     "or choose another name"
                 )
             return 0
+    data = ClipDataModule(config.data) if data is None else data
     lit = build(config, fresh=about is None)
     if first:
         _write_run_files(config, lit)
         if about is not None:
             print(f"resuming {run_dir} at step {about['step']}" + (f"; changed: {changed}" if changed else ""))
         else:
-            (run_dir / "bad_batches.jsonl").unlink(missing_ok=True)
+            for name in ("bad_batches.jsonl", "quarantine.jsonl"):  # of a start that was killed before it saved
+                (run_dir / name).unlink(missing_ok=True)
+            if not config.data.val_shards:
+                print("data.val_shards is empty: no validation, no sample videos, no best.ckpt")
     resumed = None if about is None else about["step"]
     owed = about is not None and about.get("owed", [False])[0]
     curves = Curves(run_dir if first else None, resumed=resumed, owed=owed, tensorboard=config.trainer.tensorboard)
@@ -196,10 +225,6 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
-    if data is None:
-        from vtok.data.module import ClipDataModule
-
-        data = ClipDataModule(config.data, seed=config.seed)
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
     finally:
@@ -268,6 +293,7 @@ def _quieten() -> None:
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*is deprecated. Please use `torch.distributed.*",
+        ".*your dataloader is not resumable.*",  # it asks the loader alone; the cursor is in the data module's state
     ):
         warnings.filterwarnings("ignore", text)
 
@@ -383,7 +409,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("vtok", "lightning", "webdataset", "av", "deepspeed", "vector-quantize-pytorch")
+    packages = ("vtok", "lightning", "av", "deepspeed", "vector-quantize-pytorch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -61,21 +61,25 @@ class ClipDataModule(lightning.LightningDataModule):
     """Training and validation batches of uint8 `Clip`s.
 
     Args:
-        config: the `data:` node. seed: of the order and of every random choice; None takes config.seed.
+        config: the `data:` node.
         quarantine: file of broken samples, read again on resume; None: quarantine.jsonl in trainer.default_root_dir.
     Raises: ValueError for bad settings, at once; for shards that are not there, when a loader is asked for.
     """
 
-    def __init__(self, config: DataConfig, *, seed: int | None = None, quarantine: str | Path | None = None) -> None:
+    def __init__(self, config: DataConfig, *, quarantine: str | Path | None = None) -> None:
         super().__init__()
         self.config = config
-        self.seed = config.seed if seed is None else seed
         self.view = view_of(config)
         self._quarantine = quarantine
         self._batches = 0
+        self._opened: list[list[Shard]] | None = None
         self._validation: ValidationSet | None = None
         if config.num_workers < 0:
             raise ValueError(f"data.num_workers={config.num_workers} must be 0 or more")
+        if config.shuffle_buffer < 0:
+            raise ValueError(f"data.shuffle_buffer={config.shuffle_buffer} must be 0 (the shards' own order) or more")
+        if not 0 <= config.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction={config.max_bad_fraction} is a share of the samples, 0 to 1")
 
     @property
     def rank(self) -> int:
@@ -113,7 +117,7 @@ class ClipDataModule(lightning.LightningDataModule):
             self._sources(),
             view=self.view,
             batch_size=config.batch_size,
-            seed=self.seed,
+            seed=config.seed,
             rank=self.rank,
             world=self.world,
             start=self._batches,
@@ -126,8 +130,13 @@ class ClipDataModule(lightning.LightningDataModule):
         return make_loader(stream, num_workers=config.num_workers, pin_memory=self._pin())
 
     def _sources(self) -> list[list[Shard]]:
-        config = self.config
-        return open_sources(config.shards, weights=config.weights, root=config.root, cache_dir=config.cache_dir)
+        # Looked up once: each checkpoint states what the stream reads, not what lies in the folder by then, and must
+        # not fail because a remote index cannot be reached at that moment.
+        if self._opened is None:
+            config = self.config
+            root, cache = config.root, config.cache_dir
+            self._opened = open_sources(config.shards, weights=config.weights, root=root, cache_dir=cache)
+        return self._opened
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if not self.config.val_shards:
@@ -162,7 +171,7 @@ class ClipDataModule(lightning.LightningDataModule):
             "world": self.world,
             "num_workers": config.num_workers,
             "batch_size": config.batch_size,
-            "seed": self.seed,
+            "seed": config.seed,
             "shuffle_buffer": config.shuffle_buffer,
             "weights": None if config.weights is None else [float(w) for w in config.weights],
             "shards": fingerprint(self._sources()),

@@ -150,6 +150,12 @@ class View:
             raise ValueError(f"data.crop={self.crop!r} is not one of random, center, none")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"data.scale={list(self.scale)} must be [low, high] with 0 < low <= high <= 1")
+        if self.crop != "random" and tuple(self.scale) != (1.0, 1.0):
+            raise ValueError(
+                f"data.scale={list(self.scale)} is for data.crop=random; with {self.crop} it must be [1, 1]"
+            )
+        if self.max_pixels < 1:
+            raise ValueError(f"data.max_pixels={self.max_pixels} must be 1 or more (frames x height x width of a clip)")
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"data.hflip={self.hflip} is a probability, 0 to 1")
 
@@ -298,7 +304,7 @@ class Health:
     def _write(self, entry: dict[str, Any]) -> None:
         if self.quarantine is None:
             return
-        line = json.dumps(entry)[:4000] if len(json.dumps(entry)) < 4000 else json.dumps({**entry, "reason": "..."})
+        line = json.dumps({**entry, "reason": entry["reason"][:2000]})
         file = os.open(self.quarantine, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, (line + "\n").encode())

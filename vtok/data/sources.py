@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import glob as globbing
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import subprocess
 import tarfile
 import time
 import urllib.request
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +116,9 @@ def open_sources(
     if weights is not None and not all(w > 0 for w in weights):
         raise ValueError(f"data.weights={list(weights)} must all be above 0; leave a source out of {setting} instead")
     every = [shard for source in sources for shard in source]
-    twice = {s.url for s in every if sum(s.url == other.url for other in every) > 1} if len(every) < 1000 else set()
-    if twice or len({s.url for s in every}) < len(every):
-        raise ValueError(
-            f"{setting} lists {sorted(twice)[:3] or 'a shard'} more than once; use data.weights to repeat data"
-        )
+    twice = [url for url, times in Counter(shard.url for shard in every).items() if times > 1]
+    if twice:
+        raise ValueError(f"{setting} lists {sorted(twice)[:3]} more than once; use data.weights to repeat data")
     return sources if weights is not None else [every]
 
 
@@ -207,7 +206,7 @@ def fetch(
                     raise OSError(f"{url} gave {size} bytes, index.json says {num_bytes}")
                 os.replace(aside, target)
                 return target
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 aside.unlink(missing_ok=True)
                 if attempt == tries - 1:
                     raise OSError(f"{url}: {error}") from error
