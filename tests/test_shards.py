@@ -25,6 +25,7 @@ from vtok.data.decode import iter_frames, probe, write_video
 from vtok.data.inputs import collect
 from vtok.data.pack import PackingError, Settings, constant_rate
 from vtok.data.shards import main, pack
+from vtok.data.sources import ShardReader, open_sources
 from vtok.data.verify import verify
 
 FPS = 10
@@ -669,3 +670,34 @@ def _deadly(places, lost, notify):
 
 def _failing(value, lost, notify):
     raise ValueError("no")
+
+
+def test_webdataset_reads_the_same_samples(tmp_path):
+    """Shards are plain WebDataset: its own reader finds the very keys, members and bytes that our loader does."""
+    webdataset = pytest.importorskip("webdataset")
+    for number, name in enumerate(("a.b.mp4", "sub/über x.mp4", "c.mkv")):
+        video(tmp_path / "in" / name, frames=moving(seed=number))
+    video_with_audio(tmp_path / "in" / "tone.mp4")
+    packed([tmp_path / "in"], tmp_path / "out", audio=True, shard_samples=3, split="train")
+    tars = sorted(map(str, (tmp_path / "out/train").glob("*.tar")))
+    assert len(tars) == 2
+    theirs = {s.pop("__key__"): s for s in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)}
+    reader = ShardReader(open_sources(str(tmp_path / "out/train"))[0])
+    ours = [sample for shard in range(2) for sample in reader.samples(shard)]
+    assert [sample.key for sample in ours] == list(theirs) and len(ours) == 4
+    for sample in ours:
+        found = {name: data for name, data in theirs[sample.key].items() if not name.startswith("__")}
+        assert found == {name: reader.read(sample, name) for name in sample.members}
+    assert sum("wav" in sample for sample in theirs.values()) == 1
+
+
+@pytest.mark.slow
+def test_columns_that_are_not_read_are_named_once_and_libraries_keep_quiet(tmp_path):
+    video(tmp_path / "a.mp4")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"file": "a.mp4", "licence": "x", "hash": n} for n in (1, 2)])
+    command = "import logging, sys\nfrom vtok.cli import main\nstatus = main(sys.argv[1:])\n"
+    command += "logging.getLogger('httpx').info('HTTP request')\nsys.exit(status)"
+    arguments = ["shards", str(manifest), "--out", str(tmp_path / "out"), "--workers", "0"]
+    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("manifest columns not read: hash, licence") == 1
+    assert "HTTP" not in done.stderr

@@ -27,7 +27,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 on success, 1 when it fails with a message for the user, 2 when the call is off."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vtok").setLevel(logging.INFO)  # ours alone: libraries tell of every request
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2

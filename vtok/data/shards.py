@@ -420,7 +420,8 @@ def _merge(todo: Plan, out: Path, *, seconds: float) -> Summary:
 def main(argv: list[str]) -> int:
     """`vtok shards`: 0 when something usable was packed (or verified), 1 when not, 2 for a usage error."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vtok").setLevel(logging.INFO)
     try:
         if arguments.verify is not None:
             return _verify(arguments)
