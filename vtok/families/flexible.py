@@ -38,7 +38,7 @@ from vtok.layers.positions import Positions
 from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.pyramid import coverage
 from vtok.layers.transform import CoefficientPredictor, TransformCode
-from vtok.layers.transformer import Transformer
+from vtok.layers.transformer import Block, Transformer
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
@@ -251,17 +251,19 @@ class Model(ChunkedTokenizer):
                         nn.init.normal_(table, std=_POSITION_STD)
             spots = patch_of_token(c.num_tokens, c.grid, c.blocks)
             seen = self.encoder_positions(c.grid)
-            self.registers.copy_(seen[spots] + start_attention(self.encoder, seen, own=self.registers))
+            basis = start_attention(self.encoder, seen, self.patch_in)
+            own = torch.randn_like(self.registers) * _OWN_STD
+            self.registers.copy_(seen[spots] + own - own @ basis.T @ basis)
             if c.head == "teacher":
                 told = self.encoder_positions(self.teacher.config.grid)
                 there = patch_of_token(self.teacher.num_tokens, self.teacher.config.grid, self.teacher.blocks)
-                start_attention(self.decoder, told, own=None)
+                start_attention(self.decoder, told, self.from_code)
                 self.decoder_places.copy_(told[there])
                 self.decoder_registers.copy_(seen[spots])
             else:
                 places = self.decoder_positions(c.grid)
                 self.decoder_registers.copy_(places[spots])
-                start_attention(self.decoder, places, own=None)
+                start_attention(self.decoder, places, self.from_code)
             self._learn_as_wide()
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -275,10 +277,12 @@ class Model(ChunkedTokenizer):
         """
         gain = max(1.0, _WIDTH / self.config.width)
         for net in (self.encoder, self.decoder):
-            pairs = [(block.norm1, block.attention.qkv) for block in net.blocks]
-            pairs += [(block.norm2, block.mlp.up) for block in net.blocks]
+            blocks = [block for block in net.blocks if isinstance(block, Block)]
+            pairs = [(block.norm1, block.attention.qkv) for block in blocks]
+            pairs += [(block.norm2, block.mlp.up) for block in blocks]
             pairs += [(net.norm, self.to_latent if net is self.encoder else self.out)]
             for norm, reader in pairs:
+                assert isinstance(norm.weight, Tensor)
                 norm.weight.mul_(gain)
                 reader.weight.div_(gain)
 
@@ -525,7 +529,9 @@ class Model(ChunkedTokenizer):
 
 _WIDTH = 768  # of TiTok-B, One-D-Piece-B, LARP and AdapTok: what their learning rates are made for
 _POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
-_SHARPNESS = 8.0  # attention logit between a token and its own place
+_MARK = 0.5  # rms of the constant that marks them
+_SHARPNESS = 16.0  # attention logit between a token and its own place
+_CONTENT_STD = 0.3  # of what patches hold beside their positions, after the norm
 _OWN_STD = 0.3  # of what sets registers of one patch apart
 
 
@@ -538,37 +544,47 @@ def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> 
     return torch.cat([b * patches + torch.arange(num_tokens) * stride % patches for b in range(blocks)])
 
 
-def start_attention(net: Transformer, positions: Tensor, *, own: Tensor | None) -> Tensor:
-    """Initial weights of the first block of `net` with which a token attends to where it is, and passes on what it
-    finds: queries and keys are the whitened principal components of `positions` [N, D].
+def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> Tensor:
+    """Initial weights of the first block of `net` with which a token attends to what lies at its own place and came
+    through `source`, and takes over what that holds.
 
-    Returns: noise like `own` (zeros for None) outside these components, which attention does not see.
+    Queries and keys are the principal components of `positions` [N, D], whitened as far as they exceed content; one
+    more component tells tokens of `source` (patches in an encoder, codes in a decoder) from those that ask, by a
+    constant in its bias.
+    Returns: [n, D] orthonormal directions in which places and that constant lie, which are not taken over.
     """
-    attention = net.blocks[0].attention if len(net.blocks) else None
-    if attention is None or len(positions) < 2:
-        return torch.zeros_like(positions[:1]) if own is None else torch.randn_like(own) * _OWN_STD
-    width, heads = positions.shape[1], attention.num_heads
-    size = width // heads
-    centre = positions.mean(0)
-    _, values, basis = torch.linalg.svd((positions - centre).double(), full_matrices=False)
-    rank = min(int((values > 1e-3 * values[0]).sum()), size)
-    basis, deviation = basis[:rank].float(), values[:rank].float() / len(positions) ** 0.5
-    scale = positions.square().mean().sqrt()  # what the norm before attention divides by
-    sharp = (_SHARPNESS * size**0.5 / rank) ** 0.5
-    project = basis / deviation[:, None] * sharp  # [rank, D]
-    query_key = torch.zeros(size, width)
-    query_key[:rank] = project * scale
-    shift = torch.zeros(size)
-    shift[:rank] = -project @ centre
+    width = positions.shape[1]
+    if not len(net.blocks) or len(positions) < 2:
+        return positions.new_zeros(0, width)
+    block = net.blocks[0]
+    assert isinstance(block, Block)
+    attention = block.attention
+    size = width // attention.num_heads
+    normed = block.norm1(positions)
+    centre = normed.mean(0)
+    _, values, basis = torch.linalg.svd((normed - centre).double(), full_matrices=False)
+    variance = values.float().square() / len(positions)
+    rank = max(min(int((variance > 0.01 * variance[0]).sum()), size - 1, width // 2), 1)
+    basis, variance = basis[:rank].float(), variance[:rank]
+    marker = torch.randn(width)
+    marker = marker - marker.mean() - basis.T @ (basis @ marker)
+    marker = marker / marker.norm()
+    source.bias.copy_(_MARK * width**0.5 * marker)
+    floor = variance + _CONTENT_STD**2  # directions in which patches differ more than places tell little
+    place, shift = torch.zeros(size, width), torch.zeros(size)
+    place[:rank] = basis * (_SHARPNESS * size**0.5 / (variance / floor).sum() / floor[:, None]).sqrt()
+    shift[:rank] = -place[:rank] @ centre
+    key, ask = place.clone(), shift.clone()
+    key[-1] = marker * (_SHARPNESS / (_MARK * width**0.5))
+    ask[-1] = size**0.5
+    basis = torch.cat([basis, marker[None]])
     mix = nn.init.orthogonal_(torch.empty(width, width))
-    value = mix - mix @ basis.T @ basis  # what a token holds, not where it is
-    attention.qkv.weight.copy_(torch.cat([query_key.repeat(heads, 1), query_key.repeat(heads, 1), value]))
-    attention.qkv.bias.copy_(torch.cat([shift.repeat(2 * heads), -value @ centre / scale]))
+    value = mix - mix @ basis.T @ basis
+    heads = attention.num_heads
+    attention.qkv.weight.copy_(torch.cat([place.repeat(heads, 1), key.repeat(heads, 1), value]))
+    attention.qkv.bias.copy_(torch.cat([ask.repeat(heads), shift.repeat(heads), -value @ centre]))
     attention.out.weight.copy_(mix.T)
-    if own is None:
-        return torch.zeros_like(positions[:1])
-    noise = torch.randn_like(own) * _OWN_STD
-    return noise - noise @ basis.T @ basis
+    return basis
 
 
 class Scorer(nn.Module):
