@@ -85,19 +85,24 @@ class ChunkedTokenizer(nn.Module):
         lengths = (lengths[:, None] - starts).clamp(0, span).flatten()
         return rearrange(video, "B C (n T) H W -> (B n) C T H W", n=count), lengths, count
 
+    def _pixels(self, clip: Clip) -> Tensor:
+        """The clip's video [B, C, T, H, W] in [-1, 1], in the precision of the weights (levels become float32)."""
+        video = clip.as_float().video
+        if video is None:
+            raise ShapeError("this model reads Clip.video, and the clip has none")
+        if video.shape[1] != self.channels:
+            raise ShapeError(f"Clip.video has {video.shape[1]} channels, the model takes {self.channels}")
+        return video.to(next(self.parameters()).dtype)
+
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         """Tokens of a clip of any length and size; an image is a clip of one frame.
 
         Groups are time blocks in order; `rank` is the nesting order inside a group. 1D tokens have no place: positions
         are NaN. `budget` keeps the first tokens of every group (`vtok.types.resolve_budget`).
         """
-        clip = clip.as_float()
-        if clip.video is None:
-            raise ShapeError("encode needs Clip.video")
-        if clip.video.shape[1] != self.channels:
-            raise ShapeError(f"Clip.video has {clip.video.shape[1]} channels, the model takes {self.channels}")
+        pixels = self._pixels(clip)
         lengths = clip.frames()
-        video, chunk_lengths, count = self._split(clip.video, lengths)
+        video, chunk_lengths, count = self._split(pixels, lengths)
         chunks = self.chunks(video, chunk_lengths)
         quantized = self.encode_chunks(chunks)
         tokens = self._tokens(quantized, chunks.block_valid, count, lengths)
@@ -205,13 +210,14 @@ class ChunkedTokenizer(nn.Module):
 
     def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
         """Take any number of frames; return the tokens of every group completed by them, or None."""
-        clip = clip.as_float()
-        if clip.video is None or tuple(clip.video.shape[3:]) != state.size or clip.video.shape[0] != state.batch:
-            have = None if clip.video is None else list(clip.video.shape)
-            raise ShapeError(f"stream of {state.batch} videos of size {state.size} got a clip of shape {have}")
-        if clip.lengths is not None and bool((clip.lengths != clip.video.shape[2]).any()):
+        pixels = self._pixels(clip)
+        if tuple(pixels.shape[3:]) != state.size or pixels.shape[0] != state.batch:
+            raise ShapeError(
+                f"stream of {state.batch} videos of size {state.size} got a clip of shape {list(pixels.shape)}"
+            )
+        if clip.lengths is not None and bool((clip.lengths != pixels.shape[2]).any()):
             raise ShapeError("a stream takes clips without padding: every video of the batch advances together")
-        state.buffer = clip.video if state.buffer is None else torch.cat([state.buffer, clip.video], 2)
+        state.buffer = pixels if state.buffer is None else torch.cat([state.buffer, pixels], 2)
         return self._drain(state, final=False), state
 
     def flush(self, state: StreamState) -> Tokens | None:

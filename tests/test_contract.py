@@ -1,0 +1,268 @@
+"""The laws of `vtok/types.py`, held by every family of the package in every form that has code of its own.
+
+A new family joins by one entry in FAMILIES. Laws of tokenizers (decode, lookup, streaming) are asked of what has these.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from vtok.config import family_names, load_family
+from vtok.quantize import QuantizerConfig
+from vtok.types import Clip, Compressor, Streaming, Tokenizer, to_uint8
+
+FLEXIBLE = dict(num_frames=8, size=[16, 16], patch=[2, 8, 8], width=32, encoder_depth=2, decoder_depth=2, num_heads=2)
+FLEXIBLE_FORMS = {
+    "full": dict(mask="full", num_tokens=8),
+    "causal_last": dict(mask="causal_last", num_tokens=8),
+    "pyramid": dict(mask="full", registers="pyramid", num_tokens=8),
+    "dct": dict(mask="full", registers="dct", num_tokens=8, dct_frequencies=[4, 6, 6]),
+    "cut": dict(mask="causal_last", dropped="cut", num_tokens=8),
+    "block_causal": dict(mask="time_block_causal", blocks=4, num_tokens=4, dropped="cut"),
+    "block_causal_last": dict(mask="time_block_causal_last", blocks=2, num_tokens=4),
+    "block_pyramid": dict(mask="time_block_causal_last", blocks=2, num_tokens=4, registers="pyramid"),
+    "sincos": dict(mask="full", positions="sincos", mlp="swiglu", num_tokens=8),
+    "vq": dict(mask="full", num_tokens=8, quantizer=QuantizerConfig(name="vq", codebook_size=32, dim=6)),
+    "lfq": dict(mask="full", num_tokens=8, quantizer=QuantizerConfig(name="lfq", codebook_size=256)),
+    "identity": dict(mask="full", num_tokens=8, quantizer=QuantizerConfig(name="identity", dim=6)),
+    "kl": dict(mask="full", num_tokens=8, quantizer=QuantizerConfig(name="identity", dim=6, kl=1e-3)),
+}
+# family: (Config values of a tiny model that sees clips of 16 x 16 pixels, {form: what it changes})
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "flexible": (FLEXIBLE, FLEXIBLE_FORMS),
+}
+CASES = [(family, form) for family, (_, forms) in FAMILIES.items() for form in sorted(forms)]
+# later frames never change earlier tokens
+CAUSAL = [("flexible", form) for form in ("block_causal", "block_causal_last", "block_pyramid")]
+# the transform code computes in float32 whatever the model's precision
+TOLERANCE = {("flexible", "dct"): 1e-5}
+PRECISIONS = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+each_form = pytest.mark.parametrize("case", CASES, ids="-".join)
+
+
+def make_config(family: str, form: str) -> Any:
+    small, forms = FAMILIES[family]
+    return load_family(family).Config(**small, **forms[form])
+
+
+def build_model(family: str, form: str, *, seed: int = 0) -> tuple[Any, Any]:
+    """(model in eval mode and float64, its config); no weight is zero, so that every path carries signal."""
+    torch.manual_seed(seed)
+    config = make_config(family, form)
+    model = load_family(family).Model(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    codebook = getattr(getattr(model, "quantizer", None), "codebook", None)
+    if isinstance(codebook, torch.Tensor) and not codebook.any():  # filled from data otherwise
+        codebook.copy_(torch.nn.functional.normalize(torch.randn(codebook.shape), dim=-1))
+    return model.eval().double(), config
+
+
+def video(batch: int, frames: int, size: tuple[int, int] = (16, 16), seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 3, frames, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(frames, *size), mode="trilinear")
+
+
+def clip(pixels: torch.Tensor, lengths: list[int] | None = None) -> Clip:
+    keys = [str(i) for i in range(pixels.shape[0])]
+    return Clip(keys, pixels, None if lengths is None else torch.tensor(lengths))
+
+
+def same(a, b, tolerance: float = 1e-10) -> None:
+    assert a.lengths.tolist() == b.lengths.tolist()
+    for name in ("group", "rank"):
+        assert torch.equal(getattr(a, name)[a.mask], getattr(b, name)[b.mask])
+    assert (a.embeddings[a.mask] - b.embeddings[b.mask]).abs().max() < tolerance
+    if a.indices is not None:
+        assert torch.equal(a.indices[a.mask], b.indices[b.mask])
+
+
+class Poison(list):
+    """A list that may be counted and carried along, but not looked into."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise AssertionError("encode looked at the answer")
+
+    __iter__ = __getitem__ = __contains__ = __eq__ = __reversed__ = _refuse  # type: ignore[assignment]
+
+
+def test_every_family_of_the_package_is_here():
+    assert set(FAMILIES) == set(family_names()), "give each family its tiny forms in FAMILIES"
+
+
+@each_form
+@torch.no_grad()
+def test_shapes_and_lookup(case):
+    model, config = build_model(*case)
+    assert isinstance(model, Compressor) and model.config is config
+    for frames, size in itertools.product((1, 5, 8, 19), ((16, 16), (13, 22))):
+        pixels = video(2, frames, size)
+        tokens = model.encode(clip(pixels))
+        assert tokens.embeddings.shape[-1] == model.embedding_dim
+        if not isinstance(model, Tokenizer):
+            continue
+        assert model.decode(tokens, size=size).shape == pixels.shape
+        assert tuple(tokens.codebook_sizes) == tuple(model.codebook_sizes)
+        if tokens.indices is not None:
+            assert torch.equal(model.lookup(tokens.indices).double(), tokens.embeddings.double())
+            limit = torch.tensor(model.codebook_sizes)
+            assert int(tokens.indices.min()) >= 0 and bool((tokens.indices < limit).all())
+
+
+@each_form
+@torch.no_grad()
+def test_encode_never_reads_the_answer(case):
+    model, _ = build_model(*case)
+    pixels = video(2, 8)
+    plain = model.encode(clip(pixels))
+    for video_ in (pixels, to_uint8(pixels)):
+        poisoned = Clip(["0", "1"], video_, target=Poison(["a", "b"]), qa=Poison([{}, {}]))
+        found = model.encode(poisoned)
+    same(model.encode(Clip(["0", "1"], pixels, target=Poison(["a", "b"]), qa=Poison([{}, {}]))), plain, 1e-15)
+    assert found.lengths.tolist() == plain.lengths.tolist()
+    with pytest.raises(AssertionError, match="looked at the answer"):
+        list(Poison([1]))
+
+
+@each_form
+@torch.no_grad()
+def test_budget_is_truncation_and_is_met(case):
+    model, _ = build_model(*case)
+    pixels = clip(video(2, 19))
+    everything = model.encode(pixels)
+    for budget in (1, 3, 7, int(everything.lengths[0])):
+        tokens = model.encode(pixels, budget=budget)
+        same(tokens, everything.truncate(budget))
+        assert tokens.lengths.tolist() == [budget, budget]
+    for budget in (0, int(everything.lengths[0]) + 1):
+        with pytest.raises(ValueError, match=f"budget={budget}"):
+            model.encode(pixels, budget=budget)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@each_form
+@torch.no_grad()
+def test_padding_and_batching_change_nothing(case, dtype):
+    model, _ = build_model(*case)
+    model.to(dtype)
+    long, short = video(1, 19, seed=3).to(dtype), video(1, 5, seed=4).to(dtype)
+    padded = torch.cat([long, torch.cat([short, torch.rand(1, 3, 14, 16, 16, dtype=dtype)], 2)])
+    both = model.encode(clip(padded, [19, 5]))
+    decoded = model.decode(both, size=(16, 16)) if isinstance(model, Tokenizer) else None
+    for row, alone in enumerate((long, short)):
+        single = model.encode(clip(alone))
+        mask = both.mask[row]
+        assert (both.embeddings[row][mask] - single.embeddings[0]).abs().max() < PRECISIONS[dtype]
+        if both.indices is not None:
+            assert torch.equal(both.indices[row][mask], single.indices[0])
+        if decoded is not None:
+            error = (decoded[row, :, : alone.shape[2]] - model.decode(single, size=(16, 16))[0]).abs().max()
+            assert error < max(TOLERANCE.get(case, 0), PRECISIONS[dtype])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@each_form
+@torch.no_grad()
+def test_streamed_equals_offline(case, dtype):
+    model, _ = build_model(*case)
+    if not isinstance(model, Streaming):
+        pytest.skip("this family does not stream")
+    model.to(dtype)
+    pixels = video(2, 19, (13, 22)).to(dtype)
+    offline = model.encode(clip(pixels))
+    whole = model.decode(offline, size=(13, 22))
+    for cuts in ((19,), (1,) * 19, (3, 8, 7, 1)):
+        state, decode_state = model.init_state(2, (13, 22)), model.init_decode_state(2, (13, 22))
+        pieces, frames, at = [], [], 0
+        for length in (*cuts, None):
+            if length is None:
+                tokens = model.flush(state)
+            else:
+                tokens, state = model.step(clip(pixels[:, :, at : at + length]), state)
+                at += length
+            if tokens is not None:
+                pieces.append(tokens)
+                out, decode_state = model.decode_step(tokens, decode_state)
+                frames.append(out)
+        rest = model.decode_flush(decode_state)
+        frames += [] if rest is None else [rest]
+        frames = [frame for frame in frames if frame is not None]
+        streamed = torch.cat([p.embeddings for p in pieces], 1)
+        assert (streamed - offline.embeddings).abs().max() < PRECISIONS[dtype]
+        if offline.indices is not None:
+            assert torch.equal(torch.cat([p.indices for p in pieces], 1), offline.indices)
+        error = (torch.cat(frames, 2) - whole).abs().max()
+        assert error < max(TOLERANCE.get(case, 0), PRECISIONS[dtype])
+        assert state.buffer is None
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids="-".join)
+@torch.no_grad()
+def test_later_frames_never_change_earlier_tokens(case):
+    model, _ = build_model(*case)
+    pixels = video(1, 8)
+    tokens = model.encode(clip(pixels))
+    changed = pixels.clone()
+    changed[:, :, model.config.block_frames :] = torch.rand_like(changed[:, :, model.config.block_frames :])
+    other = model.encode(clip(changed))
+    first = tokens.group == 0
+    assert torch.equal(tokens.embeddings[first], other.embeddings[first])
+    assert not torch.equal(tokens.embeddings[~first], other.embeddings[~first])
+    frames = slice(0, model.config.block_frames)
+    one, two = (model.decode(t, size=(16, 16))[:, :, frames] for t in (tokens, other))
+    assert torch.equal(one, two)
+
+
+@each_form
+def test_loading_what_was_saved_encodes_the_same(case, tmp_path):
+    model, _ = build_model(*case)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    other, _ = build_model(*case, seed=7)
+    pixels = clip(video(2, 9))
+    with torch.no_grad():
+        assert not torch.equal(model.encode(pixels).embeddings, other.encode(pixels).embeddings)
+        other.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True), strict=True)
+        same(model.encode(pixels), other.encode(pixels), 1e-15)
+
+
+@each_form
+def test_a_small_step_lowers_the_loss_and_bfloat16_stays_finite(case):
+    torch.manual_seed(0)
+    family, config = load_family(case[0]), make_config(*case)
+    model, objective = family.Model(config), family.Objective(family.Objective.Config(), config)
+    pixels = clip(video(4, 8).float())
+    optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], 1e-3)
+    seen = []
+    for step in range(12):
+        torch.manual_seed(0)  # the same drop draw every time
+        loss = objective(model, pixels, step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        assert all(not value.requires_grad for value in loss.report.values())
+        seen.append(float(loss.report.get("l1", loss.total)))
+    assert seen[-1] < seen[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(model, pixels, 0)
+    assert torch.isfinite(loss.total)
+    with torch.no_grad():
+        tokens = model.eval().bfloat16().encode(clip(video(2, 8).bfloat16()))
+    assert tokens.embeddings.isfinite().all()
+    if isinstance(model, Tokenizer):
+        assert model.decode(tokens, size=(16, 16)).isfinite().all()
+
+
+@each_form
+@torch.no_grad()
+def test_uint8_and_float_videos_give_the_same_tokens(case):
+    model, _ = build_model(*case)
+    model.float()
+    levels = to_uint8(video(1, 8).float())
+    same(model.encode(clip(levels)), model.encode(clip(levels.float() / 127.5 - 1)), 1e-15)
