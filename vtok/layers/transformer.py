@@ -8,6 +8,9 @@ Letters: B batch, L sequence length, D width, H heads.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -48,33 +51,43 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None, *, flex: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, *, blocks: Any = None) -> Tensor:
         q_BHLD, k_BHLD, v_BHLD = rearrange(self.qkv(x), "B L (three H D) -> three B H L D", three=3, H=self.num_heads)
         q_BHLD, k_BHLD = self.q_norm(q_BHLD).to(v_BHLD.dtype), self.k_norm(k_BHLD).to(v_BHLD.dtype)
-        if flex and mask is not None:
-            out_BHLD = flex_attend(q_BHLD, k_BHLD, v_BHLD, mask)
+        if blocks is not None:
+            out_BHLD = flex_attend(q_BHLD, k_BHLD, v_BHLD, blocks)
         else:
             dense = mask if mask is None or mask.ndim == 2 else mask[:, None]
             out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=dense)
         return self.out(rearrange(out_BHLD, "B H L D -> B L (H D)"))
 
 
-def flex_attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor) -> Tensor:
-    """FlexAttention under a dense boolean mask: blocks that are False throughout are skipped.
+def flex_blocks(mask: Tensor) -> Any:
+    """A dense boolean mask [L, L] or [B, L, L] as FlexAttention's BlockMask: made once, read by every layer."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length, device = mask.shape[-1], mask.device.type
+    if mask.ndim == 2:
+        return create_block_mask(lambda b, h, q, k: mask[q, k], None, None, length, length, device=device)
+    return create_block_mask(lambda b, h, q, k: mask[b, q, k], mask.shape[0], None, length, length, device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, blocks: Any) -> Tensor:
+    """FlexAttention under `flex_blocks(mask)`: 128 x 128 blocks that are False throughout are skipped.
 
     An accelerator for CUDA, held equal to the dense path by a test. On the CPU FlexAttention has no backward pass.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    batch, heads, length, _ = q_BHLD.shape
-    if mask.ndim == 2:
-        block = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, length, length, device=q_BHLD.device.type)
-    else:
-        block = create_block_mask(
-            lambda b, h, q, k: mask[b, q, k], batch, None, length, length, device=q_BHLD.device.type
-        )
-    attend = torch.compile(flex_attention, dynamic=False) if q_BHLD.is_cuda else flex_attention
-    out = attend(q_BHLD, k_BHLD, v_BHLD, block_mask=block)
+    attend = _compiled_flex() if q_BHLD.is_cuda else flex_attention
+    out = attend(q_BHLD, k_BHLD, v_BHLD, block_mask=blocks)
     assert isinstance(out, Tensor)
     return out
 
@@ -119,8 +132,8 @@ class Block(nn.Module):
         self.norm2 = make_norm(norm, width)
         self.mlp = MLP(width, ratio=mlp_ratio, kind=mlp)
 
-    def forward(self, x: Tensor, mask: Tensor | None, *, flex: bool = False) -> Tensor:
-        x = x + self.attention(self.norm1(x), mask, flex=flex)
+    def forward(self, x: Tensor, mask: Tensor | None, *, blocks: Any = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask, blocks=blocks)
         return x + self.mlp(self.norm2(x))
 
 
@@ -161,10 +174,10 @@ class Transformer(nn.Module):
                 out.weight.data.div_((2 * max(depth, 1)) ** 0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        flex = self.flex and x.is_cuda
+        blocks = flex_blocks(mask) if self.flex and mask is not None and x.is_cuda else None
         for block in self.blocks:
             if self.checkpoint and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, mask, flex=flex, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, mask, blocks=blocks, use_reentrant=False)
             else:
-                x = block(x, mask, flex=flex)
+                x = block(x, mask, blocks=blocks)
         return self.norm(x)
