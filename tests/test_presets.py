@@ -33,6 +33,41 @@ def test_full_presets_have_the_parameters_their_header_states(name):
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - float(stated[1])) < 0.06
 
 
+_SIZES = {
+    # width, depth, resolution
+    *(f"model.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size", "scorer_depth")),
+    *(f"model.teacher_config.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size")),
+    *(f"objective.prior.{k}" for k in ("width", "depth", "num_heads")),
+    *(f"objective.adversarial.{k}" for k in ("width", "depth", "num_heads")),
+    "data.size",
+    # batch
+    *(f"data.{k}" for k in ("batch_size", "val_batch_size", "num_workers", "shuffle_buffer")),
+    # steps, and places in the run that are counted in steps
+    *("trainer.max_steps", "optim.warmup_steps", "objective.prior.ramp_steps", "objective.adversarial.start"),
+    # how the machine runs it
+    *(f"trainer.{k}" for k in ("devices", "strategy", "precision", "compile", "log_every", "val_every")),
+    "name",
+}
+
+
+def _resolved(name: str) -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in configuration.flatten(configuration.load(CONFIGS / f"{name}.yaml")).items():
+        out |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return out
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_twins_differ_in_size_alone(name):
+    full, tiny = _resolved(name), _resolved(f"{name}_tiny")
+    changed = {key for key in full.keys() | tiny.keys() if full.get(key) != tiny.get(key)}
+    assert changed and changed <= _SIZES, changed - _SIZES
+    teacher = {key.rpartition(".")[2]: value for key, value in tiny.items() if key.startswith("model.teacher_config.")}
+    if teacher:  # a twin's teacher is the teacher's twin
+        trained = _resolved("titok_teacher_tiny")
+        assert all(trained[f"model.{k}"] == v for k, v in teacher.items() if k != "quantizer")
+
+
 SMALL = dict(num_frames=4, size=[16, 16], patch=[2, 8, 8], width=32, encoder_depth=1, decoder_depth=1, num_heads=2)
 
 
