@@ -43,7 +43,7 @@ from vtok.data.pipeline import (
     training_batches,
     validation_batches,
 )
-from vtok.data.sources import expand_braces, open_sources, scan
+from vtok.data.sources import Shard, ShardReader, expand_braces, open_sources, scan
 
 torch.set_num_threads(1)
 SMALL = View(num_frames=4, size=(16, 16), fps=6.0, scale=(0.5, 1.0), hflip=0.5)
@@ -280,9 +280,11 @@ def test_empty_zero_byte_and_missing_tars(tmp_path):
     assert scan(write_tar(tmp_path / "empty.tar", [])) == []
     (tmp_path / "zero.tar").write_bytes(b"")
     (tmp_path / "junk.tar").write_bytes(os.urandom(4096))
-    for name in ("zero.tar", "junk.tar", "none.tar"):
+    for name in ("zero.tar", "junk.tar"):
         (entry,) = scan(tmp_path / name)
-        assert entry.problem and entry.key == ""
+        assert entry.problem and entry.key == "" and not entry.passing
+    (entry,) = ShardReader([Shard(str(tmp_path / "none.tar"), "none.tar", samples=3)]).samples(0)
+    assert entry.passing and entry.lost == 3 and "No such file" in entry.problem
 
 
 def test_hostile_members_are_refused(tmp_path):
@@ -471,6 +473,32 @@ def test_broken_samples_are_left_out_with_their_reason(tmp_path, members, reason
     assert [b.keys for b in batches] == [["0:a", "0:z"], ["1:a", "1:z"]]
     entry = json.loads(quarantine.read_text().splitlines()[0])
     assert entry["key"] == "bad" and entry["shard"] == "a.tar" and reason in entry["reason"]
+
+
+@pytest.mark.parametrize(("shards", "streams"), [(4, 1), (2, 5)])
+def test_a_shard_that_was_out_of_reach_for_a_while_does_not_shift_a_resume(tmp_path, shards, streams):
+    """Where streams share a shard, each of them has to remember what it missed itself."""
+    for s in range(shards):
+        write_tar(tmp_path / f"s{s}.tar", [m for i in range(6) for m in clip(f"k{s}{i}")])
+
+    def batches(start: int):
+        dataset = stream(
+            tmp_path, batch_size=2, max_bad_fraction=1.0, quarantine=tmp_path / "q", world=streams, start=start
+        )
+        return dataset, iter(dataset)
+
+    dataset, whole = batches(0)
+    shard, away = tmp_path / "s0.tar", tmp_path / "away"
+    shard.rename(away)
+    seen = []
+    while not (tmp_path / "q").exists():
+        seen.append(next(whole))
+    away.rename(shard)
+    at = len(seen)
+    seen += itertools.islice(whole, 8)
+    assert "(the whole shard" in (tmp_path / "q").read_text()
+    assert any(":k0" in key for batch in seen[at:] for key in batch.keys)  # it is read again once it is there
+    assert fingerprint(list(itertools.islice(batches(at)[1], 8))) == fingerprint(seen[at:])
 
 
 def test_too_many_broken_samples_stop_the_run(tmp_path):

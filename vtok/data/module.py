@@ -196,4 +196,5 @@ class ClipDataModule(lightning.LightningDataModule):
                 "a new run from its weights (init_from)"
             )
         self._batches = int(state_dict["batches"])
-        log.info("data continues after batch %d of each rank", self._batches)
+        if self.rank == 0:
+            log.info("data continues after batch %d of each rank", self._batches)

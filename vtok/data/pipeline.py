@@ -16,9 +16,9 @@ about one sample (start, crop, flip) of (seed, epoch, key). So a position is a n
 generator state. Passes over all streams with the same epoch number hold every sample exactly once. Another number of
 ranks or workers gives another order (the same samples a pass, each seen in the same window and crop).
 
-A broken sample is logged, appended to the quarantine file, counted and left out; a resume reads that file to count the
-same samples in and out. Damaged shards give their whole samples and count the lost ones. Past `max_bad_fraction` the
-stream raises `TooManyBroken`.
+A broken sample is logged, appended to the quarantine file, counted and left out, and so is a shard that cannot be read
+for the moment; a resume reads that file to count the same ones in and out. Damaged shards give their whole samples and
+count the lost ones. Past `max_bad_fraction` the stream raises `TooManyBroken`.
 
 Legend: B batch, T frames, H height, W width.
 """
@@ -32,7 +32,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -67,19 +67,40 @@ def seeded(*parts: object) -> random.Random:
 
 
 def one_pass(
-    reader: ShardReader, *, seed: int, epoch: int, stream: int, streams: int, shuffle_buffer: int, source: int = 0
+    reader: ShardReader,
+    *,
+    seed: int,
+    epoch: int,
+    stream: int,
+    streams: int,
+    shuffle_buffer: int,
+    source: int = 0,
+    unread: Container[tuple[int, str]] = (),
 ) -> Iterator[Sample]:
-    """The references one stream gets in one epoch; over all streams: every sample of every shard exactly once."""
+    """The references one stream gets in one epoch; over all streams: every sample of every shard exactly once.
+
+    unread: (epoch, name) of shards that this stream could not read when it was there: left out again.
+    """
+
+    def samples(shard: int) -> list[Sample]:
+        facts = reader.shards[shard]
+        if (epoch, facts.name) in unread:
+            return [Sample(shard, "", {}, "could not be read at this place before", facts.samples or 1, passing=True)]
+        return reader.samples(shard)
+
     count = len(reader.shards)
     order = list(range(count))
     seeded(seed, "shards", source, epoch).shuffle(order)
     if count >= streams:
-        mine = (sample for shard in order[stream::streams] for sample in reader.samples(shard))
+        mine = (sample for shard in order[stream::streams] for sample in samples(shard))
     else:
         sharing = len(range(stream % count, streams, count))
         # The turn moves with the epoch, or a stream whose turn lies past the end of a tiny shard would never get one.
         turn = (stream // count + epoch) % sharing
-        mine = iter(reader.samples(order[stream % count])[turn::sharing])
+        found = samples(order[stream % count])
+        if found and found[0].passing:  # each of the shard's streams has to know
+            found = [found[0]._replace(lost=math.ceil(found[0].lost / sharing))] * sharing
+        mine = iter(found[turn::sharing])
     if shuffle_buffer < 2:
         yield from mine
         return
@@ -369,13 +390,24 @@ class TrainingStream(IterableDataset):
         return self._batches(self.rank * workers + turn, self.world * workers, skip * self.batch_size)
 
     def _batches(self, stream: int, streams: int, skip: int) -> Iterator[Clip]:
-        keywords = {"seed": self.seed, "stream": stream, "streams": streams, "shuffle_buffer": self.shuffle_buffer}
+        keywords: dict[str, Any] = {
+            "seed": self.seed,
+            "stream": stream,
+            "streams": streams,
+            "shuffle_buffer": self.shuffle_buffer,
+        }
         where = f"stream {stream} of {streams}"
         health = Health(max_bad_fraction=self.max_bad_fraction, quarantine=self.quarantine, seed=self.seed, where=where)
         items: list[Item] = []
+        whole = f"(the whole shard, for {where})"  # in place of a key: another stream may have read it
+        keywords["unread"] = {(known_epoch, name) for known_epoch, name, key in health.known if key == whole}
         for source, epoch, sample in endless(self.readers, weights=self.weights, **keywords):
             reader = self.readers[source]
             shard = reader.shards[sample.shard].name
+            if sample.passing:
+                again = health.is_known(epoch, shard, whole)
+                health.bad(epoch, shard, whole, sample.problem or "", lost=sample.lost, again=again)
+                continue
             if sample.problem is not None:
                 health.bad_reference(epoch, shard, sample)
                 continue

@@ -231,13 +231,17 @@ def _download(url: str, out: Any) -> None:
 
 
 class Sample(NamedTuple):
-    """Where a sample's members lie in a tar. problem: why it cannot be used; lost: how many samples it stands for."""
+    """Where a sample's members lie in a tar. problem: why it cannot be used; lost: how many samples it stands for.
+
+    passing: it stands for a whole shard that could not be read now (network, disk); another time it may be.
+    """
 
     shard: int
     key: str
     members: dict[str, tuple[int, int]]  # suffix -> (offset, bytes)
     problem: str | None = None
     lost: int = 1
+    passing: bool = False
 
 
 def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> list[Sample]:
@@ -246,7 +250,8 @@ def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> li
     Members that follow each other with the same name up to the first dot of the base name make a sample. Links,
     devices, absolute and parent paths are refused, as are samples without video or image and keys that come twice. A
     tar without its end mark was cut: its last sample is dropped, since it may lack members. What is lost stands at the
-    end as one `Sample` with a `problem`. Raises nothing: an unreadable tar is such an entry too.
+    end as one `Sample` with a `problem`; a file that is no tar is such an entry too. Raises OSError when it cannot be
+    read.
     """
     groups: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
     problems: dict[str, str] = {}
@@ -282,7 +287,7 @@ def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> li
             # A cut inside a header, or between two members, ends the iteration without an error.
             if not _is_zero(file, tar.offset):
                 damage = "cut short: the end mark is missing"
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         damage = f"{type(error).__name__}: {error}"
     if damage is not None and last is not None:
         groups.pop(last, None)
@@ -325,7 +330,7 @@ class ShardReader:
         return str(fetch(shard.url, self.cache_dir, num_bytes=shard.num_bytes)) if shard.is_remote else shard.url
 
     def samples(self, index: int) -> list[Sample]:
-        """As `scan`."""
+        """As `scan`; one `passing` sample for a shard that cannot be read."""
         if index in self._samples:
             self._samples.move_to_end(index)
             return self._samples[index]
@@ -333,7 +338,7 @@ class ShardReader:
         try:
             found = scan(self.path(index), shard=index, expected=shard.samples)
         except OSError as error:
-            return [Sample(index, "", {}, str(error), shard.samples or 1)]
+            return [Sample(index, "", {}, str(error), shard.samples or 1, passing=True)]
         self._samples[index] = found
         if len(self._samples) > self.keep:
             self._samples.popitem(last=False)
