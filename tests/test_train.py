@@ -392,6 +392,24 @@ def test_two_processes_do_not_share_a_run_directory(tmp_path):
     assert not lock.exists()
 
 
+def test_of_two_starts_that_find_one_stale_lock_the_later_gives_way(tmp_path, monkeypatch):
+    lock = tmp_path / "lock"
+    stale = {"pid": 1 << 30, "host": training.socket.gethostname(), "started": "0", "slurm_job": None}
+    lock.write_text(json.dumps(stale))
+    other = json.dumps({**stale, "pid": os.getpid(), "started": training._started(os.getpid()), "slurm_job": "7"})
+    renames = iter([lambda: lock.write_text(other)])  # the other start is quicker: its lock is there before we rename
+    rename = os.rename
+    monkeypatch.setattr(training.os, "rename", lambda a, b: (next(renames, lambda: None)(), rename(a, b)))
+    with pytest.raises(ValueError, match="in use by process"):
+        training.Lock(tmp_path).__enter__()
+    assert lock.read_text() == other and [path.name for path in tmp_path.iterdir()] == ["lock"]
+    lock.write_text("")  # a power cut
+    with training.Lock(tmp_path):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        lock.write_text(other)  # taken over meanwhile, by a machine that saw no sign of life
+    assert lock.read_text() == other
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -10,6 +10,7 @@ The run directory: config.yaml, environment.json, checkpoints/{last,best}.ckpt, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -319,9 +320,10 @@ class Lock:
             "started": _started(os.getpid()),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
+        self.text = json.dumps(mine)
         for _ in range(3):
             aside = self.path.with_name(f".lock-{mine['host']}-{mine['pid']}")
-            aside.write_text(json.dumps(mine))
+            aside.write_text(self.text)
             try:
                 os.link(aside, self.path)  # fails if there is one; the lock is never seen half-written
                 break
@@ -336,11 +338,14 @@ class Lock:
 
     def _refuse_or_clear(self, mine: dict[str, Any]) -> None:
         try:
-            held, age_s = json.loads(self.path.read_text()), time.time() - self.path.stat().st_mtime
-        except (FileNotFoundError, ValueError):
-            self.path.unlink(missing_ok=True)
+            text, age_s = self.path.read_text(), time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
             return
-        if held.get("host") == mine["host"]:
+        try:
+            held = json.loads(text)
+        except ValueError:  # emptied by a power cut
+            held = {"pid": 0, "host": mine["host"], "started": ""}
+        if held["host"] == mine["host"]:
             stale = _started(held["pid"]) != held["started"]
         else:
             stale = age_s > 600 or bool(mine["slurm_job"] and held.get("slurm_job") == mine["slurm_job"])
@@ -350,7 +355,16 @@ class Lock:
                 f"choose another name. If that process is surely gone, delete {self.path}"
             )
         log.warning("taking over %s from process %s on %s, which is gone", self.path, held["pid"], held["host"])
-        self.path.unlink(missing_ok=True)
+        # Two starts may find the same stale lock: what is taken away must be what was read, not the other's new one.
+        aside = self.path.with_name(f".lock-{mine['host']}-{mine['pid']}-stale")
+        try:
+            os.rename(self.path, aside)
+            if aside.read_text() != text:
+                os.link(aside, self.path)
+        except (FileNotFoundError, FileExistsError):
+            pass
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self.stop.wait(60):
@@ -358,7 +372,9 @@ class Lock:
 
     def __exit__(self, *_: Any) -> None:
         self.stop.set()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self.path.read_text() == self.text:  # not another's, which took over while this machine slept
+                self.path.unlink()
 
 
 def _started(pid: int) -> str | None:
