@@ -72,8 +72,9 @@ def make_run(folder: Path, *, family="flexible", seed=0, ema=False, shards="", *
     torch.manual_seed(seed)
     net = vtok_config.load_family(family).Model(config.model)
     with torch.no_grad():
-        for parameter in net.parameters():  # zero-initialised layers would make every id the same
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+        for parameter in net.parameters():  # an untrained model's first attention may make every id the same
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
         for name, buffer in net.named_buffers():
             if name.endswith("_codebook.embed"):
                 buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
@@ -203,12 +204,14 @@ def test_the_model_card_is_valid_for_the_hub_and_holds_the_table(tmp_path):
         "commit": "abc",
     }
     (run / "environment.json").write_text(json.dumps({"starts": [start]}))
+    (run / "metrics.jsonl").write_text('{"step": 20}\n{"step": 137, "val/loss": 1.0}\n{"step": 2')
     text = (shipping.export(run, tmp_path / "export", entropy=False, licence="cc-by-4.0") / "README.md").read_text()
     facts = ModelCard(text).data.to_dict()
     assert facts["license"] == "cc-by-4.0" and facts["library_name"] == "transformers"
     assert {"vtok", "custom_code"} <= set(facts["tags"])
     assert "| flexible | 4 | 4 | 63.86 | 21.46 |" in text and "| mean_colour |  |  | 16 | 14 |" in text
     assert "59 clips of `shards/val`" in text and "`python train.py demo.yaml`" in text and "/opt/me" not in text
+    assert "- 137 steps of" in text, "the steps that were made, not those that were allowed"
     assert "2 CPU cores" in text and "shards/train" in text and "15.966 bits" in text
 
 

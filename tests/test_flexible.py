@@ -106,3 +106,14 @@ def test_one_backward_equals_two(kind, discriminator):
 def test_settings_that_do_not_fit(wrong, message):
     with pytest.raises(ValueError, match=message):
         Config(**{**SMALL, **wrong})
+
+
+def test_log_l2_follows_the_mean_of_per_clip_psnr_and_unknown_losses_are_named():
+    a, b = video(3, 4, seed=1), video(3, 4, seed=2)
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
+    found = losses.reconstruction(a, b, kind="log_l2", mask=mask)
+    lengths = mask.sum(1).tolist()
+    by_hand = [(a[i, :, :n] - b[i, :, :n]).square().mean().log() for i, n in enumerate(lengths)]
+    assert torch.allclose(found, torch.stack(by_hand).mean())
+    with pytest.raises(ValueError, match="l1, l2 or log_l2"):
+        losses.reconstruction(a, b, kind="L1")

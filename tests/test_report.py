@@ -181,6 +181,12 @@ def test_undefined_values_are_dashes_with_their_note(tmp_path):
     assert 'id="player"' not in text and "report" not in Page(text).scripts[0]
 
 
+def test_numbers_of_every_clip_stay_in_eval_json(tmp_path):
+    evaluation = make_evaluation(make_clips(1)) | {"per_clip": {"keys": ["a-key-of-thousands"], "psnr_db": {}}}
+    text = write_report(evaluation, [], tmp_path / "r.html").read_text()
+    assert "a-key-of-thousands" not in text and "per_clip" not in text
+
+
 @pytest.mark.parametrize(
     "rows", [[], [{"method": "flexible", "budget": 4, "tokens_mean": 4.0, "accuracy": 0.5, "loss": 2.0}]]
 )

@@ -14,7 +14,16 @@ from vtok.bitstream import MAGIC, Reader, read_footer
 from vtok.config import RunConfig
 from vtok.loading import is_run, load_run, read_config
 
-COLUMNS = ("budget", "tokens_mean", "bits_mean", "bits_per_pixel", "bits_per_second", "psnr_db", "ssim")
+COLUMNS = (
+    "budget",
+    "tokens_mean",
+    "bits_mean",
+    "below_floor",  # share of clips for which a codec cannot write so few bits
+    "bits_per_pixel",
+    "bits_per_second",
+    "psnr_db",
+    "ssim",
+)
 
 
 def model_card(
@@ -106,10 +115,16 @@ def _training(config: RunConfig, run_dir: Path | None) -> list[str]:
     out = ["## Training", ""]
     starts = (_json(run_dir / "environment.json") or {}).get("starts", []) if run_dir else []
     out.append(f"- data: `{config.data.shards or 'not stated'}`, validation: `{config.data.val_shards or 'none'}`")
+    steps = _last_step(run_dir / "metrics.jsonl") if run_dir else None
+    length = f"{steps} steps" if steps else f"at most {config.trainer.max_steps} steps"
+    if config.trainer.max_minutes is not None:
+        length += f" (the run was given {config.trainer.max_minutes:g} minutes)"
     out.append(
-        f"- {config.trainer.max_steps} steps of {config.data.batch_size} clips a process, precision "
-        f"{config.trainer.precision}, strategy {config.trainer.strategy}"
+        f"- {length} of {config.data.batch_size} clips a process, precision {config.trainer.precision}, strategy "
+        f"{config.trainer.strategy}"
     )
+    if config.init_from:
+        out.append(f"- started from the weights of `{config.init_from}`")
     if starts:
         last = starts[-1]
         command = " ".join(Path(part).name if i < 2 else part for i, part in enumerate(last.get("command", [])))
@@ -124,6 +139,19 @@ def _training(config: RunConfig, run_dir: Path | None) -> list[str]:
     else:
         out.append("- command: `vtok train training.yaml`")
     return [*out, ""]
+
+
+def _last_step(path: Path) -> int | None:
+    """The last step a run's metrics.jsonl speaks of; None where it has none."""
+    if not path.is_file():
+        return None
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            steps.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):  # a run that was killed may end in half a line
+            continue
+    return max(steps, default=None)
 
 
 def _measurements(run_dir: Path | None) -> list[str]:

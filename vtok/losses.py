@@ -19,6 +19,8 @@ def frame_mask(lengths: Tensor, frames: int) -> Tensor:
 def reconstruction(recon: Tensor, target: Tensor, *, kind: str, mask: Tensor | None = None) -> Tensor:
     """Error over the real frames (mask [B, T] bool, None = all): mean absolute (`l1`), mean squared (`l2`), or the mean
     over clips of the logarithm of each clip's mean squared error (`log_l2`): what a mean of per-clip PSNR measures."""
+    if kind not in ("l1", "l2", "log_l2"):
+        raise ValueError(f"kind={kind!r} is no reconstruction loss; choose l1, l2 or log_l2")
     error = (recon - target).abs() if kind == "l1" else (recon - target).square()
     per_frame = error.mean((1, 3, 4))  # [B, T]
     if mask is None:

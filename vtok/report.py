@@ -51,6 +51,7 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("accuracy", "accuracy", ".3f"),
     ("loss", "loss", ".4f"),
     ("worse_share", "worse with more tokens", ".1%"),
+    ("below_floor", "clips below the codec's floor", ".0%"),
 ]
 # what is drawn where rows define it: (key, axis title)
 QUALITIES = [("psnr_db", "PSNR, dB"), ("ssim", "SSIM"), ("accuracy", "accuracy"), ("loss", "loss")]
@@ -527,9 +528,8 @@ def _tiles(rows: list[dict[str, Any]], family: str) -> str:
 
 
 def _environment_section(evaluation: dict[str, Any]) -> str:
-    shown = {
-        k: v for k, v in evaluation.items() if k not in ("rows", "environment") and not k.endswith("_per_position")
-    }
+    long = ("rows", "environment", "per_clip")  # eval.json holds them
+    shown = {k: v for k, v in evaluation.items() if k not in long and not k.endswith("_per_position")}
     environment = evaluation.get("environment")
     shown |= environment if isinstance(environment, dict) else {"environment": environment}
     items = "".join(
