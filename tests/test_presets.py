@@ -185,7 +185,7 @@ def test_scorer_learns_lengths_and_allocates_within_the_budget():
     )
     model = Model(config)
     pixels = clip(4)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
     plain = Objective(ObjectiveConfig(), config)
     for step in range(60):  # a tokenizer for which more tokens are worth something
         loss = plain(model, pixels, step)
@@ -201,7 +201,7 @@ def test_scorer_learns_lengths_and_allocates_within_the_budget():
 
     freeze(Holder(), configuration.OptimConfig(train_only=["model.scorer"]))
     before = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("scorer")}
-    optimizer = torch.optim.AdamW(model.scorer.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.scorer.parameters(), 3e-4)
     errors = []
     for step in range(80):
         loss = objective(model, pixels, step)
@@ -231,6 +231,55 @@ def test_allocation_is_the_exact_optimum():
         every = [(a, b, c) for a in range(4) for b in range(4) for c in range(4) if a + b + c + 3 <= total]
         best = min(float(cost[0, 0, a] + cost[0, 1, b] + cost[0, 2, c]) for a, b, c in every)
         assert abs(float(sum(cost[0, g, int(got[g]) - 1] for g in range(3))) - best) < 1e-6
+
+
+def test_learned_registers_begin_where_they_are():
+    """Untrained, registers read the patches they lie on."""
+    torch.manual_seed(0)
+    for positions in ("learned", "sincos"):
+        shape = dict(SMALL, size=[32, 32], patch=[4, 8, 8], width=64, num_heads=1)
+        config = Config(**shape, num_tokens=16, mask="full", norm="layer", qk_norm=False, positions=positions)
+        model = Model(config)
+        spots = flexible.patch_of_token(16, config.grid, 1)
+        assert sorted(spots.tolist()) == list(range(16))  # one register a patch, and any prefix evenly spread
+        generator = torch.Generator().manual_seed(1)
+        video = torch.rand(1, 3, 4, 32, 32, generator=generator) * 2 - 1
+        base = model.latents(model.chunks(video, torch.tensor([4]))).z[0, 0]
+        hits = 0
+        for patch in range(16):
+            changed = video.clone()
+            row, column = divmod(patch, 4)
+            changed[..., row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] *= -1
+            moved = (model.latents(model.chunks(changed, torch.tensor([4]))).z[0, 0] - base).norm(dim=-1)
+            hits += int(moved.argmax()) == int((spots == patch).nonzero())
+        assert hits >= 10, positions  # 1 by chance; neighbours on a grid lie close
+
+
+def test_narrow_models_learn_as_wide_ones():
+    """Gains stand for width: one AdamW step of a narrow model changes its output about as much as a wide one's."""
+    changes = {}
+    for width in (48, 192):
+        torch.manual_seed(0)
+        model = Model(Config(**SMALL | {"width": width}, mask="full", num_tokens=8))
+        with torch.no_grad():
+            before = model(clip().video, torch.full((3,), 4), torch.full((3, 1), 8)).recon
+            assert before.abs().max() == 0  # the output begins at zero
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        loss = Objective(ObjectiveConfig(), model.config)(model, clip(), 0)
+        loss.total.backward()
+        optimizer.step()
+        with torch.no_grad():
+            changes[width] = float(model(clip().video, torch.full((3,), 4), torch.full((3, 1), 8)).recon.abs().mean())
+    assert 0.4 < changes[48] / changes[192] < 2.5  # 0.25 without the gains
+
+
+def test_ids_are_drawn_from_their_distribution():
+    from vtok.layers.prior import _draw
+
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(20000, 4)
+    share = _draw(probabilities).bincount(minlength=4) / 20000
+    assert (share - probabilities[0]).abs().max() < 0.02 and share[1] == 0
 
 
 @pytest.mark.parametrize(

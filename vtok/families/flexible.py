@@ -276,11 +276,13 @@ class Model(ChunkedTokenizer):
         https://arxiv.org/abs/2203.03466, table 8). At width _WIDTH and above nothing changes.
         """
         gain = max(1.0, _WIDTH / self.config.width)
-        for net in (self.encoder, self.decoder):
+        nets = [(self.encoder, self.to_latent), (self.decoder, self.out)]
+        nets += [(self.scorer.transformer, self.scorer.head)] if self.config.scorer_depth else []
+        for net, last in nets:
             blocks = [block for block in net.blocks if isinstance(block, Block)]
             pairs = [(block.norm1, block.attention.qkv) for block in blocks]
             pairs += [(block.norm2, block.mlp.up) for block in blocks]
-            pairs += [(net.norm, self.to_latent if net is self.encoder else self.out)]
+            pairs += [(net.norm, last)]
             for norm, reader in pairs:
                 assert isinstance(norm.weight, Tensor)
                 norm.weight.mul_(gain)
@@ -815,13 +817,15 @@ class Objective(nn.Module):
             model.quantizer.train(training)
             block = int(torch.randint(chunks.blocks, (1,)))
             rank = torch.arange(shape.num_tokens, device=video.device)
-            frames = slice(block * shape.block_frames, (block + 1) * shape.block_frames)
+            end = min((block + 1) * shape.block_frames, video.shape[2])
+            frames = slice(block * shape.block_frames, end)
             costs = []
             for count in levels:
                 keep = chunks.block_valid[..., None].expand(codes.shape[:3]).clone()
                 keep[:, block] &= rank < count
                 size = (video.shape[3], video.shape[4])
-                recon = model.decode_chunks(codes, keep, lengths, frames=video.shape[2], size=size)
+                # no later block changes this one (the decoder's mask), so none is decoded
+                recon = model.decode_chunks(codes[:, : block + 1], keep[:, : block + 1], lengths, frames=end, size=size)
                 costs.append(self._distortion(recon[:, :, frames].float(), video[:, :, frames]))
             target = torch.stack(costs, -1).clamp_min(1e-8).log()  # [B, levels]
             scorer, real = model.scorer, chunks.block_valid[:, block]
