@@ -640,6 +640,9 @@ clip = Clip(keys=["a"], video=torch.randint(0, 256, (1, 3, 4, 16, 16), dtype=tor
 here, there = vtok.load(out), vtok.load("tester/model", revision="main")
 assert torch.equal(here.encode(clip).indices, there.encode(clip).indices)
 assert here.shipped.model_id == there.shipped.model_id
+from vtok.evaluate import load_model
+model, data, settings = load_model("tester/model")
+assert (data.num_frames, data.size, data.fps) == (4, [16, 16], None), data  # as it was trained, not the defaults
 try:
     vtok.load("tester/missing")
 except ValueError as error:

@@ -95,7 +95,7 @@ def export(
         try:
             static = fit_entropy(model, training_clips(config, limit=entropy_clips))
         except (ValueError, OSError) as error:
-            why_not = f"the training shards were not at hand ({error})"
+            why_not = f"it could not be fitted ({error})"
             log.warning("no static entropy model in the export: %s", why_not)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
