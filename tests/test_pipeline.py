@@ -501,6 +501,30 @@ def test_a_shard_that_was_out_of_reach_for_a_while_does_not_shift_a_resume(tmp_p
     assert fingerprint(list(itertools.islice(batches(at)[1], 8))) == fingerprint(seen[at:])
 
 
+@pytest.mark.parametrize("bad", [(), ("c1_02", "c3_00")])
+@pytest.mark.parametrize(("shards", "streams"), [(5, 1), (5, 2), (2, 3)])
+def test_a_resume_reads_no_headers_of_the_epochs_that_are_over(tmp_path, monkeypatch, bad, shards, streams):
+    for s in range(shards):
+        names = [f"c{s}_{i:02d}" for i in range(6)]
+        write_tar(tmp_path / f"c-{s}.tar", [m for n in names for m in clip(n, b"no" if n in bad else None)])
+    write_index(tmp_path, {f"c-{s}.tar": 6 for s in range(shards)})
+    settings = {"max_bad_fraction": 1.0, "quarantine": tmp_path / "q", "world": streams, "batch_size": 2}
+    scans = []
+    monkeypatch.setattr(sources, "scan", lambda *a, **k: scans.append(a) or scan(*a, **k))
+    for rank in range(streams):
+        whole = take(stream(tmp_path, rank=rank, **settings), 40)
+        for at in (1, 15, 16, 30):
+            scans.clear()
+            resumed = stream(tmp_path, rank=rank, start=at, **settings)
+            resumed.readers[0].keep = 1  # a second look at a shard is a scan again
+            ((now, *_),) = [take(resumed, 1)]
+            epochs = {int(key.split(":")[0]) for key in whole[at].keys + whole[at - 1].keys}
+            replayed = max(epochs) - min(epochs) + 1
+            if shards >= streams or not bad:
+                assert len(scans) <= replayed * -(-shards // streams), "more than the epochs at hand"
+            assert fingerprint([now]) == fingerprint(whole[at : at + 1])
+
+
 def test_too_many_broken_samples_stop_the_run(tmp_path):
     write_tar(
         tmp_path / "a.tar", [m for i in range(30) for m in clip(f"k{i:02d}", media=b"no" if i % 5 == 0 else None)]

@@ -5,7 +5,7 @@
 2. split          by (rank, worker): shards are dealt to streams anew every epoch; where there are fewer shards than
                   streams, the streams of a shard take every n-th of its samples, so none is idle and none is lost
 3. shuffle        seeded: the shards of an epoch, then the samples in a buffer. Stages 1 to 3 handle references
-                  (shard, key, byte ranges) only: replaying them after a resume reads tar headers and decodes nothing
+                  (shard, key, byte ranges) only: after a resume the last epoch is replayed from tar headers
 4. decode         a window of `num_frames` at `fps` with a random start (`vtok.data.decode`); a clip that is shorter
                   than the window comes whole, with its length; an image is a 1-frame clip
 5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip
@@ -32,7 +32,8 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 MIN_SEEN = 20  # samples before the share of broken ones is judged
 MIN_BROKEN = 3  # and broken ones: a single one in the first twenty says nothing about the corpus
 MAX_IN_A_ROW = 1000  # broken samples without a good one between: nothing is left to train on
+WHOLE_SHARD = "(the whole shard"  # how a quarantined shard's entry begins, where a sample's has its key
 ENDLESS = 1 << 40  # length of the training stream: a loader without one makes Lightning read a batch ahead
 
 
@@ -75,29 +77,24 @@ def one_pass(
     streams: int,
     shuffle_buffer: int,
     source: int = 0,
-    unread: Container[tuple[int, str]] = (),
+    unread: Callable[[int, int, int], bool] = lambda epoch, source, shard: False,
 ) -> Iterator[Sample]:
     """The references one stream gets in one epoch; over all streams: every sample of every shard exactly once.
 
-    unread: (epoch, name) of shards that this stream could not read when it was there: left out again.
+    unread: of (epoch, source, shard), whether this stream could not read it when it was there: left out again.
     """
 
     def samples(shard: int) -> list[Sample]:
         facts = reader.shards[shard]
-        if (epoch, facts.name) in unread:
+        if unread(epoch, source, shard):
             return [Sample(shard, "", {}, "could not be read at this place before", facts.samples or 1, passing=True)]
         return reader.samples(shard)
 
-    count = len(reader.shards)
-    order = list(range(count))
-    seeded(seed, "shards", source, epoch).shuffle(order)
-    if count >= streams:
-        mine = (sample for shard in order[stream::streams] for sample in samples(shard))
+    shards, turn, sharing = _dealt(len(reader.shards), seed, epoch, stream, streams, source)
+    if sharing == 1:
+        mine = (sample for shard in shards for sample in samples(shard))
     else:
-        sharing = len(range(stream % count, streams, count))
-        # The turn moves with the epoch, or a stream whose turn lies past the end of a tiny shard would never get one.
-        turn = (stream // count + epoch) % sharing
-        found = samples(order[stream % count])
+        found = samples(shards[0])
         if found and found[0].passing:  # each of the shard's streams has to know
             found = [found[0]._replace(lost=math.ceil(found[0].lost / sharing))] * sharing
         mine = iter(found[turn::sharing])
@@ -117,12 +114,54 @@ def one_pass(
     yield from buffer
 
 
-def endless(readers: Sequence[ShardReader], *, weights: Sequence[float] | None, **keywords: Any) -> Iterator[Any]:
+def _dealt(count: int, seed: int, epoch: int, stream: int, streams: int, source: int) -> tuple[list[int], int, int]:
+    """(shards of a stream in an epoch, turn, sharing): it takes every `sharing`-th sample from number `turn` on."""
+    order = list(range(count))
+    seeded(seed, "shards", source, epoch).shuffle(order)
+    if count >= streams:
+        return order[stream::streams], 0, 1
+    sharing = len(range(stream % count, streams, count))
+    # The turn moves with the epoch, or a stream whose turn lies past the end of a tiny shard would never get one.
+    return [order[stream % count]], (stream // count + epoch) % sharing, sharing
+
+
+def whole_epochs(
+    shards: Sequence[Shard], known: dict[Any, str], *, samples: int, seed: int, stream: int, streams: int
+) -> tuple[int, int, int]:
+    """(epochs, their good samples, their broken ones) that a stream was through before `samples` good ones were given.
+
+    From what index.json and the quarantine file say, so that a resume replays the last epoch alone. Fewer, down to 0,
+    where those do not tell: shards without an index, damaged ones, some that could not be read for a while.
+    """
+    broken: Counter[tuple[int, str]] = Counter()
+    unclear: set[int] = set()
+    for epoch, name, key in known:
+        if epoch is None:
+            return 0, 0, 0
+        broken[epoch, name] += 1
+        unclear |= {epoch} if key.startswith(WHOLE_SHARD) else set()
+    epoch, passed, lost = 0, 0, 0
+    clear = all(shard.samples for shard in shards) and len({shard.name for shard in shards}) == len(shards)
+    while clear and epoch not in unclear:
+        mine, turn, sharing = _dealt(len(shards), seed, epoch, stream, streams, 0)
+        spoilt = sum(broken[epoch, shards[i].name] for i in mine)
+        if sharing > 1 and spoilt:  # whose turn the broken ones were is not known
+            break
+        given = sum(len(range(turn, shards[i].samples or 0, sharing)) for i in mine) - spoilt
+        if passed + given > samples or passed == samples:
+            break
+        epoch, passed, lost = epoch + 1, passed + given, lost + spoilt
+    return epoch, passed, lost
+
+
+def endless(
+    readers: Sequence[ShardReader], *, weights: Sequence[float] | None, first_epoch: int = 0, **keywords: Any
+) -> Iterator[Any]:
     """(source, epoch, sample) without end: passes over one source, or draws from several by weight."""
 
     def passes(source: int) -> Iterator[tuple[int, int, Sample]]:
         reader = readers[source]
-        epoch, idle = 0, 0
+        epoch, idle = first_epoch, 0
         while True:
             idle += 1
             shard_of: dict[str, int] = {}
@@ -399,14 +438,25 @@ class TrainingStream(IterableDataset):
         where = f"stream {stream} of {streams}"
         health = Health(max_bad_fraction=self.max_bad_fraction, quarantine=self.quarantine, seed=self.seed, where=where)
         items: list[Item] = []
-        whole = f"(the whole shard, for {where})"  # in place of a key: another stream may have read it
-        keywords["unread"] = {(known_epoch, name) for known_epoch, name, key in health.known if key == whole}
-        for source, epoch, sample in endless(self.readers, weights=self.weights, **keywords):
+
+        def whole(source: int, shard: int) -> str:  # in place of a key: names may be equal, and other streams luckier
+            return f"{WHOLE_SHARD} {shard} of source {source}, for {where})"
+
+        keywords["unread"] = lambda epoch, source, shard: health.is_known(
+            epoch, self.readers[source].shards[shard].name, whole(source, shard)
+        )
+        first = 0
+        if len(self.readers) == 1 and self.quarantine is not None:
+            here = {"seed": self.seed, "stream": stream, "streams": streams}
+            first, passed, health.broken = whole_epochs(self.readers[0].shards, health.known, samples=skip, **here)
+            skip, health.seen = skip - passed, passed + health.broken
+        for source, epoch, sample in endless(self.readers, weights=self.weights, first_epoch=first, **keywords):
             reader = self.readers[source]
             shard = reader.shards[sample.shard].name
             if sample.passing:
-                again = health.is_known(epoch, shard, whole)
-                health.bad(epoch, shard, whole, sample.problem or "", lost=sample.lost, again=again)
+                key = whole(source, sample.shard)
+                again = health.is_known(epoch, shard, key)
+                health.bad(epoch, shard, key, sample.problem or "", lost=sample.lost, again=again)
                 continue
             if sample.problem is not None:
                 health.bad_reference(epoch, shard, sample)
