@@ -76,16 +76,19 @@ def quality(model, clip: Clip, budget: int | Tensor | None = None) -> float:
 def learn(lab: Lab, name: str, *overrides: str) -> Result:
     """Trains a twin, exports it, and scores it before and after."""
     settings = f"out={lab.root / 'runs'} data.shards={lab.shards / 'train'} data.val_shards={lab.shards / 'val'} "
-    settings += "data.num_workers=0 trainer.progress=false trainer.tensorboard=false trainer.log_every=1"
+    settings += (
+        "data.num_workers=0 data.val_clips=12 trainer.progress=false trainer.tensorboard=false trainer.log_every=1"
+    )
     settings = [*settings.split(), *overrides]
     config = configuration.load(CONFIGS / f"{name}.yaml", settings)
     data = ClipDataModule(config.data)
     held_out = list(data.val_dataloader())
     clip = Clip([k for c in held_out for k in c.keys], torch.cat([c.video for c in held_out]))
     before = quality(build(configuration.load(CONFIGS / f"{name}.yaml", settings)).model, clip)
+    config.data.val_shards = ""  # scored below, where the step-0 model is
     run = train(config)
     export = lab.root / f"export-{name}"
-    main_export([str(run), "--out", str(export)])
+    main_export([str(run), "--out", str(export), "--which", "last", "--no-entropy"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     flat, _ = MeanColour().reconstruct(clip.video)
     after, colour = quality(vtok.load(str(export)), clip), float(clip_psnr(flat, clip.video).mean())
