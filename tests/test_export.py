@@ -535,7 +535,7 @@ def test_automodel_gives_the_same_tokens_where_vtok_is_absent(tmp_path):
             tokens, short = model.encode(given), model.encode(given, budget=3)
             assert torch.equal(got[f"{name}.ids"], tokens.indices), name
             assert torch.equal(got[f"{name}.short"], short.indices), name
-            assert len(torch.unique(tokens.indices)) > 4, "ids that are all alike prove nothing"
+            assert len(torch.unique(tokens.indices)) > 3, "ids that are all alike prove nothing"
             assert torch.allclose(got[f"{name}.video"], model.decode(tokens, size=(16, 24)), atol=1e-5), name
 
 
