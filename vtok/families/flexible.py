@@ -39,7 +39,7 @@ from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.pyramid import coverage
 from vtok.layers.transform import CoefficientPredictor, TransformCode
 from vtok.layers.transformer import Block, Transformer
-from vtok.quantize import QuantizerConfig, build_quantizer
+from vtok.quantize import GradientVQ, QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
 
@@ -264,6 +264,10 @@ class Model(ChunkedTokenizer):
                 places = self.decoder_positions(c.grid)
                 self.decoder_registers.copy_(places[spots])
                 start_attention(self.decoder, places, self.from_code)
+            if isinstance(self.quantizer, GradientVQ) and c.quantizer.cosine:
+                # same directions, but a step no longer turns a code onto its latent: rows of 1 / codebook_size are
+                # smaller than a few steps of AdamW, and 30 of 4096 codes were left after 500 steps
+                self.quantizer.weight.copy_(F.normalize(self.quantizer.weight, dim=-1))
             self._learn_as_wide()
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -632,7 +636,8 @@ class Scorer(nn.Module):
         self.seen.add_(1)
         weight = max(1 - decay, 1 / int(self.seen))
         self.mean.lerp_(target.mean(), weight)
-        self.std.lerp_(target.std().clamp_min(1e-3), weight)
+        # around the running mean: a batch of one clip hardly varies around its own
+        self.std.copy_(self.std.square().lerp((target - self.mean).square().mean(), weight).sqrt().clamp_min(1e-3))
 
     def distortion(self, z: Tensor, codes: Tensor, block_valid: Tensor) -> Tensor:
         """Predicted distortion [M, blocks, levels] in the units it was trained on."""
