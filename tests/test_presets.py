@@ -14,7 +14,9 @@ from vtok import config as configuration
 from vtok.budget import allocate_levels
 from vtok.families import flexible
 from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
+from vtok.layers.begin import patch_of_token
 from vtok.layers.prior import PriorConfig
+from vtok.layers.sampling import draw
 from vtok.lit import freeze
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip
@@ -240,7 +242,7 @@ def test_learned_registers_begin_where_they_are():
         shape = dict(SMALL, size=[32, 32], patch=[4, 8, 8], width=64, num_heads=1)
         config = Config(**shape, num_tokens=16, mask="full", norm="layer", qk_norm=False, positions=positions)
         model = Model(config)
-        spots = flexible.patch_of_token(16, config.grid, 1)
+        spots = patch_of_token(16, config.grid, 1)
         assert sorted(spots.tolist()) == list(range(16))  # one register a patch, and any prefix evenly spread
         generator = torch.Generator().manual_seed(1)
         video = torch.rand(1, 3, 4, 32, 32, generator=generator) * 2 - 1
@@ -274,11 +276,9 @@ def test_narrow_models_learn_as_wide_ones():
 
 
 def test_ids_are_drawn_from_their_distribution():
-    from vtok.layers.prior import _draw
-
     torch.manual_seed(0)
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(20000, 4)
-    share = _draw(probabilities).bincount(minlength=4) / 20000
+    share = draw(probabilities).bincount(minlength=4) / 20000
     assert (share - probabilities[0]).abs().max() < 0.02 and share[1] == 0
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.sampling import draw
 from vtok.types import Quantized
 
 try:  # training only: inference and exports carry the plain-torch codebook below
@@ -234,7 +235,10 @@ class GradientVQ(_VectorQuantizer):
                 f"kmeans_init=false and dead_code_threshold=0 (have {config.kmeans_init}, {config.dead_code_threshold})"
             )
         bound = 1 / config.codebook_size
-        self.weight = nn.Parameter(torch.empty(config.codebook_size, config.dim).uniform_(-bound, bound))
+        rows = torch.empty(config.codebook_size, config.dim).uniform_(-bound, bound)
+        # unit rows where only their direction counts: rows of 1 / codebook_size are smaller than a few steps of AdamW,
+        # each of which would turn a code all the way onto its latent
+        self.weight = nn.Parameter(F.normalize(rows, dim=-1) if config.cosine else rows)
 
     @property
     def codebook(self) -> Tensor:
@@ -245,7 +249,7 @@ class GradientVQ(_VectorQuantizer):
         with torch.no_grad():
             if self.config.stochastic_temperature > 0:
                 logits = self.similarity(z) / self.config.stochastic_temperature
-                ids = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+                ids = draw(logits.softmax(-1))
             else:
                 ids = self.nearest(z)
         codes = F.embedding(ids, self.codebook)

@@ -18,7 +18,6 @@ group, D width, Q ids per token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from vtok import losses
 from vtok.budget import NestedConfig, allocate_levels, nested_keep
+from vtok.layers.begin import OWN_STD, POSITION_STD, learn_as_wide, patch_of_token, start_attention
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.perceptual import load_lpips
@@ -38,8 +38,8 @@ from vtok.layers.positions import Positions
 from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.pyramid import coverage
 from vtok.layers.transform import CoefficientPredictor, TransformCode
-from vtok.layers.transformer import Block, Transformer
-from vtok.quantize import GradientVQ, QuantizerConfig, build_quantizer
+from vtok.layers.transformer import Transformer
+from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
 
@@ -234,25 +234,19 @@ class Model(ChunkedTokenizer):
         )
 
     def _begin_in_place(self) -> None:
-        """Learned registers begin spread over the patches, read those they lie on, and are read from there.
-
-        Where every register begins as the same small noise it reads the mean of all patches, and a run paints one
-        colour for its first hundreds of steps. Here register i of a time block starts at the position of one patch, and
-        the first block of encoder and decoder attends by position, with values passed on as they are (in the spirit of
-        Trockman and Kolter 2023, https://arxiv.org/abs/2305.09828). Everything stays free to learn; the output begins
-        at zero. Only initial values: no parameter and no operation is added.
-        """
+        """Learned registers begin spread over the patches, read those they lie on, and are read from there; the output
+        begins at zero (`vtok.layers.begin`)."""
         c = self.config
         with torch.no_grad():
             tables = [self.encoder_positions] + ([self.decoder_positions] if c.head == "pixels" else [])
             for positions in tables:
                 if positions.kind == "learned":
                     for table in positions.tables:
-                        nn.init.normal_(table, std=_POSITION_STD)
+                        nn.init.normal_(table, std=POSITION_STD)
             spots = patch_of_token(c.num_tokens, c.grid, c.blocks)
             seen = self.encoder_positions(c.grid)
             basis = start_attention(self.encoder, seen, self.patch_in)
-            own = torch.randn_like(self.registers) * _OWN_STD
+            own = torch.randn_like(self.registers) * OWN_STD
             self.registers.copy_(seen[spots] + own - own @ basis.T @ basis)
             if c.head == "teacher":
                 told = self.encoder_positions(self.teacher.config.grid)
@@ -264,33 +258,12 @@ class Model(ChunkedTokenizer):
                 places = self.decoder_positions(c.grid)
                 self.decoder_registers.copy_(places[spots])
                 start_attention(self.decoder, places, self.from_code)
-            if isinstance(self.quantizer, GradientVQ) and c.quantizer.cosine:
-                # same directions, but a step no longer turns a code onto its latent: rows of 1 / codebook_size are
-                # smaller than a few steps of AdamW, and 30 of 4096 codes were left after 500 steps
-                self.quantizer.weight.copy_(F.normalize(self.quantizer.weight, dim=-1))
-            self._learn_as_wide()
+            learn_as_wide(self.encoder, self.to_latent)
+            learn_as_wide(self.decoder, self.out)
+            if c.scorer_depth:
+                learn_as_wide(self.scorer.transformer, self.scorer.head)
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
-
-    def _learn_as_wide(self) -> None:
-        """Gains of the norms begin at _WIDTH / width, the weights that read them as much smaller: the same function.
-
-        An AdamW step changes what a matrix gives by about lr x width x gain, so that a narrow model moves as far in a
-        step as the papers' width does at the same optim.lr (what muP does by a rate for each matrix: Yang et al. 2022,
-        https://arxiv.org/abs/2203.03466, table 8). At width _WIDTH and above nothing changes.
-        """
-        gain = max(1.0, _WIDTH / self.config.width)
-        nets = [(self.encoder, self.to_latent), (self.decoder, self.out)]
-        nets += [(self.scorer.transformer, self.scorer.head)] if self.config.scorer_depth else []
-        for net, last in nets:
-            blocks = [block for block in net.blocks if isinstance(block, Block)]
-            pairs = [(block.norm1, block.attention.qkv) for block in blocks]
-            pairs += [(block.norm2, block.mlp.up) for block in blocks]
-            pairs += [(net.norm, last)]
-            for norm, reader in pairs:
-                assert isinstance(norm.weight, Tensor)
-                norm.weight.mul_(gain)
-                reader.weight.div_(gain)
 
     # ---- chunks and patches ------------------------------------------------------------------------------------
 
@@ -531,66 +504,6 @@ class Model(ChunkedTokenizer):
         videos: float [B, C, T, H, W] in [-1, 1], from training clips.
         """
         return self.code.fit(videos) if self.config.registers == "dct" else {}
-
-
-_WIDTH = 768  # of TiTok-B, One-D-Piece-B, LARP and AdapTok: what their learning rates are made for
-_POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
-_MARK = 0.5  # rms of the constant that marks them
-_SHARPNESS = 16.0  # attention logit between a token and its own place
-_CONTENT_STD = 0.3  # of what patches hold beside their positions, after the norm
-_OWN_STD = 0.3  # of what sets registers of one patch apart
-
-
-def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> Tensor:
-    """[blocks * num_tokens] int64: the patch each learned register begins at. Steps of the golden ratio over the
-    patches of its time block in raster order, so that every prefix of a block is spread evenly, and no patch is taken
-    twice before all are taken."""
-    patches = math.prod(grid) // blocks
-    stride = next(s for s in range(max(round(patches * 0.618), 1), 2 * patches + 1) if math.gcd(s, patches) == 1)
-    return torch.cat([b * patches + torch.arange(num_tokens) * stride % patches for b in range(blocks)])
-
-
-def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> Tensor:
-    """Initial weights of the first block of `net` with which a token attends to what lies at its own place and came
-    through `source`, and takes over what that holds.
-
-    Queries and keys are the principal components of `positions` [N, D], whitened as far as they exceed content; one
-    more component tells tokens of `source` (patches in an encoder, codes in a decoder) from those that ask, by a
-    constant in its bias.
-    Returns: [n, D] orthonormal directions in which places and that constant lie, which are not taken over.
-    """
-    width = positions.shape[1]
-    if not len(net.blocks) or len(positions) < 2:
-        return positions.new_zeros(0, width)
-    block = net.blocks[0]
-    assert isinstance(block, Block)
-    attention = block.attention
-    size = width // attention.num_heads
-    normed = block.norm1(positions)
-    centre = normed.mean(0)
-    _, values, basis = torch.linalg.svd((normed - centre).double(), full_matrices=False)
-    variance = values.float().square() / len(positions)
-    rank = max(min(int((variance > 0.01 * variance[0]).sum()), size - 1, width // 2), 1)
-    basis, variance = basis[:rank].float(), variance[:rank]
-    marker = torch.randn(width)
-    marker = marker - marker.mean() - basis.T @ (basis @ marker)
-    marker = marker / marker.norm()
-    source.bias.copy_(_MARK * width**0.5 * marker)
-    floor = variance + _CONTENT_STD**2  # directions in which patches differ more than places tell little
-    place, shift = torch.zeros(size, width), torch.zeros(size)
-    place[:rank] = basis * (_SHARPNESS * size**0.5 / (variance / floor).sum() / floor[:, None]).sqrt()
-    shift[:rank] = -place[:rank] @ centre
-    key, ask = place.clone(), shift.clone()
-    key[-1] = marker * (_SHARPNESS / (_MARK * width**0.5))
-    ask[-1] = size**0.5
-    basis = torch.cat([basis, marker[None]])
-    mix = nn.init.orthogonal_(torch.empty(width, width))
-    value = mix - mix @ basis.T @ basis
-    heads = attention.num_heads
-    attention.qkv.weight.copy_(torch.cat([place.repeat(heads, 1), key.repeat(heads, 1), value]))
-    attention.qkv.bias.copy_(torch.cat([ask.repeat(heads), shift.repeat(heads), -value @ centre]))
-    attention.out.weight.copy_(mix.T)
-    return basis
 
 
 class Scorer(nn.Module):

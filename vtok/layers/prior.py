@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.sampling import draw
 from vtok.layers.transformer import Transformer
 
 
@@ -65,17 +66,9 @@ class ARPrior(nn.Module):
             for _ in range(c.rounds - 1):  # always run, so that every rank calls the prior equally often
                 with torch.no_grad():
                     probabilities = self.logits(inputs).float().softmax(-1)
-                    drawn = _draw(probabilities)
+                    drawn = draw(probabilities)
                 replace = torch.rand(ids.shape, device=ids.device) < mix
                 inputs = torch.where(replace[..., None], lookup(drawn[..., None]).to(codes), codes)
         loss = F.cross_entropy(self.logits(inputs).float().flatten(0, 1), ids.flatten(), reduction="none")
         loss = loss.reshape(ids.shape)
         return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
-
-
-def _draw(probabilities: Tensor) -> Tensor:
-    """One id [...] from each distribution [..., V], by inversion: one random number a row where torch.multinomial draws
-    V, ten times slower on a CPU."""
-    upper = probabilities.cumsum(-1)
-    drawn = torch.searchsorted(upper, torch.rand_like(upper[..., :1]) * upper[..., -1:], right=True)[..., 0]
-    return drawn.clamp_max(probabilities.shape[-1] - 1)

@@ -1,0 +1,95 @@
+"""How a network of registers begins: places, a first attention that reads by place, and the pace of narrow models.
+
+Only initial values: nothing here adds a parameter or an operation. Where every register begins as the same small noise
+it reads the mean of all patches, and a run paints one colour for its first hundreds of steps. With these values
+register i starts at the position of one patch and the first block attends by position, with values passed on as they
+are (in the spirit of Trockman and Kolter 2023, https://arxiv.org/abs/2305.09828).
+
+Letters: N patches, D width, K tokens of a time block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vtok.layers.transformer import Block, Transformer
+
+REFERENCE_WIDTH = 768  # of TiTok-B, One-D-Piece-B, LARP and AdapTok: what their learning rates are made for
+POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
+_MARK = 0.5  # rms of the constant that marks them
+_SHARPNESS = 16.0  # attention logit between a token and its own place
+_CONTENT_STD = 0.3  # of what patches hold beside their positions, after the norm
+OWN_STD = 0.3  # of what sets registers of one patch apart
+
+
+def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> Tensor:
+    """[blocks * num_tokens] int64: the patch each learned register begins at. Steps of the golden ratio over the
+    patches of its time block in raster order, so that every prefix of a block is spread evenly, and no patch is taken
+    twice before all are taken."""
+    patches = math.prod(grid) // blocks
+    stride = next(s for s in range(max(round(patches * 0.618), 1), 2 * patches + 1) if math.gcd(s, patches) == 1)
+    return torch.cat([b * patches + torch.arange(num_tokens) * stride % patches for b in range(blocks)])
+
+
+def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> Tensor:
+    """Initial weights of the first block of `net` with which a token attends to what lies at its own place and came
+    through `source`, and takes over what that holds.
+
+    Queries and keys are the principal components of `positions` [N, D], whitened as far as they exceed content; one
+    more component tells tokens of `source` (patches in an encoder, codes in a decoder) from those that ask, by a
+    constant in its bias.
+    Returns: [n, D] orthonormal directions in which places and that constant lie, which are not taken over.
+    """
+    width = positions.shape[1]
+    if not len(net.blocks) or len(positions) < 2:
+        return positions.new_zeros(0, width)
+    block = net.blocks[0]
+    assert isinstance(block, Block)
+    attention = block.attention
+    size = width // attention.num_heads
+    normed = block.norm1(positions)
+    centre = normed.mean(0)
+    _, values, basis = torch.linalg.svd((normed - centre).double(), full_matrices=False)
+    variance = values.float().square() / len(positions)
+    rank = max(min(int((variance > 0.01 * variance[0]).sum()), size - 1, width // 2), 1)
+    basis, variance = basis[:rank].float(), variance[:rank]
+    marker = torch.randn(width)
+    marker = marker - marker.mean() - basis.T @ (basis @ marker)
+    marker = marker / marker.norm()
+    source.bias.copy_(_MARK * width**0.5 * marker)
+    floor = variance + _CONTENT_STD**2  # directions in which patches differ more than places tell little
+    place, shift = torch.zeros(size, width), torch.zeros(size)
+    place[:rank] = basis * (_SHARPNESS * size**0.5 / (variance / floor).sum() / floor[:, None]).sqrt()
+    shift[:rank] = -place[:rank] @ centre
+    key, ask = place.clone(), shift.clone()
+    key[-1] = marker * (_SHARPNESS / (_MARK * width**0.5))
+    ask[-1] = size**0.5
+    basis = torch.cat([basis, marker[None]])
+    mix = nn.init.orthogonal_(torch.empty(width, width))
+    value = mix - mix @ basis.T @ basis
+    heads = attention.num_heads
+    attention.qkv.weight.copy_(torch.cat([place.repeat(heads, 1), key.repeat(heads, 1), value]))
+    attention.qkv.bias.copy_(torch.cat([ask.repeat(heads), shift.repeat(heads), -value @ centre]))
+    attention.out.weight.copy_(mix.T)
+    return basis
+
+
+def learn_as_wide(net: Transformer, last: nn.Module) -> None:
+    """Gains of the norms begin at REFERENCE_WIDTH / width, the weights that read them as much smaller: one function.
+
+    An AdamW step changes what a matrix gives by about lr x width x gain, so that a narrow model moves as far in a step
+    as the papers' width does at the same optim.lr (what muP does by a rate for each matrix: Yang et al. 2022,
+    https://arxiv.org/abs/2203.03466, table 8). At REFERENCE_WIDTH and above nothing changes.
+    """
+    pairs: list[tuple[nn.Module, nn.Module]] = [(net.norm, last)]
+    for block in net.blocks:
+        assert isinstance(block, Block)
+        pairs += [(block.norm1, block.attention.qkv), (block.norm2, block.mlp.up)]
+    for norm, reader in pairs:
+        assert isinstance(norm.weight, Tensor) and isinstance(reader.weight, Tensor)
+        gain = max(1.0, REFERENCE_WIDTH / norm.weight.shape[0])
+        norm.weight.mul_(gain)
+        reader.weight.div_(gain)
