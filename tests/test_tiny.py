@@ -87,7 +87,7 @@ def learn(lab: Lab, name: str, *overrides: str) -> Result:
     before = quality(build(configuration.load(CONFIGS / f"{name}.yaml", settings)).model, clip)
     config.data.val_shards = ""  # scored below, where the step-0 model is
     run = train(config)
-    export = lab.root / f"export-{name}"
+    export = lab.root / f"export-{config.name}"
     main_export([str(run), "--out", str(export), "--which", "last", "--no-entropy"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     flat, _ = MeanColour().reconstruct(clip.video)
@@ -104,27 +104,43 @@ def check(result: Result, *terms: str) -> None:
     assert not [term for term in terms if not result.seen(term)]
 
 
-@pytest.mark.xfail(
-    reason="titok_tiny ends 0.1 dB below mean_colour (16.8 against 16.9): its codebook has too few codes"
-)
-def test_titok_and_one_d_piece(lab):
-    teacher = learn(lab, "titok_teacher_tiny")
+@pytest.fixture(scope="module")
+def teacher(lab) -> Result:
+    return learn(lab, "titok_teacher_tiny")
+
+
+def test_titok_teacher(teacher):
     check(teacher, "l2", "quantizer")
-    for family in ("titok", "one_d_piece"):
-        first = learn(lab, f"{family}_tiny", f"model.teacher={teacher.export}")
-        check(first, "teacher", "quantizer")
-        # the second stage begins with the first one's weights, its teacher's among them
-        second = learn(lab, f"{family}_stage2_tiny", f"model.teacher={teacher.export}", f"init_from={first.export}",
-                       f"objective.perceptual_weights={lab.lpips}")  # fmt: skip
-        check(second, "l2", "perceptual", "adversarial", "discriminator", "lecam")
-        assert abs(second.before - first.after) < 0.01
-        if family == "one_d_piece":
-            model = vtok.load(str(second.export))
-            short = [quality(model, second.clips, budget) for budget in (1, 16, 64)]
-            assert all(torch.isfinite(torch.tensor(short))) and short[-1] > short[0]
-        one, two = (vtok.load(str(r.export)).state_dict() for r in (first, second))
-        moved = {name.split(".")[0] for name in one if not torch.equal(one[name], two[name])}
-        assert "encoder" not in moved and "quantizer" not in moved and "decoder" in moved and "teacher" in moved
+
+
+@pytest.mark.xfail(
+    strict=True, reason="titok_tiny ends 0.1 dB below mean_colour (16.8 against 16.9): its codebook collapses"
+)
+def test_titok(lab, teacher):
+    check(learn(lab, "titok_tiny", f"model.teacher={teacher.export}"), "teacher", "quantizer")
+
+
+@pytest.mark.parametrize("family", ["titok", "one_d_piece"])
+def test_both_stages_run(lab, teacher, family):
+    """A few steps of each stage: every term of the loss is there; the second begins with the first one's weights."""
+    given = [f"model.teacher={teacher.export}", "trainer.max_steps=6", "optim.warmup_steps=1"]
+    first = learn(lab, f"{family}_tiny", *given, f"name={family}-short")
+    assert first.seen("teacher") and first.seen("quantizer")
+    given += [f"init_from={first.export}", f"objective.perceptual_weights={lab.lpips}", "objective.adversarial.start=2"]
+    second = learn(lab, f"{family}_stage2_tiny", *given, f"name={family}-stage2-short")
+    assert abs(second.before - first.after) < 1e-6
+    for term in ("l2", "perceptual", "adversarial", "discriminator", "lecam"):
+        assert second.seen(term), term
+    one, two = vtok.load(str(first.export)), vtok.load(str(second.export))
+    with torch.no_grad():  # the encoder and its codebook rest, the decoders learn
+        clip = Clip(first.clips.keys[:4], first.clips.video[:4])
+        assert torch.equal(one.encode(clip).indices, two.encode(clip).indices)
+    assert not torch.equal(one.teacher.out.weight, two.teacher.out.weight)
+    assert quality(two, first.clips, 8) > 0
+
+
+def test_base(lab):
+    check(learn(lab, "base_tiny"), "l2")
 
 
 VIDEO_TERMS = ("l1", "perceptual", "quantizer", "prior", "adversarial", "discriminator", "lecam")
