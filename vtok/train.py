@@ -295,7 +295,7 @@ def _quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*is deprecated. Please use `torch.distributed.*",
         ".*your dataloader is not resumable.*",  # it asks the loader alone; the cursor is in the data module's state
-        ".*module\(s\) in eval mode at the start of training.*",  # frozen parts rest on purpose (optim.freeze)
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts rest on purpose (optim.freeze)
     ):
         warnings.filterwarnings("ignore", text)
 
