@@ -196,7 +196,7 @@ def _flipped(data: bytes, count: int) -> bytes:
     ("damage", "reason"),
     [
         (lambda: b"", "0 bytes"),
-        (lambda: random.Random(0).randbytes(4000), "Invalid"),
+        (lambda: random.Random(0).randbytes(4000), "Invalid data"),
         (lambda: b"\x89PNG\r\n" + b"0" * 999, "Invalid data"),
         (lambda: sample()[: len(sample()) // 2], "Invalid data"),
         (lambda: _flipped(sample(), 2), "Invalid data"),

@@ -100,7 +100,7 @@ def allocate_levels(distortion: Tensor, valid: Tensor, *, total: int, unit: int)
     """The best lengths for each clip on its own: minimise the summed distortion, spend at most `total` tokens.
 
     Exact (dynamic programming over groups and units), for non-convex and non-monotone distortions too. Every real
-    group gets one unit at least. AdapTok (Li et al. 2025, https://arxiv.org/abs/2505.17011, eq. 6) solves an integer
+    group gets one unit at least. AdapTok (Li et al. 2025, https://arxiv.org/abs/2505.17011) solves an integer
     program whose equality constraint spans a batch; here each clip keeps its own budget, so N = 1 adapts as well.
 
     Args:

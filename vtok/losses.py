@@ -63,7 +63,7 @@ def discriminator_nonsaturating(real: Tensor, fake: Tensor, *, smoothing: float 
 
 
 def lecam(real: Tensor, fake: Tensor, *, real_average: Tensor, fake_average: Tensor) -> Tensor:
-    """LeCam regulariser (Tseng et al. 2021, https://arxiv.org/abs/2104.03310, eq. 7): real logits are held near the
+    """LeCam regulariser (Tseng et al. 2021, https://arxiv.org/abs/2104.03310): real logits are held near the
     running average of fake ones and the other way round. The averages are buffers of the caller."""
     return (real - fake_average).square().mean() + (fake - real_average).square().mean()
 

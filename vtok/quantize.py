@@ -55,7 +55,7 @@ def _float32(z: Tensor) -> Tensor:
 class FSQ(nn.Module):
     """Finite scalar quantization: bound every dimension by tanh and round it to L levels.
 
-    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3.1. Ids equal vector-quantize-pytorch's.
+    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505. Ids equal vector-quantize-pytorch's.
 
     forward: z [..., D] -> embeddings [..., D] in [-1, 1], indices [..., 1] in [0, prod(levels)).
     """
@@ -222,7 +222,7 @@ class GradientVQ(_VectorQuantizer):
 
     vector-quantize-pytorch refuses a learnable codebook with cosine similarity, which both of them use; hence our own.
     `stochastic_temperature` draws the code from softmax(cosine / temperature) in training instead of taking the nearest
-    (LARP, Wang et al. 2024, https://arxiv.org/abs/2410.21264, section 3.2); inference takes the nearest.
+    (LARP, Wang et al. 2024, https://arxiv.org/abs/2410.21264); inference takes the nearest.
 
     forward: z [..., D] -> embeddings [..., D], indices [..., 1] in [0, V).
     """
@@ -259,12 +259,12 @@ class GradientVQ(_VectorQuantizer):
 
 class LFQ(nn.Module):
     """Lookup-free quantization: the sign of every dimension (MAGVIT-v2, Yu et al. 2023,
-    https://arxiv.org/abs/2310.05737, eqs. 3-5).
+    https://arxiv.org/abs/2310.05737).
 
     The entropy term is per-sample minus batch entropy of softmax(-distance / temperature). With codes in {-1, 1}^D that
     softmax factorises over bits, so the per-sample part is an exact sum of binary entropies; the batch part is exact
     within groups of `entropy_group_bits` bits and summed over groups (an upper bound of the joint entropy, as BSQ,
-    Zhao et al. 2024, https://arxiv.org/abs/2406.07548, eq. 9): tokens x codebook is never built.
+    Zhao et al. 2024, https://arxiv.org/abs/2406.07548): tokens x codebook is never built.
 
     forward: z [..., D] -> embeddings [..., D] in {-1, 1}, indices [..., 1] in [0, 2^D), bit 0 most significant.
     """

@@ -509,7 +509,7 @@ class Model(ChunkedTokenizer):
 class Scorer(nn.Module):
     """Predicts how bad every length of a time block would be, from its latents before and after quantization.
 
-    AdapTok, Li et al. 2025, https://arxiv.org/abs/2505.17011, section 3.3: a block-causal transformer over [z, codes].
+    AdapTok, Li et al. 2025, https://arxiv.org/abs/2505.17011: a block-causal transformer over [z, codes].
     It predicts the standardised logarithm of the distortion at `levels` lengths; the mean and deviation it was trained
     with are buffers.
     """

@@ -9,7 +9,7 @@ from vtok.layers.transformer import Transformer
 
 
 class PatchDiscriminator3d(nn.Module):
-    """PatchGAN in three dimensions (Isola et al. 2017, https://arxiv.org/abs/1611.07004, 3.2): [B, 1, t, h, w] logits.
+    """PatchGAN in three dimensions (Isola et al. 2017, https://arxiv.org/abs/1611.07004): [B, 1, t, h, w] logits.
 
     The first stage keeps time (a clip may have one frame), later stages halve it while more than one is left. Group
     normalisation is fine here: a discriminator need not be causal.
@@ -36,7 +36,7 @@ class PatchDiscriminator3d(nn.Module):
 
 class TransformerDiscriminator(nn.Module):
     """A ViT over space-time patches with one logit a patch: [B, t * h * w] (LARP, Wang et al. 2024,
-    https://arxiv.org/abs/2410.21264, appendix A: a transformer where others use a convolutional PatchGAN)."""
+    https://arxiv.org/abs/2410.21264: a transformer where others use a convolutional PatchGAN)."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ Sequences are [patches | registers], patches in time order over `blocks` equal t
 | time_block_causal_last  | patches of t, all of blocks < t | patches of t, registers <= i of t, all before t   |
 
 `decoder` masks: `full`; for time blocks, registers see registers of blocks <= t, and the patch queries of block t see
-registers of blocks <= t and only their own block's queries (AdapTok, https://arxiv.org/abs/2505.17011, 3.2), so that
+registers of blocks <= t and only their own block's queries (AdapTok, https://arxiv.org/abs/2505.17011), so that
 decoding block t never needs a later token.
 """
 

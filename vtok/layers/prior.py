@@ -30,7 +30,7 @@ class PriorConfig:
 class ARPrior(nn.Module):
     """Predicts token i from the quantized vectors of tokens < i; its gradient reaches the tokenizer through them.
 
-    LARP, Wang et al. 2024, https://arxiv.org/abs/2410.21264, section 3.3. Scheduled sampling for transformers as
+    LARP, Wang et al. 2024, https://arxiv.org/abs/2410.21264. Scheduled sampling for transformers as
     Mihaylova and Martins 2019, https://arxiv.org/abs/1906.07651: a first pass without gradient samples ids, a share of
     the inputs is replaced by their vectors, the loss is taken on the pass that follows.
     """
