@@ -9,6 +9,7 @@ Letters: B clips, M chunks, C channels, T frames, H height, W width, G groups, K
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -85,22 +86,13 @@ class ChunkedTokenizer(nn.Module):
         lengths = (lengths[:, None] - starts).clamp(0, span).flatten()
         return rearrange(video, "B C (n T) H W -> (B n) C T H W", n=count), lengths, count
 
-    def _pixels(self, clip: Clip) -> Tensor:
-        """The clip's video [B, C, T, H, W] in [-1, 1], in the precision of the weights (levels become float32)."""
-        video = clip.as_float().video
-        if video is None:
-            raise ShapeError("this model reads Clip.video, and the clip has none")
-        if video.shape[1] != self.channels:
-            raise ShapeError(f"Clip.video has {video.shape[1]} channels, the model takes {self.channels}")
-        return video.to(next(self.parameters()).dtype)
-
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         """Tokens of a clip of any length and size; an image is a clip of one frame.
 
         Groups are time blocks in order; `rank` is the nesting order inside a group. 1D tokens have no place: positions
         are NaN. `budget` keeps the first tokens of every group (`vtok.types.resolve_budget`).
         """
-        pixels = self._pixels(clip)
+        pixels = pixels_of(self, clip)
         lengths = clip.frames()
         video, chunk_lengths, count = self._split(pixels, lengths)
         chunks = self.chunks(video, chunk_lengths)
@@ -210,7 +202,7 @@ class ChunkedTokenizer(nn.Module):
 
     def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
         """Take any number of frames; return the tokens of every group completed by them, or None."""
-        pixels = self._pixels(clip)
+        pixels = pixels_of(self, clip)
         if tuple(pixels.shape[3:]) != state.size or pixels.shape[0] != state.batch:
             raise ShapeError(
                 f"stream of {state.batch} videos of size {state.size} got a clip of shape {list(pixels.shape)}"
@@ -251,7 +243,7 @@ class ChunkedTokenizer(nn.Module):
             elif final:
                 state.buffer, done_blocks = None, 0
         state.cache["blocks"] = done_blocks
-        return _join(pieces)
+        return join(pieces)
 
     def init_decode_state(self, batch: int, size: tuple[int, int]) -> StreamState:
         """State of a decoding stream that makes frames of (H, W) = size."""
@@ -293,7 +285,20 @@ class ChunkedTokenizer(nn.Module):
         return None
 
 
-def _join(pieces: list[Tokens]) -> Tokens | None:
+def pixels_of(model: Any, clip: Clip) -> Tensor:
+    """The clip's video [B, C, T, H, W] in [-1, 1], in the precision of the weights (levels become float32).
+
+    Raises: ShapeError for a clip without video, or of other channels than `model.channels`.
+    """
+    video = clip.as_float().video
+    if video is None:
+        raise ShapeError("this model reads Clip.video, and the clip has none")
+    if video.shape[1] != model.channels:
+        raise ShapeError(f"Clip.video has {video.shape[1]} channels, the model takes {model.channels}")
+    return video.to(next(iter(model.parameters())).dtype)
+
+
+def join(pieces: list[Tokens]) -> Tokens | None:
     """Consecutive tokens of one stream as one Tokens, groups counted through."""
     if len(pieces) < 2:
         return pieces[0] if pieces else None
