@@ -64,6 +64,27 @@ class OptimConfig:
 
 
 @dataclass
+class AlarmConfig:
+    """Which metrics lines of training end or question a run (vtok/alarms.py). A rule is warn, stop or off, and acts
+    once `lines` lines in a row look bad."""
+
+    enabled: bool = True
+    warmup_steps: int = 500  # no rule looks at the lines before
+    lines: int = 10
+    codebook_collapse: str = "stop"
+    codebook_share: float = 0.02  # of the usage and perplexity that even use would have with as many tokens
+    discriminator_wins: str = "warn"
+    discriminator_loss: float = 0.05  # below it, with real and fake logits further apart than `logits_gap`
+    logits_gap: float = 2.0
+    discriminator_dead: str = "warn"
+    dead_tolerance: float = 0.002  # distance from the loss of a constant answer: 1 for hinge, log 2 for nonsaturating
+    divergence: str = "stop"
+    divergence_factor: float = 3.0  # loss over its lowest line so far
+    gradient_growth: str = "warn"
+    gradient_factor: float = 30.0  # gradient norm over the median of the last lines that looked well
+
+
+@dataclass
 class TrainerConfig:
     max_steps: int = 1000
     max_minutes: float | None = None  # stop at a step boundary after this wall time; the schedule follows the clock
@@ -80,6 +101,7 @@ class TrainerConfig:
     checkpoint_minutes: float = 10.0
     checkpoint_every: int = 0  # steps; 0 = by minutes only
     max_bad_steps: int = 3  # non-finite losses or gradients in a row before the run stops
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     progress: bool = True
     tensorboard: bool = True
     statistics_clips: int = 256  # training clips for a model that begins from statistics (`fit_statistics`)
