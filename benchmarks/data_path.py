@@ -28,8 +28,10 @@ from itertools import islice
 import av
 import torch
 
-from vtok.data.pipeline import TrainingStream, View, endless, make_loader, seeded
+from vtok.data.order import endless, seeded
+from vtok.data.pipeline import TrainingStream, make_loader
 from vtok.data.sources import MEDIA, ShardReader, open_sources
+from vtok.data.view import View
 
 Work = list[tuple[int, str, float, int]]  # (sample's place, suffix, start in seconds, frames)
 

@@ -14,7 +14,8 @@ import vtok
 from vtok import bitstream, codec
 from vtok import export as shipping
 from vtok.bitstream import Reader
-from vtok.data.decode import DecodeError, iter_frames, probe, write_video
+from vtok.data.decode import DecodeError, iter_frames, probe
+from vtok.data.encode import write_video
 from vtok.export import fit_entropy
 from vtok.loading import Identity, identify
 from vtok.types import Clip, to_uint8
@@ -133,7 +134,7 @@ def test_sizes_rates_and_still_images(tmp_path):
 
 
 def test_validation_and_encode_see_the_same_pixels():
-    from vtok.data.pipeline import View, fit
+    from vtok.data.view import View, fit
 
     frame = moving(1, 37, 53)[0]
     same = fit(torch.from_numpy(frame)[None], View(num_frames=1, size=(16, 24), crop="center"), None)

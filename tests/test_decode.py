@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from vtok.data.decode import DecodeError, VideoReader, decode_window, iter_frames, probe, write_video
+from vtok.data.decode import DecodeError, VideoReader, decode_window, iter_frames, probe
+from vtok.data.encode import write_video
 
 
 def encode(frames, **keywords) -> bytes:

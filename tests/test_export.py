@@ -21,7 +21,7 @@ import vtok
 from vtok import config as vtok_config
 from vtok import export as shipping
 from vtok.bundle import BundleError, bundle
-from vtok.data.decode import write_video
+from vtok.data.encode import write_video
 from vtok.loading import ExportError, load_run, model_id, weights_sha256
 from vtok.types import Clip
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from vtok import strategy
-from vtok.data.decode import write_video
+from vtok.data.encode import write_video
 
 ROOT = Path(__file__).parent.parent
 SHARDS, SAMPLES = 5, 8

@@ -28,8 +28,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vtok.bitstream import CODINGS, Chunk, DamagedFile, Footer, Header, Reader, Writer, read_footer
-from vtok.data.decode import VideoReader, probe, write_video
-from vtok.data.pipeline import View, fit
+from vtok.data.decode import VideoReader, probe
+from vtok.data.encode import write_video
+from vtok.data.view import View, fit
 from vtok.loading import identify, load_any
 from vtok.types import Clip, Streaming, Tokens, to_uint8
 
@@ -306,7 +307,7 @@ def decode_file(
     """Decode a .vtok file to a video file, lossless (FFV1) by default. It appears under `out` only once complete.
 
     Args:
-        codec, crf, options: as `vtok.data.decode.write_video`; the container follows `out`'s suffix (.mkv for ffv1).
+        codec, crf, options: as `vtok.data.encode.write_video`; the container follows `out`'s suffix (.mkv for ffv1).
     Raises: as `decode_frames`; ValueError where the codec does not go with the container.
     """
     out = Path(out)

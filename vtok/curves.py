@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
-from vtok.data.decode import write_video
+from vtok.data.encode import write_video
 
 
 def plain(value: Any) -> Any:

@@ -21,13 +21,16 @@ from rich.table import Table
 
 from vtok.config import DataConfig, EvalConfig, from_dict
 from vtok.evaluator import Evaluator, durations, select
-from vtok.layers.perceptual import load_lpips
+from vtok.layers.perceptual import file_sha256, load_lpips
 from vtok.metrics.codecs import CODECS
 from vtok.metrics.controls import CONTROLS
+from vtok.metrics.i3d import load_i3d
+from vtok.metrics.inception import load_inception
+from vtok.rows import check_same_weights
 
 log = logging.getLogger(__name__)
 
-# (key, heading, decimals): what fits in 80 columns; eval.json and the report hold everything
+# (key, heading, decimals); eval.json and the report hold everything
 COLUMNS = (
     ("method", "method", 0),
     ("budget", "tokens", 0),
@@ -38,8 +41,11 @@ COLUMNS = (
     ("ssim", "SSIM", 3),
     ("tdiff_psnr_db", "tdiff", 2),
     ("lpips", "LPIPS", 3),
+    ("rfvd", "rFVD", 1),
+    ("rfid", "rFID", 1),
     ("worse_share", "worse", 2),
 )
+SPARE = ("worse_share", "tdiff_psnr_db", "entropy_bits_mean", "budget")  # left out in this order beyond 80 columns
 
 
 def _cell(row: dict[str, Any], key: str, decimals: int) -> str:
@@ -50,10 +56,20 @@ def _cell(row: dict[str, Any], key: str, decimals: int) -> str:
     return text + "*" if key == "bits_mean" and row.get("below_floor") else text
 
 
+def _fitting(columns: list[tuple[str, str, int]], rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """The columns without as many of SPARE as a terminal of 80 columns has no room for."""
+    for key in (None, *SPARE):
+        columns = [each for each in columns if each[0] != key]
+        widths = [max(len(head), *(len(_cell(row, name, n)) for row in rows)) for name, head, n in columns]
+        if sum(widths) + len(widths) + 2 <= 80:
+            break
+    return columns
+
+
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     """The rows that matter for a terminal of 80 columns: each budget with everything that was given its bits."""
     rows = result["rows"]
-    columns = [each for each in COLUMNS if any(row.get(each[0]) is not None for row in rows)]
+    columns = _fitting([each for each in COLUMNS if any(row.get(each[0]) is not None for row in rows)], rows)
     table = Table(
         title=f"{result['model']}: {result['clips']} clips of {result['shards'] or 'the given set'}",
         box=box.SIMPLE_HEAD,
@@ -68,7 +84,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     out = console or Console()
     out.print(table)
     keys = {key for key, _, _ in columns}
-    said = ["PSNR and tdiff (of frame differences) in dB"]
+    said = ["PSNR and tdiff (of frame differences) in dB" if "tdiff_psnr_db" in keys else "PSNR in dB"]
     said += ["coded: entropy-coded bits"] if "entropy_bits_mean" in keys else []
     said += ["worse: share of clips below the budget before"] if "worse_share" in keys else []
     said += ["*: for some clips the fewest bits the codec can write"] if any(r.get("below_floor") for r in rows) else []
@@ -131,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that run codecs")
     parser.add_argument("--lpips", help="LPIPS weights; default: the run's eval.lpips_weights")
     parser.add_argument("--lpips-sha256", help="their hash")
+    parser.add_argument("--fvd", help="I3D weights for rFVD; default: the run's eval.fvd_weights")
+    parser.add_argument("--fvd-sha256", help="their hash")
+    parser.add_argument("--fid", help="Inception weights for rFID; default: the run's eval.fid_weights")
+    parser.add_argument("--fid-sha256", help="their hash")
     parser.add_argument("--batch-size", type=int, help="clips per batch")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0)
@@ -163,9 +183,9 @@ def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
 
 def _loader(data: DataConfig, shards: str, *, clips: int | None, setting: str) -> Any:
     """Batches of the middle window and centre crop of each clip, the same for training and validation clips."""
-    from vtok.data.module import view_of
     from vtok.data.pipeline import ValidationSet, make_loader
     from vtok.data.sources import open_sources
+    from vtok.data.view import view_of
 
     held = ValidationSet(
         open_sources(shards, root=data.root, cache_dir=data.cache_dir, setting=setting)[0],
@@ -213,8 +233,10 @@ def main(argv: list[str] | None = None) -> int:
             if options.train_shards:
                 raise
             log.warning("no training clips, so no dct, downsample and entropy coding: %s", error)
-    weights = settings.lpips_weights if options.lpips is None else options.lpips
-    sha256 = settings.lpips_sha256 if options.lpips_sha256 is None else options.lpips_sha256
+    nets = {}
+    for name, load in (("lpips", load_lpips), ("fvd", load_i3d), ("fid", load_inception)):
+        weights, sha256 = _weights(name, options, settings)
+        nets[name] = load(weights, sha256) if weights else None
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     budgets = [int(part) for part in _names(options.budgets)] if options.budgets else settings.budgets
     evaluator = Evaluator(
@@ -224,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
         budgets=budgets,
         controls=settings.controls if options.controls is None else _names(options.controls),
         codecs=settings.codecs if options.codecs is None else _names(options.codecs),
-        lpips=load_lpips(weights, sha256) if weights else None,
+        lpips=nets["lpips"],
+        fvd=nets["fvd"],
+        fid=nets["fid"],
         fps=data.fps,
         device=device,
         seed=options.seed,

@@ -28,8 +28,11 @@ from vtok.bundle import bundle
 from vtok.card import describe, model_card
 from vtok.codec import main_decode, main_encode
 from vtok.config import RunConfig, load_family, to_dict, to_yaml
-from vtok.data.decode import DecodeError
-from vtok.data.pipeline import BrokenSample, ShardReader, View, collate, load_sample, one_pass, open_sources, seeded
+from vtok.data.order import one_pass, seeded
+from vtok.data.sample import collate, load_sample
+from vtok.data.sources import BrokenSample, ShardReader, open_sources
+from vtok.data.strict import DecodeError
+from vtok.data.view import view_of
 from vtok.entropy import StaticModel, factors_of
 from vtok.loading import (
     CODE,
@@ -189,14 +192,7 @@ def training_clips(config: RunConfig, *, limit: int) -> Iterator[Clip]:
     Raises: ValueError where there are no shards, or no clip in them.
     """
     data = config.data
-    view = View(
-        num_frames=data.num_frames,
-        size=(data.size[0], data.size[1]),
-        fps=data.fps,
-        crop=data.crop,
-        scale=(data.scale[0], data.scale[1]),
-        max_pixels=data.max_pixels,
-    )
+    view = view_of(data)
     sources = open_sources(data.shards, root=data.root, cache_dir=data.cache_dir)
     reader = ShardReader([shard for source in sources for shard in source], cache_dir=data.cache_dir)
     samples = one_pass(reader, seed=data.seed, epoch=0, stream=0, streams=1, shuffle_buffer=data.shuffle_buffer)

@@ -32,8 +32,8 @@ import vtok
 from vtok import strategy
 from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
+from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
-from vtok.data.pipeline import TooManyBroken
 from vtok.lit import SCHEDULES, LitCompressor, LitTokenizer, NonFiniteError
 from vtok.loop import Conductor, touch
 from vtok.types import ShapeError

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from vtok.config import DataConfig
-from vtok.data.pipeline import TrainingStream, ValidationSet, View, make_loader
+from vtok.data.pipeline import TrainingStream, ValidationSet, make_loader
 from vtok.data.sources import Shard, open_sources
+from vtok.data.view import view_of
 from vtok.types import Clip
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,6 @@ FIXED = {
     "weights": "data.weights",
     "shards": "the shards under data.shards (hash of their names and sizes)",
 }
-
-
-def view_of(config: DataConfig) -> View:
-    """The part of the configuration that says what the model sees of a clip. Raises ValueError for bad values."""
-    if len(config.size) != 2 or len(config.scale) != 2:
-        raise ValueError(f"data.size={config.size} and data.scale={config.scale} must have two entries each")
-    return View(
-        num_frames=config.num_frames,
-        size=(config.size[0], config.size[1]),
-        fps=config.fps,
-        crop=config.crop,
-        scale=(config.scale[0], config.scale[1]),
-        hflip=config.hflip,
-        max_pixels=config.max_pixels,
-    )
 
 
 def fingerprint(sources: list[list[Shard]]) -> str:

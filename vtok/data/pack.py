@@ -27,9 +27,11 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from vtok.data.decode import FORMATS, DecodeError, VideoInfo, iter_frames, probe, write_video
+from vtok.data.decode import VideoInfo, iter_frames, probe
+from vtok.data.encode import write_video
 from vtok.data.inputs import VIDEO_SUFFIXES, Reject
 from vtok.data.sources import MEDIA
+from vtok.data.strict import FORMATS, DecodeError
 
 RECORDS = ".shards"  # folder of records in the output folder
 MAGIC = (

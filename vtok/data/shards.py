@@ -33,9 +33,10 @@ from typing import Any
 import av
 from rich.console import Console
 
-from vtok.data.decode import DecodeError, VideoInfo, probe
+from vtok.data.decode import VideoInfo, probe
 from vtok.data.inputs import Inputs, Reject, Row, collect
 from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_atomically, write_shard
+from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
 from vtok.data.workers import Notify, WorkerError, Workers
 

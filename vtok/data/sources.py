@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vtok.data.decode import IMAGE_SUFFIXES
+from vtok.data.strict import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = (
     ".mp4",

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from vtok.data.decode import write_video
+from vtok.data.encode import write_video
 from vtok.data.synthetic_pixels import render
 from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene
 

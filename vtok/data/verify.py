@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtok.data.decode import DecodeError, iter_frames, probe
+from vtok.data.decode import iter_frames, probe
 from vtok.data.sources import MEDIA
+from vtok.data.strict import DecodeError
 from vtok.data.workers import Notify, Workers
 
 FIELDS = ("caption", "captions", "label", "qa", "source", "start_s", "duration_s", "fps", "width", "height")
