@@ -1,0 +1,201 @@
+"""Causality in time: convolutions and attention that never see later frames, and what they keep for a stream.
+
+    cache None    a whole video at once
+    cache {}      the beginning of a stream: the same result, and what the next frames need is left in it
+    cache filled  the stream goes on, module by module where it stopped: any cuts give the whole's result
+
+Tensors are [B, C, T, H, W]. Most are laid out channels last in memory (a norm over channels and tokens for attention are
+then views, and its kernels are 1.5 times as fast as a norm over dimension 1), which is no part of any contract here.
+
+Letters: B clips, C channels, T frames, H, W pixels; N sequences, D width, P past frames.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vtok.layers.transformer import Attention
+
+Cache = dict[nn.Module, Any]  # what each causal module keeps of the past, by the module itself
+Axes = tuple[int, int, int]  # time, height, width
+
+ROTARY_BASE = 100.0  # windows are some tens of frames at most: language's 10000 would leave most pairs unturned
+MAX_SEQUENCES = 32768  # of one attention call: CUDA kernels take a grid of at most 65535
+
+
+def begins(module: nn.Module, cache: Cache | None) -> bool:
+    """Whether this call holds the video's first frame; marks `module` in the cache as begun."""
+    if cache is None:
+        return True
+    begun = module in cache
+    cache.setdefault(module, True)
+    return not begun
+
+
+def check_padding(padding: str) -> None:
+    if padding not in ("replicate", "zero"):
+        raise ValueError(f"temporal_padding={padding!r} is unknown; choose replicate or zero")
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution over time and space that looks at the present and the past: [B, C, 1 + st n, H, W] -> 1 + n frames.
+
+    Before the first frame stand copies of it (padding "replicate") or zeros ("zero"); a stream keeps the last
+    kernel - stride frames. Space is padded with zeros by (kernel - 1) / 2 on both sides.
+
+    skip adds the mean of a window of the input to the output, as one convolution with another kernel, so it costs
+    nothing: "add" (y = conv(x) + mean(x)), "blend" (y = a mean(x) + (1 - a) conv(x), a learned, 1/2 at first) and
+    "none". The window is, on each axis, the last `stride` places of the kernel if stride > 1 and the present place else;
+    "blend" averages all places in time there.
+    Raises: ValueError for kernels smaller than strides in time, even spatial kernels, and unknown choices.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: Axes = (3, 3, 3),
+        *,
+        stride: Axes = (1, 1, 1),
+        padding: str = "replicate",
+        skip: str = "none",
+    ):
+        check_padding(padding)
+        if kernel[0] < stride[0]:
+            raise ValueError(f"kernel={kernel[0]} frames is less than stride={stride[0]}: frames would be skipped")
+        if not kernel[1] % 2 or not kernel[2] % 2:
+            raise ValueError(f"kernel={kernel} is even in space; choose odd sizes, so that the grid keeps its place")
+        if skip not in ("none", "add", "blend"):
+            raise ValueError(f"skip={skip!r} is unknown; choose none, add or blend")
+        if skip != "none" and in_channels != out_channels:
+            raise ValueError(f"skip={skip!r} needs equal channels, not {in_channels} and {out_channels}")
+        space = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=space)
+        self.temporal_padding, self.skip = padding, skip
+        self.kernel, self.strides, self.space = kernel, stride, space
+        self.mix = nn.Parameter(torch.zeros(1)) if skip == "blend" else None
+
+    def window(self) -> tuple[slice, slice, slice]:
+        """Places of the kernel that the skip averages."""
+        t, h, w = self.kernel
+        frames = slice(0 if self.skip == "blend" and self.strides[0] > 1 else t - self.strides[0], t)
+        rows, columns = ((slice(n // 2, n // 2 + s)) for n, s in zip((h, w), self.strides[1:]))
+        return frames, rows, columns
+
+    def effective_weight(self) -> Tensor:
+        """The kernel with the skip in it: [out, in, kt, kh, kw]."""
+        if self.skip == "none":
+            return self.weight
+        share: Tensor | float = 1.0 if self.mix is None else self.mix.sigmoid()
+        weight = self.weight.clone() if self.mix is None else self.weight * (1 - share)
+        places = weight.diagonal()[self.window()]  # [kt, kh, kw, C], a view
+        places += share / math.prod(places.shape[:3])
+        return weight
+
+    @torch.no_grad()
+    def begin_as_identity(self) -> None:
+        """Give back the present frame (channels repeated, where there are more of them out than in)."""
+        self.weight.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.skip != "add":
+            for first in range(0, self.out_channels, self.in_channels):
+                part = self.weight[first : first + self.in_channels]
+                part.diagonal()[-1, self.kernel[1] // 2, self.kernel[2] // 2] = 1
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # type: ignore[override]
+        weight, kernel = self.effective_weight(), self.kernel[0]
+        if kernel == 1:
+            return self.convolve(x, weight)
+        past = None if cache is None else cache.get(self)
+        keep = kernel - self.strides[0]
+        if past is None and x.shape[2] == 1:
+            # One frame, an image: the kernel's slices all meet the same frame, or zeros, and one slice does.
+            if cache is not None:
+                cache[self] = self.before(x, keep - 1, x) if keep else x[:, :, :0].detach()
+            weight = weight.sum(2, keepdim=True) if self.temporal_padding == "replicate" else weight[:, :, -1:]
+            return self.convolve(x, weight)
+        x = torch.cat([self.before(x, kernel - 1) if past is None else past, x], 2)
+        if cache is not None:
+            cache[self] = x[:, :, x.shape[2] - keep :].detach().clone()
+        return self.convolve(x, weight)
+
+    def before(self, x: Tensor, frames: int, *then: Tensor) -> Tensor:
+        """What stands before the first frame of x: [B, C, frames, H, W], and `then` behind it, as a cache keeps it."""
+        first = x[:, :, :1].expand(-1, -1, frames, -1, -1)
+        if self.temporal_padding == "zero":
+            first = torch.zeros_like(first)
+        return torch.cat([first, *then], 2).detach() if then else first
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution without padding in time; two-dimensional where the kernel is, which is faster."""
+        (st, sh, sw), (_, ph, pw), kernel = self.strides, self.space, weight.shape[2:]
+        if kernel[0] == 1:
+            flat = x.transpose(1, 2).flatten(0, 1)  # [B T, C, H, W], a view where channels are last in memory
+            flat = F.conv2d(flat, weight[:, :, 0], self.bias, (sh, sw), (ph, pw))
+            return flat.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        if kernel[1:] == (1, 1) and (sh, sw) == (1, 1):
+            flat = F.conv2d(x.flatten(3), weight[..., 0], self.bias, (st, 1))  # [B, C, T, H W]
+            return flat.unflatten(3, x.shape[3:])
+        return F.conv3d(x, weight, self.bias, self.strides, self.space)
+
+
+def rotate(x: Tensor, positions: Tensor, *, base: float = ROTARY_BASE) -> Tensor:
+    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864): [..., L, D] turned by positions [L]; D even.
+
+    Dot products of turned queries and keys depend on differences of positions only.
+    """
+    half = x.shape[-1] // 2
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rate = base ** (-torch.arange(half, device=x.device, dtype=precise) / half)
+    angle = positions.to(precise)[:, None] * rate
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def causal_window(queries: int, keys: int, window: int, *, device: torch.device | None = None) -> Tensor:
+    """[queries, keys] bool: the last `queries` of `keys` frames look at themselves and window - 1 frames before."""
+    q = torch.arange(keys - queries, keys, device=device)[:, None]
+    k = torch.arange(keys, device=device)
+    return (k <= q) & (k > q - window)
+
+
+class CausalAttention(Attention):
+    """Self-attention over time with a bounded memory: [N, T, D] -> [N, T, D].
+
+    A frame looks at itself and the `window` - 1 frames before it; positions are rotary, so nothing depends on how long
+    the stream has run and the cache holds window - 1 keys and values.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, window: int, qk_norm: bool = True, bias: bool = True):
+        super().__init__(width, num_heads, qk_norm=qk_norm, bias=bias)
+        if window < 1:
+            raise ValueError(f"temporal_window={window} must be at least 1 frame, the present one")
+        if width // num_heads % 2:
+            raise ValueError(f"width={width} over num_heads={num_heads} is odd: rotary positions turn pairs")
+        self.window = window
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # type: ignore[override]
+        q, k, v = rearrange(self.qkv(x), "N T (three H D) -> three N H T D", three=3, H=self.num_heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        past = None if cache is None else cache.get(self)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        if cache is not None:
+            first = max(k.shape[2] - (self.window - 1), 0)
+            cache[self] = (k[:, :, first:].detach().clone(), v[:, :, first:].detach().clone())
+        positions = torch.arange(k.shape[2], device=x.device)
+        q, k = rotate(q, positions[-q.shape[2] :]), rotate(k, positions)
+        mask = None
+        if q.shape[2] > 1 or k.shape[2] > self.window:
+            mask = causal_window(q.shape[2], k.shape[2], self.window, device=x.device)
+        parts = zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))
+        out = [F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts]
+        return self.out(rearrange(out[0] if len(out) == 1 else torch.cat(out), "N H T D -> N T (H D)"))
