@@ -29,6 +29,9 @@ class DataConfig:
 
     shards: str = ""  # folder with index.json, a brace pattern of tars, https: or pipe:; several joined by "::"
     weights: list[float] | None = None  # sampling weight of each "::" part (images and videos mixed); None: by size
+    # With one of the next two every batch comes from one part, drawn by weights, the same on every rank: no padding.
+    part_frames: list[int] | None = None  # frames a clip of each part; 1 = images, or single frames of its videos
+    part_batch_sizes: list[int] | None = None  # clips per rank and step of each part; None: batch_size for all
     val_shards: str = ""  # held-out shards; split by source video, see `vtok shards`
     root: str = ""  # prefix of relative paths in shards and val_shards
     cache_dir: str = ""  # local copies of https: and pipe: shards; "" = none
@@ -117,6 +120,10 @@ class EvalConfig:
     codecs: list[str] = field(default_factory=lambda: ["x264", "x265", "av1"])
     lpips_weights: str = ""  # path of LPIPS weights; "" = LPIPS is null and says so
     lpips_sha256: str = ""
+    fvd_weights: str = ""  # path of I3D weights (Kinetics-400); "" = rFVD is null and says so
+    fvd_sha256: str = ""
+    fid_weights: str = ""  # path of Inception weights (2015-12-05); "" = rFID is null and says so
+    fid_sha256: str = ""
 
 
 @dataclass

@@ -215,6 +215,29 @@ def _resolve_shards(data: DataConfig, options: argparse.Namespace) -> tuple[str,
     return val, train
 
 
+def _weights(name: str, options: argparse.Namespace, settings: EvalConfig) -> tuple[str, str]:
+    """(path, sha256) of a metric's weights: the command's, else the run's, each by itself.
+
+    So another path must hold the run's own weights, unless the command gives another hash too (or an empty one).
+    """
+    path, sha256 = getattr(options, name), getattr(options, f"{name}_sha256")
+    path = getattr(settings, f"{name}_weights") if path is None else path
+    sha256 = getattr(settings, f"{name}_sha256") if sha256 is None else sha256
+    return path, sha256
+
+
+def _check_previous(written: Path, evaluator: Evaluator) -> None:
+    """Raises ValueError when a table stands there that was measured with other weights."""
+    try:
+        previous = json.loads(written.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # none, or one that a kill cut short
+    try:
+        check_same_weights({**previous, "model": str(written)}, {"model": "this run", "weights": evaluator.weights})
+    except ValueError as error:
+        raise ValueError(f"{error}, with the same weights, or name another folder: --out DIR") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """`vtok eval RUN_OR_EXPORT [options]`: writes eval.json and report.html, prints the table."""
     options = _parser().parse_args(argv)
@@ -233,10 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.train_shards:
                 raise
             log.warning("no training clips, so no dct, downsample and entropy coding: %s", error)
-    nets = {}
-    for name, load in (("lpips", load_lpips), ("fvd", load_i3d), ("fid", load_inception)):
-        weights, sha256 = _weights(name, options, settings)
-        nets[name] = load(weights, sha256) if weights else None
+    lpips, fvd, fid = (_weights(name, options, settings) for name in ("lpips", "fvd", "fid"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     budgets = [int(part) for part in _names(options.budgets)] if options.budgets else settings.budgets
     evaluator = Evaluator(
@@ -246,9 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         budgets=budgets,
         controls=settings.controls if options.controls is None else _names(options.controls),
         codecs=settings.codecs if options.codecs is None else _names(options.codecs),
-        lpips=nets["lpips"],
-        fvd=nets["fvd"],
-        fid=nets["fid"],
+        lpips=load_lpips(*lpips) if lpips[0] else None,
+        fvd=load_i3d(*fvd) if fvd[0] else None,
+        fid=load_inception(*fid) if fid[0] else None,
         fps=data.fps,
         device=device,
         seed=options.seed,
@@ -260,8 +280,11 @@ def main(argv: list[str] | None = None) -> int:
     from vtok.loading import is_run
 
     source = Path(options.model)
-    result = evaluator.run(model=source.name, shards=val_shards)
+    if lpips[0]:
+        evaluator.weights["lpips"] = {"sha256": file_sha256(lpips[0])}
     out = options.out or (source / "eval" if is_run(source) else Path("eval"))
+    _check_previous(out / "eval.json", evaluator)
+    result = evaluator.run(model=source.name, shards=val_shards)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False)
     (out / "eval.json").write_text(text + "\n", encoding="utf-8")

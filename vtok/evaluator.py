@@ -4,7 +4,8 @@
     2. a static entropy model fitted on the training clips' ids prices the validation ids
     3. controls, fitted on training clips, and codecs, searched per clip, at the mean nominal bits of each budget
 
-Every number is a mean over clips of one number per clip. What is undefined is null, and the row's `note` says why.
+Every number is a mean over clips of one number per clip, but for rFVD and rFID, which compare sets of features. What is
+undefined is null, and the row's `note` says why.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vtok.metrics.codecs import CODECS, Point, Workers, sweep_clips
 from vtok.metrics.codecs import describe as describe_codec
 from vtok.metrics.controls import CONTROLS, Downsample, fit_control, repeat_last
 from vtok.metrics.distortion import clip_lpips, clip_psnr, clip_ssim, clip_tdiff_psnr
+from vtok.metrics.frechet import FeatureCache, FeatureNet, FrechetDistance
 from vtok.metrics.rate import CodebookUsage
 from vtok.rows import SCHEMA, Row, environment, without_nan
 from vtok.types import Clip, Tokens, to_uint8
@@ -71,7 +73,8 @@ class Evaluator:
         val: batches of uint8 clips, read twice: a list, or a loader with a fixed order.
         train: batches of uint8 clips for everything that is fitted; None leaves those methods out, and says so.
         budgets: tokens per clip. controls, codecs: names, see vtok.metrics.
-        lpips: network from `load_lpips`, or None. fps: frames per second of the clips where they do not say.
+        lpips, fvd, fid: networks from `load_lpips`, `load_i3d`, `load_inception`, or None.
+        fps: frames per second of the clips where they do not say.
         profile, processes: of the codecs. codec_clips: at most this many of the first clips go through the codecs.
         progress: show bars.
     """
@@ -86,6 +89,8 @@ class Evaluator:
         controls: Sequence[str] = CONTROLS,
         codecs: Sequence[str] = (),
         lpips: LPIPS | None = None,
+        fvd: FeatureNet | None = None,
+        fid: FeatureNet | None = None,
         fps: float | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
@@ -110,6 +115,10 @@ class Evaluator:
         self.train = train
         self.control_names, self.codec_names = list(controls), list(codecs)
         self.lpips = lpips.to(self.device) if lpips is not None else None
+        given = {"rfvd": fvd, "rfid": fid}
+        # features of originals are computed once for all rows
+        self.frechet = {name: FeatureCache(net.to(self.device)) for name, net in given.items() if net is not None}
+        self.weights = {name: {"sha256": c.net.sha256, "features": c.net.about} for name, c in self.frechet.items()}
         self.fps, self.seed, self.profile = fps, seed, profile
         self.processes, self.codec_clips = processes, codec_clips
         self.bar = Progress(
@@ -192,6 +201,10 @@ class Evaluator:
         if self.lpips is not None and video.shape[1] == 3:
             there = recon.to(self.device), video.to(self.device), lengths.to(self.device)
             row.add(lpips=clip_lpips(self.lpips, *there))
+        for name, cache in self.frechet.items() if video.shape[1] == 3 else ():
+            if name not in row.frechet:
+                row.frechet[name] = FrechetDistance(cache.net, cache=cache)
+            row.frechet[name].update(recon, video, lengths)
 
     def _rate(self, row: Row, clip: Clip, bits: Tensor, tokens: Tensor | None = None) -> None:
         assert clip.video is not None
@@ -220,6 +233,7 @@ class Evaluator:
                         row.add(entropy_bits=entropy.bits(tokens))
         for at, row in enumerate(rows):
             row.extra = usage[at].compute() if usage else {}
+            row.settle()
             if entropy is None:
                 row.notes.append(f"entropy-coded bits: {reason}")
             if not sizes:
@@ -304,6 +318,7 @@ class Evaluator:
                 self._score(row, clip, found[0])
                 self._rate(row, clip, found[1])
         for row in rows:
+            row.settle()
             control = self.controls[row.method]
             if row.budget is None:
                 row.notes.append("one rate of its own" + ("" if row.method != "mean_frame" else ": the frame as a PNG"))
@@ -359,6 +374,7 @@ class Evaluator:
             assert clip.video is not None
             self._score(row, clip, _to_frames(point.video[None], clip.video.shape[2]))
             self._rate(row, clip, torch.tensor([float(point.bits)], dtype=torch.float64))
+        row.settle()
         measured = [point for point in points if point is not None]
         row.extra["below_floor"] = sum(not p.fits for p in measured) / len(measured) if measured else None
         row.notes.append(describe_codec(points, rate, codec=row.method, profile=self.profile))
@@ -387,9 +403,16 @@ class Evaluator:
             "family": self.family,
             "shards": shards,
             "clips": len(self.keys),
+            "weights": self.weights,
             "environment": environment(self.device, seed=self.seed),
             "rows": [
-                row.finish(ours=row.method == self.family, lpips=self.lpips is not None, seed=self.seed) for row in rows
+                row.finish(
+                    ours=row.method == self.family,
+                    lpips=self.lpips is not None,
+                    seed=self.seed,
+                    frechet=tuple(self.frechet),
+                )
+                for row in rows
             ],
             "per_clip": {"keys": self.keys, "psnr_db": per_clip},
         }

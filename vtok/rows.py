@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from vtok.metrics.codecs import encoder_versions
+from vtok.metrics.frechet import FrechetDistance
 
 SCHEMA = 1
 RESAMPLES = 1000  # of the bootstrap
 DISTORTIONS = ("psnr_db", "ssim", "tdiff_psnr_db", "lpips")
+# of whole sets, not means over clips: the metric, the key of its sample's size, the setting its weights come from
+FRECHET = {"rfvd": ("rfvd_clips", "eval.fvd_weights"), "rfid": ("rfid_frames", "eval.fid_weights")}
 
 
 def bootstrap(values: Tensor, *, seed: int) -> list[float] | None:
@@ -41,6 +44,7 @@ class Row:
     values: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    frechet: dict[str, FrechetDistance] = field(default_factory=dict)  # by name, until `settle`
 
     def add(self, **columns: Tensor | Sequence[float]) -> None:
         for name, column in columns.items():
@@ -55,8 +59,19 @@ class Row:
         defined = defined[~defined.isnan()]
         return float(defined.mean()) if len(defined) else math.nan
 
-    def finish(self, *, ours: bool, lpips: bool, seed: int) -> dict[str, Any]:
-        """The row of eval.json. ours: of the tokenizer, not of a control. lpips: its weights were there."""
+    def settle(self) -> None:
+        """Turn the sums of rFVD and rFID, 67 MB for the latter, into numbers, once every clip was added."""
+        for name, metric in self.frechet.items():
+            self.extra |= {name: float(metric.compute()), FRECHET[name][0]: int(metric.samples)}
+            if remark := metric.remark():
+                self.notes.append(f"{name}: {remark}")
+        self.frechet = {}
+
+    def finish(self, *, ours: bool, lpips: bool, seed: int, frechet: Sequence[str] = ()) -> dict[str, Any]:
+        """The row of eval.json, after `settle`.
+
+        ours: of the tokenizer, not of a control. lpips: its weights were there. frechet: those of FRECHET that had.
+        """
         out: dict[str, Any] = {
             "method": self.method,
             "budget": self.budget,
@@ -69,6 +84,7 @@ class Row:
             "bits_per_second": self.mean("bits_per_second"),
             **{name: self.mean(name) for name in DISTORTIONS},
             "psnr_db_ci": bootstrap(self.tensor("psnr_db"), seed=seed),
+            **{key: None for name, (samples, _) in FRECHET.items() for key in (name, samples)},
             "worse_share": None,
             "encode_seconds_per_clip": self.mean("encode_s"),
             "decode_seconds_per_clip": self.mean("decode_s"),
@@ -82,6 +98,11 @@ class Row:
                 notes.append("lpips: no weights were given (eval.lpips_weights)")
             elif math.isnan(out["lpips"]):
                 notes.append("lpips: compares RGB only")
+            for name, (_, setting) in FRECHET.items():
+                if name not in frechet:
+                    notes.append(f"{name}: no weights were given ({setting})")
+                elif out[name] is None:
+                    notes.append(f"{name}: compares RGB only")
             if math.isnan(out["ssim"]):
                 notes.append("ssim: frames are smaller than its 11 x 11 window")
             if math.isnan(out["tdiff_psnr_db"]):
@@ -92,6 +113,20 @@ class Row:
                 notes.append("psnr_db_ci: needs two clips")
         out["note"] = "; ".join(notes) or None
         return out
+
+
+def check_same_weights(*evaluations: Mapping[str, Any]) -> None:
+    """Raises ValueError when two contents of eval.json hold a metric measured with different weight files."""
+    seen: dict[str, tuple[str, str]] = {}
+    for at, each in enumerate(evaluations):
+        where = str(each.get("model") or f"table {at}")
+        for name, weights in (each.get("weights") or {}).items():
+            other, first = seen.setdefault(name, (weights["sha256"], where))
+            if other != weights["sha256"]:
+                raise ValueError(
+                    f"{name} of {first} was measured with weights of sha256 {other}, of {where} with "
+                    f"{weights['sha256']}: the numbers do not compare; measure one of them again"
+                )
 
 
 def without_nan(value: Any) -> Any:
