@@ -1,0 +1,41 @@
+"""Losses: plain functions and small modules. Videos are [B, C, T, H, W] in [-1, 1]; results are scalars unless stated.
+
+pixels.py       reconstruction, perceptual distance, learned variance
+adversarial.py  discriminators' and generators' losses, and both players in one backward
+codebook.py     what a step reports of its ids
+"""
+
+from vtok.losses.adversarial import (
+    Adversarial,
+    AdversarialConfig,
+    adaptive_weight,
+    discriminator_hinge,
+    discriminator_nonsaturating,
+    discriminator_wgan,
+    feature_matching,
+    generator_adversarial,
+    generator_nonsaturating,
+    gradient_penalty,
+    lecam,
+)
+from vtok.losses.codebook import codebook_report
+from vtok.losses.pixels import LogVariance, frame_mask, perceptual, reconstruction
+
+__all__ = [
+    "Adversarial",
+    "AdversarialConfig",
+    "LogVariance",
+    "adaptive_weight",
+    "codebook_report",
+    "discriminator_hinge",
+    "discriminator_nonsaturating",
+    "discriminator_wgan",
+    "feature_matching",
+    "frame_mask",
+    "generator_adversarial",
+    "generator_nonsaturating",
+    "gradient_penalty",
+    "lecam",
+    "perceptual",
+    "reconstruction",
+]
