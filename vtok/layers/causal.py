@@ -4,8 +4,8 @@
     cache {}      the beginning of a stream: the same result, and what the next frames need is left in it
     cache filled  the stream goes on, module by module where it stopped: any cuts give the whole's result
 
-Tensors are [B, C, T, H, W]. Most are laid out channels last in memory (a norm over channels and tokens for attention are
-then views, and its kernels are 1.5 times as fast as a norm over dimension 1), which is no part of any contract here.
+Tensors are [B, C, T, H, W]. Most are laid out channels last in memory (a norm over channels and tokens for attention
+are then views, and its kernel is 1.5 times as fast as a norm over dimension 1), which is no part of any contract here.
 
 Letters: B clips, C channels, T frames, H, W pixels; N sequences, D width, P past frames.
 """
@@ -13,6 +13,7 @@ Letters: B clips, C channels, T frames, H, W pixels; N sequences, D width, P pas
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ class CausalConv3d(nn.Conv3d):
 
     skip adds the mean of a window of the input to the output, as one convolution with another kernel, so it costs
     nothing: "add" (y = conv(x) + mean(x)), "blend" (y = a mean(x) + (1 - a) conv(x), a learned, 1/2 at first) and
-    "none". The window is, on each axis, the last `stride` places of the kernel if stride > 1 and the present place else;
-    "blend" averages all places in time there.
+    "none". The window is, on each axis, the last `stride` places of the kernel if stride > 1, else the present place;
+    "blend" averages all of a strided kernel's places in time. The bias stands outside of the blend.
+    grown: what `inflate_2d` does with channels that an image model lacks: "repeat", "bands" (zeros) or "" (an error).
     Raises: ValueError for kernels smaller than strides in time, even spatial kernels, and unknown choices.
     """
 
@@ -65,6 +67,7 @@ class CausalConv3d(nn.Conv3d):
         stride: Axes = (1, 1, 1),
         padding: str = "replicate",
         skip: str = "none",
+        grown: str = "",
     ):
         check_padding(padding)
         if kernel[0] < stride[0]:
@@ -80,6 +83,9 @@ class CausalConv3d(nn.Conv3d):
         self.temporal_padding, self.skip = padding, skip
         self.kernel, self.strides, self.space = kernel, stride, space
         self.mix = nn.Parameter(torch.zeros(1)) if skip == "blend" else None
+        self.grown = grown
+        in_time = kernel[0] > 1 and (kernel[1:] == (1, 1) or stride[0] > 1)
+        self.temporal_only = in_time and stride[1:] == (1, 1)
 
     def window(self) -> tuple[slice, slice, slice]:
         """Places of the kernel that the skip averages."""
@@ -199,3 +205,65 @@ class CausalAttention(Attention):
         parts = zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))
         out = [F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts]
         return self.out(rearrange(out[0] if len(out) == 1 else torch.cat(out), "N H T D -> N T (H D)"))
+
+
+def inflate_2d(state: Mapping[str, Tensor], module: nn.Module, *, mode: str = "last") -> list[str]:
+    """Load the weights of an image model into the video model of the same architecture; returns the keys it lacked.
+
+    A kernel [O, I, kh, kw] (or [O, I, 1, kh, kw]) becomes [O, I, kt, kh, kw]: mode "last" puts it at the present frame
+    and zeros elsewhere (as Open-MAGVIT2 does, Luo et al. 2024, https://arxiv.org/abs/2409.04410), "mean" spreads it
+    evenly (Carreira and Zisserman 2017, https://arxiv.org/abs/1705.07750). Modules that act in time only, which an
+    image model lacks, become the identity. So one frame, or a still video, gives exactly the image model's result (in
+    mode "mean" and with blends or averages in time, only under padding "replicate").
+    Raises: ValueError for keys that the module lacks, keys missing of what acts in space, and shapes that do not fit;
+        nothing is loaded then.
+    """
+    if mode not in ("last", "mean"):
+        raise ValueError(f"mode={mode!r} is unknown; choose last or mean")
+    target = module.state_dict()
+    unknown = sorted(set(state) - set(target))
+    if unknown:
+        raise ValueError(f"{len(unknown)} keys of the image model are not in the video model, such as {unknown[0]}")
+    missing = [key for key in target if key not in state]
+    begun: dict[str, Any] = {}
+    for key in missing:
+        parts = key.split(".")
+        for depth in range(1, len(parts)):
+            name = ".".join(parts[:depth])
+            owner = module.get_submodule(name)
+            if getattr(owner, "temporal_only", False) and not any(k.startswith(name + ".") for k in state):
+                begun[name] = owner
+                break
+        else:
+            raise ValueError(f"{key} is missing from the image model, and acts in space: is it the same architecture?")
+    filled = {}
+    for key, value in state.items():
+        owner = module.get_submodule(key.rpartition(".")[0])
+        filled[key] = _inflate(key, value, target[key], getattr(owner, "grown", ""), mode)
+    for owner in begun.values():
+        owner.begin_as_identity()
+    module.load_state_dict({**module.state_dict(), **filled})
+    return missing
+
+
+def _inflate(key: str, value: Tensor, target: Tensor, grown: str, mode: str) -> Tensor:
+    """One tensor of `inflate_2d`. grown: "repeat" (channels out are copies), "bands" (new channels are zero) or ""."""
+    given = tuple(value.shape)
+    if target.ndim == 5:
+        value = value[:, :, None] if value.ndim == 4 else value
+        if value.ndim == 5 and value.shape[2] == 1 and target.shape[2] > 1:
+            frames = target.shape[2]
+            value = (
+                value.repeat(1, 1, frames, 1, 1) / frames
+                if mode == "mean"
+                else F.pad(value, (0,) * 4 + (frames - 1, 0))
+            )
+    if value.ndim == target.ndim > 0 and value.shape != target.shape:
+        if grown == "repeat" and target.shape[0] % value.shape[0] == 0:
+            value = value.repeat(target.shape[0] // value.shape[0], *[1] * (value.ndim - 1))
+        elif grown == "bands" and all(v <= t for v, t in zip(value.shape[:2], target.shape[:2])):
+            lacking = [t - v for v, t in zip(value.shape[:2], target.shape[:2])]
+            value = F.pad(value, [0, 0] * (value.ndim - len(lacking)) + [n for m in reversed(lacking) for n in (0, m)])
+    if value.shape != target.shape:
+        raise ValueError(f"{key} is {given} in the image model and does not inflate to {tuple(target.shape)}")
+    return value.to(target)
