@@ -26,22 +26,23 @@ SMALL = View(num_frames=4, size=(16, 16), fps=6.0, scale=(0.5, 1.0), hflip=0.5)
 
 
 @functools.cache
-def movie(level: int = 0, frames: int = 24, height: int = 18, width: int = 24) -> bytes:
+def movie(level: int = 0, frames: int = 24, height: int = 18, width: int = 24, container: str = "mov") -> bytes:
     """Frame k: left half grey 4 k, right half grey `level`, a gradient below, so crops and flips show."""
     file = io.BytesIO()
     picture = np.zeros((frames, height, width, 3), np.uint8)
     picture[:, :, : width // 2] = 4 * np.arange(frames, dtype=np.uint8)[:, None, None, None]
     picture[:, :, width // 2 :] = level
     picture[:, height // 2 :] += np.arange(width, dtype=np.uint8)[None, None, :, None]
-    write_video(file, torch.from_numpy(picture), fps=12, codec="png", container="mov")  # exact ticks: 1/12 s
+    codec = "ffv1" if container == "matroska" else "png"
+    write_video(file, torch.from_numpy(picture), fps=12, codec=codec, container=container)  # mov: exact ticks: 1/12 s
     return file.getvalue()
 
 
 @functools.cache
-def photo(level: int = 0) -> bytes:
+def photo(level: int = 0, kind: str = "png") -> bytes:
     file = io.BytesIO()
     picture = np.full((1, 20, 30, 3), level, np.uint8)
-    write_video(file, torch.from_numpy(picture), fps=1, codec="png", container="image2pipe")
+    write_video(file, torch.from_numpy(picture), fps=1, codec={"jpg": "mjpeg"}.get(kind, kind), container="image2pipe")
     return file.getvalue()
 
 

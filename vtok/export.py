@@ -30,7 +30,7 @@ from vtok.codec import main_decode, main_encode
 from vtok.config import RunConfig, load_family, to_dict, to_yaml
 from vtok.data.order import one_pass, seeded
 from vtok.data.sample import collate, load_sample
-from vtok.data.sources import BrokenSample, ShardReader, open_sources
+from vtok.data.sources import BrokenSample, ShardReader, every_shard
 from vtok.data.strict import DecodeError
 from vtok.data.view import view_of
 from vtok.entropy import StaticModel, factors_of
@@ -193,8 +193,8 @@ def training_clips(config: RunConfig, *, limit: int) -> Iterator[Clip]:
     """
     data = config.data
     view = view_of(data)
-    sources = open_sources(data.shards, root=data.root, cache_dir=data.cache_dir)
-    reader = ShardReader([shard for source in sources for shard in source], cache_dir=data.cache_dir)
+    shards = every_shard(data.shards, root=data.root, cache_dir=data.cache_dir)
+    reader = ShardReader(shards, cache_dir=data.cache_dir)
     samples = one_pass(reader, seed=data.seed, epoch=0, stream=0, streams=1, shuffle_buffer=data.shuffle_buffer)
 
     def items() -> Iterator[Any]:

@@ -32,6 +32,7 @@ class Health:
     def __init__(self, *, max_bad_fraction: float, quarantine: str | Path | None, seed: int, where: str) -> None:
         self.limit, self.quarantine, self.seed, self.where = max_bad_fraction, quarantine, seed, where
         self.seen = self.broken = self.in_a_row = 0
+        self.judging = True  # False while a resume counts again what came before
         self.reported: set[tuple[str, str]] = set()
         self.known = read_quarantine(quarantine, seed=seed) if quarantine is not None else {}
 
@@ -51,7 +52,8 @@ class Health:
             log.warning("broken sample %r in %s (%s): %s", key or "(shard)", shard, self.where, reason)
             self._write({"seed": self.seed, "epoch": epoch, "shard": shard, "key": key, "reason": reason, "lost": lost})
         allowed = max(self.limit * self.seen, MIN_BROKEN - 1 if self.limit > 0 else 0)
-        if self.in_a_row > MAX_IN_A_ROW or self.broken > allowed and (self.seen >= MIN_SEEN or self.limit == 0):
+        judged = self.judging and (self.seen >= MIN_SEEN or self.limit == 0)
+        if self.in_a_row > MAX_IN_A_ROW or judged and self.broken > allowed:
             raise TooManyBroken(
                 f"{self.broken} of {self.seen} samples seen are broken ({self.where}), above "
                 f"data.max_bad_fraction={self.limit}; the last one: {key or shard!r}: {reason}. "

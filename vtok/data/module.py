@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vtok.config import DataConfig
+from vtok.data.buckets import check_parts
 from vtok.data.pipeline import TrainingStream, ValidationSet, make_loader
 from vtok.data.sources import Shard, open_sources
 from vtok.data.view import view_of
@@ -33,6 +34,7 @@ FIXED = {
     "seed": "data.seed",
     "shuffle_buffer": "data.shuffle_buffer",
     "weights": "data.weights",
+    "part_batch_sizes": "data.part_batch_sizes (data.batch_size where data.part_frames is given alone)",
     "shards": "the shards under data.shards (hash of their names and sizes)",
 }
 
@@ -64,6 +66,9 @@ class ClipDataModule(lightning.LightningDataModule):
             raise ValueError(f"data.num_workers={config.num_workers} must be 0 or more")
         if config.shuffle_buffer < 0:
             raise ValueError(f"data.shuffle_buffer={config.shuffle_buffer} must be 0 (the shards' own order) or more")
+        if self.bucketed and config.shards:
+            parts = {"part_frames": config.part_frames, "part_batch_sizes": config.part_batch_sizes}
+            check_parts(len(config.shards.split("::")), shards=config.shards, **parts)
         if not 0 <= config.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction={config.max_bad_fraction} is a share of the samples, 0 to 1")
 
@@ -74,6 +79,11 @@ class ClipDataModule(lightning.LightningDataModule):
     @property
     def world(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def bucketed(self) -> bool:
+        """Whether every batch comes from one part of data.shards."""
+        return self.config.part_frames is not None or self.config.part_batch_sizes is not None
 
     @property
     def quarantine(self) -> Path | None:
@@ -108,6 +118,8 @@ class ClipDataModule(lightning.LightningDataModule):
             world=self.world,
             start=self._batches,
             weights=config.weights,
+            part_frames=config.part_frames,
+            part_batch_sizes=config.part_batch_sizes,
             shuffle_buffer=config.shuffle_buffer,
             cache_dir=config.cache_dir,
             max_bad_fraction=config.max_bad_fraction,
@@ -121,7 +133,9 @@ class ClipDataModule(lightning.LightningDataModule):
         if self._opened is None:
             config = self.config
             root, cache = config.root, config.cache_dir
-            self._opened = open_sources(config.shards, weights=config.weights, root=root, cache_dir=cache)
+            self._opened = open_sources(
+                config.shards, weights=config.weights, apart=self.bucketed, root=root, cache_dir=cache
+            )
         return self._opened
 
     def val_dataloader(self) -> DataLoader | list[Any]:
@@ -160,8 +174,15 @@ class ClipDataModule(lightning.LightningDataModule):
             "seed": config.seed,
             "shuffle_buffer": config.shuffle_buffer,
             "weights": None if config.weights is None else [float(w) for w in config.weights],
+            "part_batch_sizes": self._part_batch_sizes(),
             "shards": fingerprint(self._sources()),
         }
+
+    def _part_batch_sizes(self) -> list[int] | None:
+        config = self.config
+        if not self.bucketed:
+            return None
+        return [int(n) for n in config.part_batch_sizes or [config.batch_size] * len(config.shards.split("::"))]
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches, **self._fixed()}
@@ -170,9 +191,9 @@ class ClipDataModule(lightning.LightningDataModule):
         """Raises ValueError where the stream would not be the one of the checkpoint, naming both values."""
         now = self._fixed()
         changed = [
-            f"{FIXED[name]} was {state_dict[name]!r} and is {now[name]!r}"
+            f"{FIXED[name]} was {state_dict.get(name)!r} and is {now[name]!r}"
             for name in FIXED
-            if state_dict[name] != now[name]
+            if state_dict.get(name) != now[name]
         ]
         if changed:
             raise ValueError(

@@ -83,25 +83,39 @@ def _dealt(count: int, seed: int, epoch: int, stream: int, streams: int, source:
 
 
 def whole_epochs(
-    shards: Sequence[Shard], known: dict[Any, str], *, samples: int, seed: int, stream: int, streams: int
+    shards: Sequence[Shard],
+    known: dict[Any, str],
+    *,
+    samples: int,
+    seed: int,
+    stream: int,
+    streams: int,
+    source: int = 0,
+    label: Callable[[int], str] | None = None,
 ) -> tuple[int, int, int]:
     """(epochs, their good samples, their broken ones) that a stream was through before `samples` good ones were given.
 
     From what index.json and the quarantine file say, so that a resume replays the last epoch alone. Fewer, down to 0,
     where those do not tell: shards without an index, damaged ones, some that could not be read for a while.
+
+    label: how the quarantine file calls a shard, given its number; None: by its name.
     """
+    names = [shards[i].name if label is None else label(i) for i in range(len(shards))]
+    here = set(names)
     broken: Counter[tuple[int, str]] = Counter()
     unclear: set[int] = set()
     for epoch, name, key in known:
+        if name not in here:  # another source's
+            continue
         if epoch is None:
             return 0, 0, 0
         broken[epoch, name] += 1
         unclear |= {epoch} if key.startswith(WHOLE_SHARD) else set()
     epoch, passed, lost = 0, 0, 0
-    clear = all(shard.samples for shard in shards) and len({shard.name for shard in shards}) == len(shards)
+    clear = all(shard.samples for shard in shards) and len(set(names)) == len(shards)
     while clear and epoch not in unclear:
-        mine, turn, sharing = _dealt(len(shards), seed, epoch, stream, streams, 0)
-        spoilt = sum(broken[epoch, shards[i].name] for i in mine)
+        mine, turn, sharing = _dealt(len(shards), seed, epoch, stream, streams, source)
+        spoilt = sum(broken[epoch, names[i]] for i in mine)
         if sharing > 1 and spoilt:  # whose turn the broken ones were is not known
             break
         given = sum(len(range(turn, shards[i].samples or 0, sharing)) for i in mine) - spoilt
@@ -111,28 +125,32 @@ def whole_epochs(
     return epoch, passed, lost
 
 
+def passes(
+    reader: ShardReader, *, source: int = 0, first_epoch: int = 0, **keywords: Any
+) -> Iterator[tuple[int, int, Sample]]:
+    """(source, epoch, sample) without end: what one stream gets of one source, epoch after epoch."""
+    epoch, idle = first_epoch, 0
+    while True:
+        idle += 1
+        shard_of: dict[str, int] = {}
+        for sample in one_pass(reader, epoch=epoch, source=source, **keywords):
+            idle = 0
+            if sample.key and shard_of.setdefault(sample.key, sample.shard) != sample.shard:
+                other = reader.shards[shard_of[sample.key]].name
+                sample = sample._replace(problem=f"the key is also in shard {other}")
+            yield source, epoch, sample
+        if idle > keywords["streams"]:
+            raise ValueError(f"no samples in {len(reader.shards)} shards, e.g. {reader.shards[0].url}")
+        epoch += 1
+
+
 def endless(
     readers: Sequence[ShardReader], *, weights: Sequence[float] | None, first_epoch: int = 0, **keywords: Any
-) -> Iterator[Any]:
+) -> Iterator[tuple[int, int, Sample]]:
     """(source, epoch, sample) without end: passes over one source, or draws from several by weight."""
-
-    def passes(source: int) -> Iterator[tuple[int, int, Sample]]:
-        reader = readers[source]
-        epoch, idle = first_epoch, 0
-        while True:
-            idle += 1
-            shard_of: dict[str, int] = {}
-            for sample in one_pass(reader, epoch=epoch, source=source, **keywords):
-                idle = 0
-                if sample.key and shard_of.setdefault(sample.key, sample.shard) != sample.shard:
-                    other = reader.shards[shard_of[sample.key]].name
-                    sample = sample._replace(problem=f"the key is also in shard {other}")
-                yield source, epoch, sample
-            if idle > keywords["streams"]:
-                raise ValueError(f"no samples in {len(reader.shards)} shards, e.g. {reader.shards[0].url}")
-            epoch += 1
-
-    streams = [passes(source) for source in range(len(readers))]
+    streams = [
+        passes(reader, source=source, first_epoch=first_epoch, **keywords) for source, reader in enumerate(readers)
+    ]
     if weights is None or len(readers) == 1:
         yield from streams[0]
     rng = seeded(keywords["seed"], "mix", keywords["stream"], keywords["streams"])

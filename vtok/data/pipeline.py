@@ -1,13 +1,13 @@
 """Shards in, uint8 `Clip` batches out. The stages, in order:
 
 1. shard list     a folder with index.json, a brace or glob pattern of tars, a list, https: or pipe: (through a local
-                  cache); several sources joined by "::", concatenated, or mixed by weight           -> `open_sources`
-2. split          by (rank, worker): shards are dealt to streams anew every epoch; where there are fewer shards than
-                  streams, the streams of a shard take every n-th of its samples, so none is idle and none is lost
+                  cache); several sources joined by "::", concatenated, mixed by weight inside a batch, or in batches
+                  of one source each (`vtok.data.buckets`)                              -> `vtok.data.sources`
+2. split          by (rank, worker): every stream gets its share of each epoch          -> `vtok.data.order`
 3. shuffle        seeded: the shards of an epoch, then the samples in a buffer. Stages 1 to 3 handle references
                   (shard, key, byte ranges) only: after a resume the last epoch is replayed from tar headers
-4. decode         a window of `num_frames` at `fps` with a random start (`vtok.data.decode`); a clip that is shorter
-                  than the window comes whole, with its length; an image is a 1-frame clip
+4. decode         a window of `num_frames` at `fps` with a random start; a clip that is shorter than the window comes
+                  whole, with its length; an image is a 1-frame clip                    -> `vtok.data.view`
 5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip
 6. batch          uint8 [B, 3, T, H, W] padded with repeats of the last frame to the longest clip, `lengths`, `times`
 
@@ -25,6 +25,7 @@ Legend: B batch, T frames, H height, W width.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -32,15 +33,16 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vtok.data.buckets import Bucket, Schedule, make_buckets
 from vtok.data.health import Health
-from vtok.data.order import WHOLE_SHARD, endless, seeded, whole_epochs
+from vtok.data.order import WHOLE_SHARD, endless, passes, seeded, whole_epochs
 from vtok.data.sample import Item, collate, load_sample
 from vtok.data.sources import BrokenSample, Shard, ShardReader, open_sources
 from vtok.data.strict import DecodeError
@@ -57,6 +59,7 @@ class TrainingStream(IterableDataset):
 
     start: batches of this rank already consumed; the stream goes on with the next one. A fresh loader asks worker 0
     first, so worker i takes the stream whose turn it is, (i + start) mod workers.
+    part_frames, part_batch_sizes: with one of them every batch comes from one source (`vtok.data.buckets`).
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class TrainingStream(IterableDataset):
         world: int = 1,
         start: int = 0,
         weights: Sequence[float] | None = None,
+        part_frames: Sequence[int] | None = None,
+        part_batch_sizes: Sequence[int] | None = None,
         shuffle_buffer: int = 256,
         cache_dir: str | Path = "",
         max_bad_fraction: float = 0.01,
@@ -78,8 +83,11 @@ class TrainingStream(IterableDataset):
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be 1 or more")
         self.readers = [ShardReader(shards, cache_dir=cache_dir) for shards in sources]
-        self.view, self.batch_size, self.seed, self.weights = view, batch_size, seed, weights
-        self.rank, self.world, self.start, self.shuffle_buffer = rank, world, start, shuffle_buffer
+        parts = {"part_frames": part_frames, "part_batch_sizes": part_batch_sizes}
+        self.buckets = make_buckets(sources, view=view, batch_size=batch_size, weights=weights, **parts)
+        self.schedule = Schedule([bucket.weight for bucket in self.buckets], seed=seed)
+        self.seed, self.weights, self.shuffle_buffer = seed, weights, shuffle_buffer
+        self.rank, self.world, self.start = rank, world, start
         self.max_bad_fraction, self.quarantine = max_bad_fraction, quarantine
 
     def __len__(self) -> int:
@@ -88,37 +96,60 @@ class TrainingStream(IterableDataset):
     def __iter__(self) -> Iterator[Clip]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        turn = (worker + self.start) % workers
-        skip = max(
-            0, math.ceil((self.start - turn) / workers)
-        )  # batches this stream has given: turn, turn + workers, ...
-        return self._batches(self.rank * workers + turn, self.world * workers, skip * self.batch_size)
+        turn = (worker + self.start) % workers  # this stream gives the batches turn, turn + workers, ...
+        stream, streams = self.rank * workers + turn, self.world * workers
+        where = f"stream {stream} of {streams}"
+        health = Health(max_bad_fraction=self.max_bad_fraction, quarantine=self.quarantine, seed=self.seed, where=where)
+        given = self.schedule.counts(self.start, turn=turn, step=workers)
+        sources = [
+            self._items(bucket, health, skip=done * bucket.batch_size, stream=stream, streams=streams)
+            for bucket, done in zip(self.buckets, given)
+        ]
+        health.judging = False  # broken samples are a share of all that was seen, not of the first part's
+        for items in sources:
+            next(items)
+        health.judging = True
+        for number in count(turn + sum(given) * workers, workers):
+            part = self.schedule.part(number)
+            bucket, items = self.buckets[part], sources[part]
+            yield collate([next(items) for _ in range(bucket.batch_size)], frames=bucket.frames)
 
-    def _batches(self, stream: int, streams: int, skip: int) -> Iterator[Clip]:
+    def _label(self, source: int, shard: int) -> str:
+        """How the quarantine calls a shard. Parts may hold the same shard, and see other windows of its clips."""
+        name = self.readers[source].shards[shard].name
+        return f"{source}:{name}" if len(self.buckets) > 1 else name
+
+    def _items(self, bucket: Bucket, health: Health, *, skip: int, stream: int, streams: int) -> Iterator[Any]:
+        """None once `skip` good samples are passed over, then good samples without end."""
         keywords: dict[str, Any] = {
             "seed": self.seed,
             "stream": stream,
             "streams": streams,
             "shuffle_buffer": self.shuffle_buffer,
         }
-        where = f"stream {stream} of {streams}"
-        health = Health(max_bad_fraction=self.max_bad_fraction, quarantine=self.quarantine, seed=self.seed, where=where)
-        items: list[Item] = []
 
         def whole(source: int, shard: int) -> str:  # in place of a key: names may be equal, and other streams luckier
-            return f"{WHOLE_SHARD} {shard} of source {source}, for {where})"
+            return f"{WHOLE_SHARD} {shard} of source {source}, for {health.where})"
 
         keywords["unread"] = lambda epoch, source, shard: health.is_known(
-            epoch, self.readers[source].shards[shard].name, whole(source, shard)
+            epoch, self._label(source, shard), whole(source, shard)
         )
         first = 0
-        if len(self.readers) == 1 and self.quarantine is not None:
-            here = {"seed": self.seed, "stream": stream, "streams": streams}
-            first, passed, health.broken = whole_epochs(self.readers[0].shards, health.known, samples=skip, **here)
-            skip, health.seen = skip - passed, passed + health.broken
-        for source, epoch, sample in endless(self.readers, weights=self.weights, first_epoch=first, **keywords):
-            reader = self.readers[source]
-            shard = reader.shards[sample.shard].name
+        if len(bucket.sources) == 1:
+            (source,) = bucket.sources
+            keywords["source"] = source
+            if self.quarantine is not None:
+                here = {"seed": self.seed, "stream": stream, "streams": streams, "source": source}
+                shards, label = self.readers[source].shards, functools.partial(self._label, source)
+                first, passed, broken = whole_epochs(shards, health.known, samples=skip, label=label, **here)
+                skip, health.seen, health.broken = skip - passed, health.seen + passed + broken, health.broken + broken
+            references = passes(self.readers[source], first_epoch=first, **keywords)
+        else:
+            references = endless(self.readers, weights=self.weights, **keywords)
+        if not skip:
+            yield None
+        for source, epoch, sample in references:
+            reader, shard = self.readers[source], self._label(source, sample.shard)
             if sample.passing:
                 key = whole(source, sample.shard)
                 again = health.is_known(epoch, shard, key)
@@ -133,17 +164,17 @@ class TrainingStream(IterableDataset):
             if skip:
                 skip -= 1
                 health.good()
+                if not skip:
+                    yield None
                 continue
             rng = seeded(self.seed, epoch, sample.key)
             try:
-                items.append(load_sample(reader, sample, self.view, rng=rng, key=f"{epoch}:{sample.key}"))
+                item = load_sample(reader, sample, bucket.view, rng=rng, key=f"{epoch}:{sample.key}")
             except (DecodeError, BrokenSample, OSError) as error:
                 health.bad(epoch, shard, sample.key, str(error))
                 continue
             health.good()
-            if len(items) == self.batch_size:
-                yield collate(items)
-                items = []
+            yield item
 
 
 class ValidationSet(IterableDataset):
@@ -268,7 +299,8 @@ def training_batches(
     **keywords: Any,
 ) -> Iterator[Clip]:
     """The training stream without Lightning: endless uint8 batches. keywords: those of `TrainingStream`."""
-    sources = open_sources(shards, weights=weights, root=root, cache_dir=cache_dir)
+    apart = keywords.get("part_frames") is not None or keywords.get("part_batch_sizes") is not None
+    sources = open_sources(shards, weights=weights, apart=apart, root=root, cache_dir=cache_dir)
     stream = TrainingStream(
         sources, view=view, batch_size=batch_size, seed=seed, weights=weights, cache_dir=cache_dir, **keywords
     )

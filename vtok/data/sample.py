@@ -48,10 +48,10 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     return Item(key, fit(frames, view, rng), times.float(), caption, qa)
 
 
-def collate(items: Sequence[Item]) -> Clip:
-    """Items as one batch, padded with repeats of the last frame (and its time) to the longest."""
+def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
+    """Items as one batch, padded with repeats of the last frame (and its time) to `frames`; None: to the longest."""
     counts = [item.video.shape[1] for item in items]
-    most = max(counts)
+    most = frames or max(counts)
     first = items[0].video
     video = torch.empty((len(items), 3, most, *first.shape[2:]), dtype=torch.uint8)
     times = torch.empty((len(items), most))

@@ -90,6 +90,7 @@ def open_sources(
     shards: str | Sequence[str],
     *,
     weights: Sequence[float] | None = None,
+    apart: bool = False,
     root: str | Path = "",
     cache_dir: str | Path = "",
     setting: str = "data.shards",
@@ -99,9 +100,11 @@ def open_sources(
     Args:
         shards: sources joined by "::", or a list of them; each a folder, a pattern, https: or pipe:.
         weights: sampling weight of each source; None makes one source of all.
+        apart: each part is a source of its own, with or without weights, and several parts may hold the same shards
+            (batches of one part each: videos and single frames of the same videos).
         root: prefix of relative paths. cache_dir: needed for https: and pipe:.
         setting: name of the setting, for messages.
-    Returns: one list of shards a weight, or one list. Raises: ValueError naming the setting, its value and the fix.
+    Returns: one list of shards a part, or one list. Raises: ValueError naming the setting, its value and the fix.
     """
     parts = [part.strip() for part in (shards.split("::") if isinstance(shards, str) else shards)]
     if not parts or not all(parts):
@@ -116,10 +119,19 @@ def open_sources(
     if weights is not None and not all(w > 0 for w in weights):
         raise ValueError(f"data.weights={list(weights)} must all be above 0; leave a source out of {setting} instead")
     every = [shard for source in sources for shard in source]
-    twice = [url for url, times in Counter(shard.url for shard in every).items() if times > 1]
-    if twice:
-        raise ValueError(f"{setting} lists {sorted(twice)[:3]} more than once; use data.weights to repeat data")
-    return sources if weights is not None else [every]
+    for listed in sources if apart else [every]:
+        twice = [url for url, times in Counter(shard.url for shard in listed).items() if times > 1]
+        if twice:
+            raise ValueError(f"{setting} lists {sorted(twice)[:3]} more than once; use data.weights to repeat data")
+    return sources if apart or weights is not None else [every]
+
+
+def every_shard(
+    shards: str | Sequence[str], *, root: str | Path = "", cache_dir: str | Path = "", setting: str = "data.shards"
+) -> list[Shard]:
+    """Each shard of all parts, once: for statistics over the data, where parts and weights play no role."""
+    sources = open_sources(shards, apart=True, root=root, cache_dir=cache_dir, setting=setting)
+    return list({shard.url: shard for source in sources for shard in source}.values())
 
 
 def _open_source(part: str, *, root: str, cache_dir: str, setting: str) -> list[Shard]:
