@@ -27,10 +27,10 @@ def test_tiles_cover_an_axis_and_neighbours_share_the_overlap(size, tile, overla
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tile, overlap", TILES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_identity_is_reproduced_to_the_bit(size, tile, overlap, dtype):
-    x = torch.randn(2, 3, 2, *size).to(dtype)
-    assert torch.equal(tiled(lambda part: part, x, tile=tile, overlap=overlap), x)
+def test_the_identity_is_reproduced_to_the_bit(tile, overlap, dtype):
+    for size in SIZES:
+        x = torch.randn(2, 3, 2, *size).to(dtype)
+        assert torch.equal(tiled(lambda part: part, x, tile=tile, overlap=overlap), x)
 
 
 @pytest.mark.parametrize("scale_in, scale_out", [((4, 2), (1, 1)), ((1, 1), (2, 4)), ((2, 2), (3, 1))])
@@ -94,7 +94,7 @@ def transformer_decoder() -> nn.Module:
     config = SpaceTimeConfig(
         width=32, num_heads=2, decoder_spatial="tw", decoder_temporal=1, window=[4, 4], temporal_window=2
     )
-    decoder = SpaceTimeDecoder(config, latent_dim=4, stride=(2, 8, 8))
+    decoder = SpaceTimeDecoder(config, latent_channels=4, stride=(2, 8, 8))
     for parameter in decoder.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.1)
@@ -150,8 +150,8 @@ def test_streams_by_tiles_equal_tiles_of_the_whole():
     config = SpaceTimeConfig(
         width=16, num_heads=2, encoder_spatial="t", encoder_temporal=1, decoder_spatial="t", decoder_temporal=1
     )
-    encoder = SpaceTimeEncoder(config, latent_dim=4, stride=(2, 4, 4), num_frames=5).double()
-    decoder = SpaceTimeDecoder(config, latent_dim=4, stride=(2, 4, 4), num_frames=5).double()
+    encoder = SpaceTimeEncoder(config, latent_channels=4, stride=(2, 4, 4), num_frames=5).double()
+    decoder = SpaceTimeDecoder(config, latent_channels=4, stride=(2, 4, 4), num_frames=5).double()
     x = torch.randn(1, 3, 9, 28, 36, dtype=torch.float64)
     cut: dict = {"stride": (4, 4), "tile": 4, "overlap": 1}
     z = encode_tiled(encoder, x, **cut)

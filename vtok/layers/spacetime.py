@@ -4,9 +4,11 @@
     latents --> temporal blocks --> spatial blocks -- patches --> video     (decoder)
 
 The first frame has an embedding and a head of its own (a patch of one frame), every later latent frame those of a patch
-of `st` frames: an image is a video of one frame. Both presets are settings of the same two classes: OmniTokenizer
+of `st` frames: an image is a video of one frame. Two published tokenizers are settings of these classes: OmniTokenizer
 (Wang et al. 2024, https://arxiv.org/abs/2406.09399), with windows in some spatial blocks, and Phenaki's C-ViViT
-(Villegas et al. 2022, https://arxiv.org/abs/2210.02399), with whole frames in all of them.
+(Villegas et al. 2022, https://arxiv.org/abs/2210.02399), with whole frames in all of them. A patch may be smaller than
+the stride: patches are then merged between spatial blocks, which a wide stride needs (8 x 16 x 16 pixels of 3 channels
+are 6144 values, and a width of 512 keeps no more than 512 of them).
 
 Temporal attention looks back over a bounded window and knows differences of times only. So any length works, and a
 stream carries the keys and values of the last `temporal_window - 1` latent frames of each temporal block and nothing
@@ -22,31 +24,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from einops import rearrange
 from torch import Tensor, nn
 
+from vtok.layers.causal import Cache
+from vtok.layers.patch_embed import PatchEmbed, PatchHead
 from vtok.layers.positions import Positions
 from vtok.layers.rotary import Rotation, rotate, rotation, rotation_2d
 from vtok.layers.transformer import MLP, Attention, make_norm
 from vtok.layers.windows import alibi_slopes, attend, causal_window_attend, window_attend
 
-Cache = dict[nn.Module, Any]  # what each causal module keeps of the past, keyed by the module itself
+Axes = tuple[int, int, int]  # time, height, width
 
 
 @dataclass
 class SpaceTimeConfig:
     width: int = 512
     num_heads: int = 8
-    encoder_spatial: str = "ttww"  # a letter a block: t = the whole frame, w = windows, s = windows shifted by half
+    patch: list[int] | None = None  # (frames, height, width); None: the stride. Smaller ones are merged at an "m"
+    # a letter a block: t = the whole frame, w = windows, s = windows shifted by half. m is no block: here patches are
+    # merged to the stride, in the decoder split again, so that the blocks before (there: after) have a finer grid
+    encoder_spatial: str = "ttww"
     encoder_temporal: int = 4  # blocks of causal attention along time
     decoder_temporal: int = 4
     decoder_spatial: str = "tttt"
     window: list[int] = field(default_factory=lambda: [8, 8])  # (height, width) of a window in patches
-    temporal_window: int | None = (
-        None  # latent frames a frame looks at, itself included; None: as many as a trained clip
-    )
+    temporal_window: int | None = None  # latent frames that a frame sees, itself included; None: of a trained clip
     spatial_positions: str = "rotary"  # rotary | learned (a table of `grid`, interpolated for other sizes)
     temporal_positions: str = "rotary"  # rotary | alibi
     rotary_base: float = 100.0  # longest wavelength is about 2 pi x this, in patches or latent frames
@@ -59,18 +63,14 @@ class SpaceTimeConfig:
 
     def __post_init__(self) -> None:
         self.window = list(self.window)
+        self.patch = None if self.patch is None else list(self.patch)
         self.grid = None if self.grid is None else list(self.grid)
         if self.width < 1 or self.num_heads < 1 or self.width % self.num_heads:
             raise ValueError(
                 f"model.transformer.width={self.width} is not a multiple of model.transformer.num_heads="
                 f"{self.num_heads}; choose widths such as {64 * max(self.num_heads, 1)}"
             )
-        for key, letters in (("encoder_spatial", self.encoder_spatial), ("decoder_spatial", self.decoder_spatial)):
-            if not set(letters) <= set("tws"):
-                raise ValueError(
-                    f"model.transformer.{key}={letters!r} has an unknown letter; write one letter a block: "
-                    "t (whole frame), w (windows), s (shifted windows), such as ttww"
-                )
+        self._check_spatial()
         for key, depth in (("encoder_temporal", self.encoder_temporal), ("decoder_temporal", self.decoder_temporal)):
             if depth < 0:
                 raise ValueError(f"model.transformer.{key}={depth} must be 0 or more blocks")
@@ -93,6 +93,23 @@ class SpaceTimeConfig:
                 f"model.transformer.mlp_ratio={self.mlp_ratio} leaves no hidden unit at width {self.width}; "
                 "4.0 is usual"
             )
+
+    def _check_spatial(self) -> None:
+        if self.patch is not None and (len(self.patch) != 3 or min(self.patch) < 1):
+            raise ValueError(
+                f"model.transformer.patch={self.patch} must be (frames, height, width), such as [4, 8, 8], or null"
+            )
+        for key, letters in (("encoder_spatial", self.encoder_spatial), ("decoder_spatial", self.decoder_spatial)):
+            if not set(letters) <= set("twsm"):
+                raise ValueError(
+                    f"model.transformer.{key}={letters!r} has an unknown letter; write one letter a block: "
+                    "t (whole frame), w (windows), s (shifted windows), such as ttww, and m where patches are merged"
+                )
+            if letters.count("m") != (self.patch is not None):
+                raise ValueError(
+                    f"model.transformer.{key}={letters!r} and model.transformer.patch={self.patch} do not fit: a patch "
+                    "smaller than the stride needs one m in both encoder_spatial and decoder_spatial, patch=null none"
+                )
 
     def _check_positions(self) -> None:
         head = self.width // self.num_heads
@@ -174,7 +191,7 @@ class TemporalAttention(Attention):
             if past is not None:
                 k_NHSD, v_NHSD = torch.cat([past[0], k_NHSD], 2), torch.cat([past[1], v_NHSD], 2)
             kept = max(k_NHSD.shape[2] - self.window + 1, 0)
-            cache[self] = torch.stack([k_NHSD[:, :, kept:], v_NHSD[:, :, kept:]])
+            cache[self] = torch.stack([k_NHSD[:, :, kept:], v_NHSD[:, :, kept:]]).detach()
         if times is not None:
             seen = k_NHSD.shape[2]
             k_NHSD = rotate(k_NHSD, (times[0][-seen:], times[1][-seen:])).to(v_NHSD.dtype)
@@ -204,59 +221,81 @@ class SpaceTimeBlock(nn.Module):
 
 
 class SpaceTimeBlocks(nn.Module):
-    """Spatial blocks then temporal ones (`time_first`: the other way round) and a norm: [B, t, h, w, D], same shape.
+    """Spatial blocks then temporal ones (`decoder`: the other way round) and a norm, on [B, t, h, w, D].
 
-    Initialised as vtok.layers.transformer.Transformer is.
+    Where `spatial` has an m, `merge` patches become one (in a decoder, one becomes `merge`); temporal blocks are always
+    on the merged side. Initialised as vtok.layers.transformer.Transformer is.
     """
 
-    def __init__(self, config: SpaceTimeConfig, *, spatial: str, temporal: int, window: int, time_first: bool):
+    def __init__(
+        self,
+        config: SpaceTimeConfig,
+        spatial: str,
+        temporal: int,
+        *,
+        window: int,
+        merge: Axes,
+        decoder: bool,
+    ):
         super().__init__()
-        heads, qk_norm = config.num_heads, config.qk_norm
+        width, heads, qk_norm = config.width, config.num_heads, config.qk_norm
         high, wide = config.window
         self.spatial, self.temporal = nn.ModuleList(), nn.ModuleList()
         for letter in spatial:
+            if letter == "m":
+                split = PatchHead(width, width, stride=merge, std=width**-0.5)
+                self.spatial.append(split if decoder else PatchEmbed(width, width, stride=merge))
+                continue
             area = None if letter == "t" else (high, wide)
-            attention = SpatialAttention(config.width, heads, window=area, shifted=letter == "s", qk_norm=qk_norm)
+            attention = SpatialAttention(width, heads, window=area, shifted=letter == "s", qk_norm=qk_norm)
             self.spatial.append(SpaceTimeBlock(attention, config))
         for _ in range(temporal):
             alibi = config.temporal_positions == "alibi"
-            attention = TemporalAttention(config.width, heads, window=window, alibi=alibi, qk_norm=qk_norm)
+            attention = TemporalAttention(width, heads, window=window, alibi=alibi, qk_norm=qk_norm)
             self.temporal.append(SpaceTimeBlock(attention, config))
-        self.norm = make_norm(config.norm, config.width)
-        self.places = Positions(config.width, (1, config.grid[0], config.grid[1])) if config.grid else None
+        self.norm = make_norm(config.norm, width)
+        self.places = Positions(width, (1, config.grid[0], config.grid[1])) if config.grid else None
         self.rotary_space = config.spatial_positions == "rotary"
         self.rotary_time = config.temporal_positions == "rotary"
-        self.base, self.head, self.window = config.rotary_base, config.width // heads, window
-        self.time_first, self.checkpoint = time_first, config.checkpoint
+        self.base, self.head, self.window = config.rotary_base, width // heads, window
+        self.decoder, self.checkpoint = decoder, config.checkpoint
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for block in [*self.spatial, *self.temporal]:
-            assert isinstance(block, SpaceTimeBlock)
+        blocks = [block for block in [*self.spatial, *self.temporal] if isinstance(block, SpaceTimeBlock)]
+        for block in blocks:
             for out in (block.attention.out, block.mlp.down):
-                out.weight.data.div_((2 * max(len(spatial) + temporal, 1)) ** 0.5)
+                out.weight.data.div_((2 * len(blocks)) ** 0.5)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, *, first: bool = True) -> Tensor:
+        """first: x begins with a video's first frame."""
         if self.places is not None:
             height, width = x.shape[2:4]
             x = x + self.places((1, height, width)).view(height, width, -1).to(x.dtype)
-        if self.time_first:
-            x = self._space(self._time(x, cache))
-        else:
-            x = self._time(self._space(x), cache)
-        return self.norm(x)
+        if self.decoder:
+            return self.norm(self._space(self._time(x, cache), first=first))
+        return self.norm(self._time(self._space(x, first=first), cache))
 
-    def _space(self, x: Tensor) -> Tensor:
-        batch, frames, height, width, _ = x.shape
-        turns = None
-        if self.rotary_space:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            turns = rotation_2d((height, width), self.head, base=self.base, device=x.device, dtype=wide)
-        x = x.flatten(0, 1)
+    def _space(self, x: Tensor, *, first: bool) -> Tensor:
+        turns = self._turns(x)
         for block in self.spatial:
-            x = self._run(block, x, turns)
-        return x.unflatten(0, (batch, frames))
+            if isinstance(block, PatchEmbed):
+                x = block(rearrange(x, "B t h w D -> B D t h w"), first=first)
+                turns = self._turns(x)
+            elif isinstance(block, PatchHead):
+                x = rearrange(block(x, first=first), "B D t h w -> B t h w D")
+                turns = self._turns(x)
+            else:
+                x = self._run(block, x.flatten(0, 1), turns).unflatten(0, x.shape[:2])
+        return x
+
+    def _turns(self, x: Tensor) -> Rotation | None:
+        """Rotations of the patches of a frame of x [B, t, h, w, D]."""
+        if not self.rotary_space:
+            return None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rotation_2d((x.shape[2], x.shape[3]), self.head, base=self.base, device=x.device, dtype=wide)
 
     def _time(self, x: Tensor, cache: Cache | None) -> Tensor:
         batch, frames, height, width, _ = x.shape
@@ -278,92 +317,7 @@ class SpaceTimeBlocks(nn.Module):
         return block(x, turns)
 
 
-# -- patches ---------------------------------------------------------------------------------------------------------
-
-
-class PatchEmbed(nn.Module):
-    """Patches to vectors, the first frame's by weights of its own: [B, C, T, H, W] -> [B, t, h, w, D].
-
-    Both branches are columns of one matrix, those of the first frame ahead: every step gives the same parameters a
-    gradient and calls the same modules, whether a rank holds images or videos. With st = 1 there is one branch.
-    """
-
-    def __init__(self, channels: int, width: int, *, stride: tuple[int, int, int]):
-        super().__init__()
-        self.stride = stride
-        st, sh, sw = stride
-        self.split = channels * sh * sw if st > 1 else 0  # columns of the first frame
-        self.weight = nn.Parameter(torch.empty(width, self.split + channels * st * sh * sw))
-        self.bias = nn.Parameter(torch.zeros((2 if st > 1 else 1) * width))
-        for part in self.weight.data.split([self.split, self.weight.shape[1] - self.split], 1):
-            nn.init.normal_(part, std=max(part.shape[1], 1) ** -0.5)
-
-    def forward(self, x: Tensor, *, first: bool) -> Tensor:
-        """first: x begins with the first frame of a video."""
-        st, sh, sw = self.stride
-        out = []
-        cut = 1 if first and self.split else 0
-        if cut:
-            head = rearrange(x[:, :, :1], "B C t (h y) (w x) -> B t h w (C y x)", y=sh, x=sw)
-            out.append(F.linear(head, self.weight[:, : self.split], self.bias[: len(self.weight)]))
-        if x.shape[2] > cut:
-            rest = rearrange(x[:, :, cut:], "B C (t s) (h y) (w x) -> B t h w (C s y x)", s=st, y=sh, x=sw)
-            out.append(F.linear(rest, self.weight[:, self.split :], self.bias[-len(self.weight) :]))
-        return torch.cat(out, 1) if len(out) > 1 else out[0]
-
-    @torch.no_grad()
-    def inflate(self) -> None:
-        """Give later frames the first frame's weights, shared evenly over the frames of a patch.
-
-        A patch of `st` equal frames then has the vector that one of them has as a first frame: what a model trained on
-        images only goes on from when it first sees videos.
-        """
-        if self.split:
-            st, sh, sw = self.stride
-            one = self.weight[:, : self.split].unflatten(1, (-1, 1, sh, sw)) / st
-            self.weight[:, self.split :] = one.expand(-1, -1, st, -1, -1).flatten(1)
-            self.bias[len(self.weight) :] = self.bias[: len(self.weight)]
-
-
-class PatchHead(nn.Module):
-    """Vectors to patches of pixels, the first frame's by weights of its own: [B, t, h, w, D] -> [B, C, T, H, W].
-
-    Both branches are rows of one matrix, as in PatchEmbed.
-    """
-
-    def __init__(self, width: int, channels: int, *, stride: tuple[int, int, int]):
-        super().__init__()
-        self.stride = stride
-        st, sh, sw = stride
-        self.split = channels * sh * sw if st > 1 else 0  # rows of the first frame
-        self.weight = nn.Parameter(torch.empty(self.split + channels * st * sh * sw, width))
-        self.bias = nn.Parameter(torch.zeros(len(self.weight)))
-        nn.init.trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor, *, first: bool) -> Tensor:
-        """first: x begins with the first latent frame of a video."""
-        st, sh, sw = self.stride
-        out = []
-        cut = 1 if first and self.split else 0
-        if cut:
-            head = F.linear(x[:, :1], self.weight[: self.split], self.bias[: self.split])
-            out.append(rearrange(head, "B t h w (C y x) -> B C t (h y) (w x)", y=sh, x=sw))
-        if x.shape[1] > cut:
-            rest = F.linear(x[:, cut:], self.weight[self.split :], self.bias[self.split :])
-            out.append(rearrange(rest, "B t h w (C s y x) -> B C (t s) (h y) (w x)", s=st, y=sh, x=sw))
-        return torch.cat(out, 2) if len(out) > 1 else out[0]
-
-    @torch.no_grad()
-    def inflate(self) -> None:
-        """Give later frames the first frame's weights: every frame of a patch is then what a first frame would be."""
-        if self.split:
-            st, sh, sw = self.stride
-            for part in (self.weight, self.bias):
-                one = part[: self.split].unflatten(0, (-1, 1, sh, sw))
-                part[self.split :] = one.expand(-1, st, *one.shape[2:]).flatten(0, 3)
-
-
-def trained_window(config: SpaceTimeConfig, *, num_frames: int, stride: tuple[int, int, int]) -> int:
+def trained_window(config: SpaceTimeConfig, *, num_frames: int, stride: Axes) -> int:
     """Latent frames that temporal attention sees: `temporal_window`, or those of a trained clip of `num_frames`."""
     if config.temporal_window is not None:
         return config.temporal_window
@@ -372,20 +326,28 @@ def trained_window(config: SpaceTimeConfig, *, num_frames: int, stride: tuple[in
     return 1 + -(-(num_frames - 1) // stride[0])
 
 
-def _check_stride(stride: tuple[int, int, int]) -> tuple[int, int, int]:
+def patch_and_merge(config: SpaceTimeConfig, *, stride: Axes) -> tuple[Axes, Axes]:
+    """(frames, height, width) of a patch, and how many patches are merged along each: their products are the stride."""
     if len(stride) != 3 or min(stride) < 1:
         raise ValueError(f"stride={stride} must be (frames, height, width), each at least 1, such as (4, 8, 8)")
-    return stride[0], stride[1], stride[2]
+    patch = config.patch or stride
+    if any(whole % part for whole, part in zip(stride, patch)):
+        raise ValueError(
+            f"model.transformer.patch={config.patch} does not divide the compression {tuple(stride)}; choose divisors, "
+            "or null for patches of that size"
+        )
+    merge = [whole // part for whole, part in zip(stride, patch)]
+    return (patch[0], patch[1], patch[2]), (merge[0], merge[1], merge[2])
 
 
 # -- backbones -------------------------------------------------------------------------------------------------------
 
 
 class SpaceTimeEncoder(nn.Module):
-    """Video [B, C, T, H, W] in [-1, 1] -> latents [B, latent_dim, t, h, w].
+    """Video [B, C, T, H, W] in [-1, 1] -> latents [B, latent_channels, t, h, w].
 
     Args:
-        channels: C. stride: (st, sh, sw), the patch and so the whole compression. latent_dim: channels of a latent.
+        channels: C. stride: (st, sh, sw), the whole compression. latent_channels: channels of a latent.
         num_frames: T of a trained clip; sets the temporal window where the config leaves it open.
     """
 
@@ -393,19 +355,20 @@ class SpaceTimeEncoder(nn.Module):
         self,
         config: SpaceTimeConfig,
         *,
-        latent_dim: int,
-        stride: tuple[int, int, int],
+        latent_channels: int,
+        stride: Axes,
         channels: int = 3,
         num_frames: int = 17,
     ):
         super().__init__()
-        self.stride, self.channels, self.latent_dim = _check_stride(stride), channels, latent_dim
-        window = trained_window(config, num_frames=num_frames, stride=self.stride)
-        self.embed = PatchEmbed(channels, config.width, stride=self.stride)
+        patch, merge = patch_and_merge(config, stride=stride)
+        self.stride, self.channels, self.latent_channels = stride, channels, latent_channels
+        window = trained_window(config, num_frames=num_frames, stride=stride)
+        self.embed = PatchEmbed(channels, config.width, stride=patch)
         self.blocks = SpaceTimeBlocks(
-            config, spatial=config.encoder_spatial, temporal=config.encoder_temporal, window=window, time_first=False
+            config, config.encoder_spatial, config.encoder_temporal, window=window, merge=merge, decoder=False
         )
-        self.latent = nn.Linear(config.width, latent_dim)
+        self.latent = nn.Linear(config.width, latent_channels)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Latents of a whole video (cache None), of its beginning ({}), or of what follows (the same cache again).
@@ -425,34 +388,37 @@ class SpaceTimeEncoder(nn.Module):
             rule = f"1 + {st} n" if first else f"{st} n, n >= 1, where a stream goes on"
             raise ValueError(f"{frames} frames given, expected {rule}: pad by repeating the last frame")
         _begin(self, cache, (x.shape[0], height // sh, width // sw))
-        out = self.blocks(self.embed(x, first=first), cache)
+        out = self.blocks(self.embed(x, first=first), cache, first=first)
         return rearrange(self.latent(out), "B t h w Z -> B Z t h w")
 
     def inflate(self) -> None:
         """Later frames get the first frame's weights (PatchEmbed.inflate): from a model of images to one of videos."""
-        self.embed.inflate()
+        for module in self.modules():
+            if isinstance(module, PatchEmbed):
+                module.inflate()
 
 
 class SpaceTimeDecoder(nn.Module):
-    """Latents [B, latent_dim, t, h, w] -> video [B, C, T, H, W], not clamped. Arguments as SpaceTimeEncoder's."""
+    """Latents [B, latent_channels, t, h, w] -> video [B, C, T, H, W], not clamped. Arguments as SpaceTimeEncoder's."""
 
     def __init__(
         self,
         config: SpaceTimeConfig,
         *,
-        latent_dim: int,
-        stride: tuple[int, int, int],
+        latent_channels: int,
+        stride: Axes,
         channels: int = 3,
         num_frames: int = 17,
     ):
         super().__init__()
-        self.stride, self.channels, self.latent_dim = _check_stride(stride), channels, latent_dim
-        window = trained_window(config, num_frames=num_frames, stride=self.stride)
-        self.latent = nn.Linear(latent_dim, config.width)
+        patch, merge = patch_and_merge(config, stride=stride)
+        self.stride, self.channels, self.latent_channels = stride, channels, latent_channels
+        window = trained_window(config, num_frames=num_frames, stride=stride)
+        self.latent = nn.Linear(latent_channels, config.width)
         self.blocks = SpaceTimeBlocks(
-            config, spatial=config.decoder_spatial, temporal=config.decoder_temporal, window=window, time_first=True
+            config, config.decoder_spatial, config.decoder_temporal, window=window, merge=merge, decoder=True
         )
-        self.head = PatchHead(config.width, channels, stride=self.stride)
+        self.head = PatchHead(config.width, channels, stride=patch)
 
     @property
     def last(self) -> nn.Parameter:
@@ -462,15 +428,17 @@ class SpaceTimeDecoder(nn.Module):
     def forward(self, z: Tensor, cache: Cache | None = None) -> Tensor:
         """Pixels of a whole video: 1 + st (t - 1) frames; st t where a stream goes on. `cache` as the encoder's."""
         first = cache is None or self not in cache
-        if z.ndim != 5 or z.shape[1] != self.latent_dim or not z.numel():
-            raise ValueError(f"latents have shape {list(z.shape)}, expected [B, {self.latent_dim}, t >= 1, h, w]")
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or not z.numel():
+            raise ValueError(f"latents have shape {list(z.shape)}, expected [B, {self.latent_channels}, t >= 1, h, w]")
         _begin(self, cache, (z.shape[0], z.shape[3], z.shape[4]))
-        x = self.blocks(self.latent(rearrange(z, "B D t h w -> B t h w D")), cache)
+        x = self.blocks(self.latent(rearrange(z, "B D t h w -> B t h w D")), cache, first=first)
         return self.head(x, first=first)
 
     def inflate(self) -> None:
         """Later frames get the first frame's weights (PatchHead.inflate): from a model of images to one of videos."""
-        self.head.inflate()
+        for module in self.modules():
+            if isinstance(module, PatchHead):
+                module.inflate()
 
 
 def _begin(module: nn.Module, cache: Cache | None, shape: tuple[int, int, int]) -> None:

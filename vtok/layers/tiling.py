@@ -18,12 +18,12 @@ Letters: B clips, C channels, T frames, H height, W width; `...` stands for any 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Cache = dict[nn.Module, Any]  # what each causal module keeps of the past
+from vtok.layers.causal import Cache
+
 TileCaches = dict[tuple[int, int], Cache]  # (row, column) of a tile -> what its stream keeps; {} where it begins
 Size2 = int | tuple[int, int]  # (height, width), or both
 
