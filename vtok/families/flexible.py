@@ -18,7 +18,6 @@ group, D width, Q ids per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,13 +29,15 @@ from torch import Tensor, nn
 
 from vtok import losses
 from vtok.budget import NestedConfig, allocate_levels, nested_keep
-from vtok.layers.begin import OWN_STD, POSITION_STD, learn_as_wide, patch_of_token, start_attention
+from vtok.layers.begin import begin_decoder, begin_encoder, learn_as_wide, patch_of_token, spread
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
-from vtok.layers.perceptual import load_lpips
+from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
+from vtok.layers.perceptual import load_perceptual
 from vtok.layers.positions import Positions
 from vtok.layers.prior import ARPrior, PriorConfig
-from vtok.layers.pyramid import coverage
+from vtok.layers.scorer import Scorer, measure_lengths
+from vtok.layers.teacher import differences, digit_sizes, digits_of, expected_pixels, id_cross_entropy
 from vtok.layers.transform import CoefficientPredictor, TransformCode
 from vtok.layers.transformer import Transformer
 from vtok.quantize import QuantizerConfig, build_quantizer
@@ -184,12 +185,23 @@ class Model(ChunkedTokenizer):
                 raise ValueError("model.teacher is not read yet: build the model through vtok.families.flexible.build")
             self.teacher = Model(_teacher_config(c))
             self.decoder_places = nn.Parameter(torch.randn(self.teacher.max_tokens, c.width) * 0.02)
-            self.out = nn.Linear(c.width, sum(sum(factors) for factors in self.teacher.index_factors))
+            self.out = nn.Linear(c.width, sum(digit_sizes(self.teacher.index_factors)))
         else:
             self.decoder_positions = Positions(c.width, c.grid, kind=c.positions)
             self.out = nn.Linear(c.width, pixels)
         if c.scorer_depth:
-            self.scorer = Scorer(c, self.quantizer.latent_dim + self.quantizer.dim)
+            self.scorer = Scorer(
+                self.quantizer.latent_dim + self.quantizer.dim,
+                width=c.width,
+                depth=c.scorer_depth,
+                num_heads=c.num_heads,
+                num_tokens=c.num_tokens,
+                blocks=c.blocks,
+                levels=c.scorer_levels,
+                mlp_ratio=c.mlp_ratio,
+                mlp=c.mlp,
+                norm=c.norm,
+            )
 
         if c.registers == "pyramid":
             self.pool_in = nn.Linear(pixels, c.width)
@@ -238,77 +250,34 @@ class Model(ChunkedTokenizer):
         begins at zero (`vtok.layers.begin`)."""
         c = self.config
         with torch.no_grad():
-            tables = [self.encoder_positions] + ([self.decoder_positions] if c.head == "pixels" else [])
-            for positions in tables:
-                if positions.kind == "learned":
-                    for table in positions.tables:
-                        nn.init.normal_(table, std=POSITION_STD)
-            spots = patch_of_token(c.num_tokens, c.grid, c.blocks)
-            seen = self.encoder_positions(c.grid)
-            basis = start_attention(self.encoder, seen, self.patch_in)
-            own = torch.randn_like(self.registers) * OWN_STD
-            self.registers.copy_(seen[spots] + own - own @ basis.T @ basis)
+            spread(self.encoder_positions)
+            seen, spots = self.encoder_positions(c.grid), patch_of_token(c.num_tokens, c.grid, c.blocks)
+            begin_encoder(self.encoder, seen, spots, self.patch_in, self.registers, self.to_latent)
             if c.head == "teacher":
-                told = self.encoder_positions(self.teacher.config.grid)
-                there = patch_of_token(self.teacher.num_tokens, self.teacher.config.grid, self.teacher.blocks)
-                start_attention(self.decoder, told, self.from_code)
+                shape = self.teacher.config
+                told = self.encoder_positions(shape.grid)
+                there = patch_of_token(shape.num_tokens, shape.grid, shape.blocks)
                 self.decoder_places.copy_(told[there])
-                self.decoder_registers.copy_(seen[spots])
+                begin_decoder(self.decoder, told, seen[spots], self.from_code, self.decoder_registers, self.out)
             else:
-                places = self.decoder_positions(c.grid)
-                self.decoder_registers.copy_(places[spots])
-                start_attention(self.decoder, places, self.from_code)
-            learn_as_wide(self.encoder, self.to_latent)
-            learn_as_wide(self.decoder, self.out)
+                spread(self.decoder_positions)
+                told = self.decoder_positions(c.grid)
+                begin_decoder(self.decoder, told, told[spots], self.from_code, self.decoder_registers, self.out)
             if c.scorer_depth:
                 learn_as_wide(self.scorer.transformer, self.scorer.head)
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
 
     # ---- chunks and patches ------------------------------------------------------------------------------------
 
     def chunks(self, video: Tensor, lengths: Tensor) -> Chunks:
         """[M, C, T, H, W] with T <= num_frames, padded to whole patches (and whole time blocks)."""
         c = self.config
-        unit = c.block_frames if c.blocks > 1 else c.patch[0]
-        frames = -(-video.shape[2] // unit) * unit
-        at = torch.arange(frames, device=video.device).expand(video.shape[0], -1)
-        at = torch.minimum(at, (lengths - 1).clamp_min(0)[:, None])  # the last real frame stands in for padding
-        if frames != video.shape[2] or bool((lengths < frames).any()):
-            video = video.gather(2, at[:, None, :, None, None].expand(-1, video.shape[1], -1, *video.shape[3:]))
-        bottom, right = -video.shape[3] % c.patch[1], -video.shape[4] % c.patch[2]
-        if bottom or right:
-            video = F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
-        grid = (frames // c.patch[0], video.shape[3] // c.patch[1], video.shape[4] // c.patch[2])
-        starts = torch.arange(grid[0], device=video.device) * c.patch[0]
-        patch_valid = (starts < lengths[:, None]).repeat_interleave(grid[1] * grid[2], 1)
-        blocks = frames // c.block_frames if c.blocks > 1 else 1
-        block_starts = torch.arange(blocks, device=video.device) * c.block_frames
-        return Chunks(video, lengths, grid, blocks, patch_valid, block_starts < lengths[:, None])
-
-    def _patchify(self, video: Tensor) -> Tensor:
-        """[M, C, T, H, W] -> [M, N, C * patch volume]."""
-        p, q, r = self.config.patch
-        return rearrange(video, "M C (t p) (h q) (w r) -> M (t h w) (C p q r)", p=p, q=q, r=r)
-
-    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        p, q, r = self.config.patch
-        t, h, w = grid
-        return rearrange(patches, "M (t h w) (C p q r) -> M C (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
+        return pad_to_patches(video, lengths, patch=c.patch, block_frames=c.block_frames if c.blocks > 1 else None)
 
     def _cells(self, chunks: Chunks) -> Tensor:
         """[M, blocks, K, N / blocks]: pyramid coverage of every time block."""
-        t, h, w = chunks.grid
-        full = self.config.grid
-        per_block = t // chunks.blocks
-        valid = rearrange(chunks.patch_valid, "M (b t n) -> (M b) t n", b=chunks.blocks, t=per_block)
-        cells = coverage(
-            self.config.num_tokens,
-            (per_block, h, w),
-            valid[..., 0].sum(1),
-            full_grid=(full[0] // self.config.blocks, full[1], full[2]),
+        return block_coverage(
+            chunks, self.config.num_tokens, full_grid=self.config.grid, full_blocks=self.config.blocks
         )
-        return rearrange(cells, "(M b) K n -> M b K n", b=chunks.blocks)
 
     # ---- one chunk -----------------------------------------------------------------------------------------------
 
@@ -320,7 +289,7 @@ class Model(ChunkedTokenizer):
     def latents(self, chunks: Chunks) -> Latents:
         """Register outputs, ready for the quantizer."""
         c = self.config
-        patches = self._patchify(chunks.video)  # [M, N, P]
+        patches = to_patches(chunks.video, c.patch)  # [M, N, P]
         x = self.patch_in(patches) + self.encoder_positions(chunks.grid).to(patches)
         num_registers = chunks.blocks * c.num_tokens
         registers = self.registers[:num_registers].expand(x.shape[0], -1, -1)  # [M, R, D]
@@ -387,7 +356,7 @@ class Model(ChunkedTokenizer):
         c = self.config
         if c.head == "teacher":
             logits = self.teacher_logits(codes, keep)
-            return self.decode_teacher(logits, lengths, frames=frames, size=size)
+            return expected_pixels(self.teacher, logits, lengths, frames=frames, size=size)
         chunks = self.chunks(codes.new_zeros(()).expand(codes.shape[0], 1, frames, *size), lengths)
         latents, seen = self._decoder_input(codes, keep, chunks.blocks)
         queries = (self.query + self.decoder_positions(chunks.grid)).to(latents).expand(codes.shape[0], -1, -1)
@@ -407,13 +376,13 @@ class Model(ChunkedTokenizer):
                 size=(chunks.video.shape[3], chunks.video.shape[4]),
             )
             latents = latents + self.decoded_in(self._by_token(known).to(latents))[:, None, :count]
-            queries = queries + self.base_in(self._patchify(base).to(queries))
+            queries = queries + self.base_in(to_patches(base, c.patch).to(queries))
         length = queries.shape[1]
         mask = _cached_mask("decoder", c.mask, length, chunks.blocks * count, chunks.blocks, latents.device)
         seen = (seen & chunks.block_valid[:, :, None]).flatten(1)
         mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, seen], 1))
         x = self.decoder(torch.cat([queries, latents.flatten(1, 2)], 1), mask)[:, :length]
-        video = self._unpatchify(self.out(x), chunks.grid)
+        video = from_patches(self.out(x), chunks.grid, c.patch)
         if base is not None:
             video = video + base
         return video[:, :, :frames, : size[0], : size[1]]
@@ -425,17 +394,7 @@ class Model(ChunkedTokenizer):
         length = queries.shape[1]
         valid = torch.cat([seen.new_ones(codes.shape[0], length), seen.flatten(1)], 1)
         x = self.decoder(torch.cat([queries, latents.flatten(1, 2)], 1), with_valid_keys(None, valid))
-        sizes = [size for factors in self.teacher.index_factors for size in factors]
-        return list(self.out(x[:, :length]).split(sizes, -1))
-
-    def decode_teacher(self, logits: list[Tensor], lengths: Tensor, *, frames: int, size: tuple[int, int]) -> Tensor:
-        """Pixels through the teacher's decoder, from the expected embedding of its ids (differentiable; TiTok's second
-        stage reads the soft codebook in the same way)."""
-        codes = self.teacher.quantizer.expect([part.float().softmax(-1) for part in logits])
-        codes = rearrange(codes, "M (b K) D -> M b K D", b=self.teacher.blocks)
-        blocks = -(-frames // self.teacher.block_frames) if self.teacher.blocks > 1 else 1
-        everything = codes.new_ones(codes.shape[:3], dtype=torch.bool)[:, :blocks]
-        return self.teacher.decode_chunks(codes[:, :blocks], everything, lengths, frames=frames, size=size)
+        return list(self.out(x[:, :length]).split(digit_sizes(self.teacher.index_factors), -1))
 
     def teacher_digits(self, video: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """The teacher's ids of clips of at most one chunk as digits by factor, each [B, K'], and which are real."""
@@ -443,13 +402,8 @@ class Model(ChunkedTokenizer):
             chunks = self.teacher.chunks(video, lengths)
             indices = self.teacher.encode_chunks(chunks).indices  # [B, blocks, K, Q]
         assert indices is not None
-        digits = []
-        for part, factors in enumerate(self.teacher.index_factors):
-            rest = indices[..., part].flatten(1)
-            for size in factors:
-                digits.append(rest % size)
-                rest = rest // size
-        return digits, chunks.block_valid.repeat_interleave(self.teacher.num_tokens, 1)
+        real = chunks.block_valid.repeat_interleave(self.teacher.num_tokens, 1)
+        return digits_of(indices, self.teacher.index_factors), real
 
     def forward(self, video: Tensor, lengths: Tensor, keep: Tensor, *, pixels: bool = True) -> Output:
         """Training pass of clips of at most one chunk, keep [B, blocks] tokens a group."""
@@ -463,7 +417,7 @@ class Model(ChunkedTokenizer):
         if self.config.head == "teacher":
             out.teacher_logits = self.teacher_logits(quantized.embeddings, kept)
             if pixels:
-                out.recon = self.decode_teacher(out.teacher_logits, lengths, frames=frames, size=size)
+                out.recon = expected_pixels(self.teacher, out.teacher_logits, lengths, frames=frames, size=size)
         else:
             codes, through = quantized.embeddings, latents.coefficients
             out.recon = self.decode_chunks(codes, kept, lengths, frames=frames, size=size, through=through)
@@ -506,57 +460,6 @@ class Model(ChunkedTokenizer):
         return self.code.fit(videos) if self.config.registers == "dct" else {}
 
 
-class Scorer(nn.Module):
-    """Predicts how bad every length of a time block would be, from its latents before and after quantization.
-
-    AdapTok, Li et al. 2025, https://arxiv.org/abs/2505.17011: a block-causal transformer over [z, codes].
-    It predicts the standardised logarithm of the distortion at `levels` lengths; the mean and deviation it was trained
-    with are buffers.
-    """
-
-    mean: Tensor
-    std: Tensor
-    seen: Tensor
-
-    def __init__(self, config: Config, dim: int):
-        super().__init__()
-        c = self.config = config
-        self.code_in = nn.Linear(dim, c.width)
-        self.places = nn.Parameter(torch.randn(c.num_tokens * c.blocks, c.width) * 0.02)
-        self.transformer = Transformer(
-            c.width, c.scorer_depth, c.num_heads, mlp_ratio=c.mlp_ratio, mlp=c.mlp, norm=c.norm
-        )
-        self.head = nn.Linear(c.width, c.scorer_levels)
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, z: Tensor, codes: Tensor, block_valid: Tensor) -> Tensor:
-        """z, codes [M, blocks, K, *] -> standardised log-distortion [M, blocks, levels]."""
-        x = torch.cat([z, codes], -1)
-        blocks, count = x.shape[1], x.shape[2]
-        x = self.code_in(x.flatten(1, 2)) + self.places[: blocks * count].to(x)
-        mask = encoder_mask("time_block_causal", patches=0, registers=blocks * count, blocks=blocks)
-        assert mask is not None
-        mask = with_valid_keys(mask.to(x.device), block_valid.repeat_interleave(count, 1))
-        x = rearrange(self.transformer(x, mask), "M (b K) D -> M b K D", b=blocks)
-        return self.head(x.mean(2))
-
-    def standardise(self, target: Tensor, *, decay: float = 0.99) -> None:
-        """Move mean and deviation towards those of `target`; the first batches count in full."""
-        if not target.numel():
-            return
-        self.seen.add_(1)
-        weight = max(1 - decay, 1 / int(self.seen))
-        self.mean.lerp_(target.mean(), weight)
-        # around the running mean: a batch of one clip hardly varies around its own
-        self.std.copy_(self.std.square().lerp((target - self.mean).square().mean(), weight).sqrt().clamp_min(1e-3))
-
-    def distortion(self, z: Tensor, codes: Tensor, block_valid: Tensor) -> Tensor:
-        """Predicted distortion [M, blocks, levels] in the units it was trained on."""
-        return (self(z, codes, block_valid).float() * self.std + self.mean).exp()
-
-
 def _teacher_config(config: Config) -> Config:
     values = dict(config.teacher_config)
     quantizer = QuantizerConfig(**values.pop("quantizer", {}))
@@ -567,18 +470,6 @@ def _teacher_config(config: Config) -> Config:
             f"{config.num_frames} of {config.channels}: they must agree"
         )
     return teacher
-
-
-def _differences(want: dict[str, Any], have: dict[str, Any], prefix: str = "") -> list[str]:
-    """What `have` says otherwise, for the keys of `want`."""
-    out: list[str] = []
-    for key, value in want.items():
-        got = have.get(key)
-        if isinstance(value, Mapping) and isinstance(got, Mapping):
-            out += _differences(dict(value), dict(got), f"{prefix}{key}.")
-        elif value != got:
-            out.append(f"{prefix}{key} is {got!r}, not {value!r}")
-    return out
 
 
 def build(config: Config, *, load: LoadTokenizer) -> Model:
@@ -592,7 +483,7 @@ def build(config: Config, *, load: LoadTokenizer) -> Model:
             "flexible one"
         )
     found = asdict(teacher.config)
-    if config.teacher_config is not None and (wrong := _differences(config.teacher_config, found)):
+    if config.teacher_config is not None and (wrong := differences(config.teacher_config, found)):
         raise ValueError(f"model.teacher={config.teacher!r} is not what model.teacher_config says: {'; '.join(wrong)}")
     config.teacher_config = found
     model = Model(config)
@@ -606,9 +497,11 @@ class ObjectiveConfig:
     l1: float = 1.0
     l2: float = 0.0
     log_l2: float = 0.0  # mean over clips of log(mean squared error): PSNR's own average
-    perceptual: float = 0.0  # LPIPS per frame
-    perceptual_weights: str = ""  # path of the LPIPS weights
+    perceptual: float = 0.0  # weight of a perceptual distance per frame
+    perceptual_net: str = "lpips"  # lpips | convnext_s (logits of a classifier; TiTok)
+    perceptual_weights: str = ""  # path of that network's weights
     perceptual_sha256: str = ""
+    perceptual_side: int = 224  # convnext_s: pixels a side at which it sees frames
     quantizer: float = 1.0  # weight of the quantizer's own loss
     teacher: float = 0.0  # cross-entropy against the teacher's ids (model.head=teacher), in nats a token
     scorer: bool = False  # train model.scorer alone; everything else is frozen
@@ -631,11 +524,15 @@ class Objective(nn.Module):
             if not c.perceptual_weights:
                 raise ValueError(
                     f"objective.perceptual={c.perceptual}, scorer_metric={c.scorer_metric!r} need "
-                    "objective.perceptual_weights, a file of LPIPS weights (see docs/formats.md)"
+                    f"objective.perceptual_weights, a file of {c.perceptual_net} weights (see docs/formats.md)"
                 )
-            self.perceptual = load_lpips(c.perceptual_weights, sha256=c.perceptual_sha256).requires_grad_(False)
+            self.perceptual = load_perceptual(
+                c.perceptual_net, c.perceptual_weights, sha256=c.perceptual_sha256, side=c.perceptual_side
+            )
         if c.scorer and not model_config.scorer_depth:
             raise ValueError("objective.scorer=true needs model.scorer_depth > 0")
+        if c.scorer and c.scorer_metric == "lpips" and c.perceptual_net != "lpips":
+            raise ValueError("objective.scorer_metric=lpips needs objective.perceptual_net=lpips")
         if c.scorer_metric not in ("mse", "lpips"):
             raise ValueError(f"objective.scorer_metric={c.scorer_metric!r} is unknown; choose mse or lpips")
         if c.teacher and model_config.head != "teacher":
@@ -681,11 +578,7 @@ class Objective(nn.Module):
         report["quantizer"] = out.quantized.loss.detach()
         if out.teacher_logits is not None and c.teacher:
             digits, real = model.teacher_digits(video, lengths)
-            entropies = [
-                F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
-                for logits, target in zip(out.teacher_logits, digits)
-            ]
-            teacher = (torch.stack(entropies).sum(0) * real).sum() / real.sum()
+            teacher = id_cross_entropy(out.teacher_logits, digits, real)
             total = total + c.teacher * teacher
             report["teacher"] = teacher.detach()
         if self.prior is not None:
@@ -723,34 +616,16 @@ class Objective(nn.Module):
 
     def _score(self, model: Model, video: Tensor, lengths: Tensor) -> Loss:
         """One random block is cut to every length, the others stay whole: the scorer learns what that costs."""
-        shape = model.config
-        chunks = model.chunks(video, lengths)
-        levels = torch.arange(1, shape.scorer_levels + 1, device=video.device) * (
-            shape.num_tokens // shape.scorer_levels
-        )
+        shape, chunks = model.config, model.chunks(video, lengths)
         with torch.no_grad():
             z = model.latents(chunks).z
             training = model.quantizer.training
             codes = model.quantizer.eval()(z).embeddings  # ids as inference gives them, statistics at rest
             model.quantizer.train(training)
             block = int(torch.randint(chunks.blocks, (1,)))
-            rank = torch.arange(shape.num_tokens, device=video.device)
-            end = min((block + 1) * shape.block_frames, video.shape[2])
-            frames = slice(block * shape.block_frames, end)
-            costs = []
-            for count in levels:
-                keep = chunks.block_valid[..., None].expand(codes.shape[:3]).clone()
-                keep[:, block] &= rank < count
-                size = (video.shape[3], video.shape[4])
-                # no later block changes this one (the decoder's mask), so none is decoded
-                recon = model.decode_chunks(codes[:, : block + 1], keep[:, : block + 1], lengths, frames=end, size=size)
-                costs.append(self._distortion(recon[:, :, frames].float(), video[:, :, frames]))
-            target = torch.stack(costs, -1).clamp_min(1e-8).log()  # [B, levels]
-            scorer, real = model.scorer, chunks.block_valid[:, block]
-            scorer.standardise(target[real])
-        predicted = scorer(z, codes, chunks.block_valid)[:, block].float()
-        wanted = (target - scorer.mean) / scorer.std
-        error = ((predicted - wanted).square().mean(-1) * real).sum() / real.sum().clamp_min(1)
+            sizes = dict(block=block, block_frames=shape.block_frames, levels=shape.scorer_levels)
+            target = measure_lengths(model.decode_chunks, self._distortion, codes, chunks, video, **sizes)
+        error = model.scorer.error(z, codes, chunks.block_valid, target, block=block)
         return Loss(error, {"loss": error.detach(), "scorer": error.detach(), "distortion": target.exp().mean()})
 
     def _distortion(self, recon: Tensor, video: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vtok.layers.positions import Positions
 from vtok.layers.transformer import Block, Transformer
 
 REFERENCE_WIDTH = 768  # of TiTok-B, One-D-Piece-B, LARP and AdapTok: what their learning rates are made for
-POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
+_POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
 _MARK = 0.5  # rms of the constant that marks them
 _SHARPNESS = 16.0  # attention logit between a token and its own place
 _CONTENT_STD = 0.3  # of what patches hold beside their positions, after the norm
-OWN_STD = 0.3  # of what sets registers of one patch apart
+_OWN_STD = 0.3  # of what sets registers of one patch apart
 
 
 def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> Tensor:
@@ -75,6 +76,55 @@ def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> T
     attention.qkv.bias.copy_(torch.cat([ask.repeat(heads), shift.repeat(heads), -value @ centre]))
     attention.out.weight.copy_(mix.T)
     return basis
+
+
+def spread(positions: Positions) -> None:
+    """Learned position tables begin as large as what patches hold, in place."""
+    if positions.kind == "learned":
+        for table in positions.tables:
+            nn.init.normal_(table, std=_POSITION_STD)
+
+
+def look_past(reader: nn.Linear, constants: Tensor) -> None:
+    """Initial weights with which `reader` sees nothing of the directions that `constants` [n, D] span (of half of them
+    at most, those in which the constants are largest).
+
+    Registers differ by their places far more than clips do by what they hold: read alike, nine tenths of the variance
+    of latents of unit length lie between registers, and a codebook spends its entries on telling registers apart.
+    """
+    _, size, basis = torch.linalg.svd(constants.double(), full_matrices=False)
+    basis = basis[: min(int((size > 0.01 * size[0]).sum()), constants.shape[1] // 2)].to(reader.weight)
+    reader.weight.sub_(reader.weight @ basis.T @ basis)
+
+
+def begin_encoder(
+    net: Transformer, places: Tensor, spots: Tensor, source: nn.Linear, registers: Tensor, reader: nn.Linear
+) -> None:
+    """Initial values, in place, of an encoder whose registers [R, D] read the patches they lie on.
+
+    places: [N, D] positions of the patches; spots: [R] patch of each register; source: gives the patches; reader: takes
+    latents from the registers.
+    """
+    basis = start_attention(net, places, source)
+    own = torch.randn_like(registers) * _OWN_STD
+    registers.copy_(places[spots] + own - own @ basis.T @ basis)
+    look_past(reader, torch.cat([places, source.bias[None]]))
+    learn_as_wide(net, reader)
+
+
+def begin_decoder(
+    net: Transformer, places: Tensor, spots: Tensor, source: nn.Linear, registers: Tensor, last: nn.Linear
+) -> None:
+    """Initial values, in place, of a decoder whose queries read the tokens that lie where they are; its output is zero.
+
+    places: [N, D] positions of the queries; spots: [R, D] positions of the tokens, which `registers` become; source:
+    gives the tokens; last: reads the queries.
+    """
+    registers.copy_(spots)
+    start_attention(net, places, source)
+    learn_as_wide(net, last)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
 
 
 def learn_as_wide(net: Transformer, last: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""LPIPS, the learned perceptual distance, as a loss and as a metric. The architecture is here, the weights are not.
+"""Perceptual distances as losses and metrics, their weights from files: LPIPS, and ConvNeXt-S (`vtok.layers.convnext`).
 
 Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric,
 https://arxiv.org/abs/1801.03924. An ImageNet classifier's features at five depths, unit-normalised over channels; the
@@ -6,11 +6,12 @@ squared difference is weighted per channel by a learned non-negative head, avera
 
 Letters: N images, H height, W width.
 
-A weight file holds, under one set of names,
+A file of LPIPS weights holds, under one set of names,
     features.{i}.weight, features.{i}.bias    the convolutions of torchvision's `alexnet` or `vgg16`
     lin{k}.model.1.weight                     the five heads, k = 0..4, [1, channels, 1, 1]
 as safetensors, or as a `torch.save`d state dict (read with weights_only=True). The state dict of the `lpips` package
 (`net.slice{s}.{i}.*`, which keeps torchvision's numbering) is read too; a classifier's `classifier.*` is passed over.
+A file of ConvNeXt-S weights is the state dict of torchvision's `convnext_small`, saved in either way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from vtok.layers.convnext import SIDE, ConvNeXtDistance
+
+PERCEPTUAL_NETS = ("lpips", "convnext_s")
 
 # (features up to and with this ReLU feed head k, its channels), by torchvision's numbering
 _TAPS = {
@@ -135,17 +140,13 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
-    """LPIPS with the weights of a file (its names are in the head of this module); the backbone is read off them.
-
-    Args:
-        path: safetensors, or a torch.save'd state dict.
-        sha256: expected hash of the file; "" skips the comparison.
-    Raises: FileNotFoundError; ValueError on another hash, an unknown backbone, missing or superfluous names.
-    """
+def _read(path: str | Path, sha256: str, what: str) -> dict[str, Tensor]:
+    """The state dict of a file; `what` names the weights in errors."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no LPIPS weights at {path}; give the path of a file, or leave it empty to go without")
+        raise FileNotFoundError(
+            f"no {what} weights at {path}; give the path of a file, or leave it empty to go without"
+        )
     if sha256 and (found := file_sha256(path)) != sha256.lower():
         raise ValueError(
             f"{path} has sha256 {found}, expected {sha256}: these are other weights, so the numbers would not compare"
@@ -158,7 +159,25 @@ def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors")
-    state = _plain_names(state)
+    return state
+
+
+def _fill(net: nn.Module, state: dict[str, Tensor], path: str | Path, what: str) -> None:
+    try:
+        net.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {what}: {error}") from error
+
+
+def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
+    """LPIPS with the weights of a file (its names are in the head of this module); the backbone is read off them.
+
+    Args:
+        path: safetensors, or a torch.save'd state dict.
+        sha256: expected hash of the file; "" skips the comparison.
+    Raises: FileNotFoundError; ValueError on another hash, an unknown backbone, missing or superfluous names.
+    """
+    state = _plain_names(_read(path, sha256, "LPIPS"))
     first = state.get("features.0.weight")
     by_kernel = {11: "alex", 3: "vgg"}
     if first is None or first.ndim != 4 or first.shape[-1] not in by_kernel:
@@ -167,8 +186,23 @@ def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
             f"lin0.model.1.weight ... lin4.model.1.weight; it holds {', '.join(sorted(state)[:5]) or 'nothing'} ..."
         )
     net = LPIPS(by_kernel[int(first.shape[-1])])
-    try:
-        net.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit LPIPS with net={net.net!r}: {error}") from error
+    _fill(net, state, path, f"LPIPS with net={net.net!r}")
     return net
+
+
+def load_perceptual(net: str, path: str | Path, *, sha256: str = "", side: int = SIDE) -> LPIPS | ConvNeXtDistance:
+    """The distance `net` names, frozen, with the weights of a file: both take two [N, 3, H, W] in [-1, 1] to [N].
+
+    Args:
+        net: "lpips" or "convnext_s".
+        sha256: expected hash of the file; "" skips the comparison.
+        side: convnext_s alone: pixels a side at which it sees both images.
+    Raises: FileNotFoundError; ValueError on an unknown net, another hash, missing or superfluous names.
+    """
+    if net not in PERCEPTUAL_NETS:
+        raise ValueError(f"objective.perceptual_net={net!r} is unknown; choose {' or '.join(PERCEPTUAL_NETS)}")
+    if net == "lpips":
+        return load_lpips(path, sha256)
+    distance = ConvNeXtDistance(side=side)
+    _fill(distance.net, _read(path, sha256, "ConvNeXt-S"), path, "torchvision's convnext_small")
+    return distance
