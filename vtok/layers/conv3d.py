@@ -86,9 +86,11 @@ class ConvConfig:
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(choices)}")
         check_padding(self.temporal_padding)
-        for name in ("width", "num_res_blocks", "mid_blocks", "temporal_kernel", "patch_size", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        counts = ("width", "num_res_blocks", "decoder_res_blocks", "mid_blocks", "temporal_kernel", "patch_size")
+        for name in (*counts, "num_heads", "temporal_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if not self.mult or min(self.mult) < 1:
             raise ValueError(f"mult={self.mult} must hold a positive number for each level")
         if not 0 <= self.dropout < 1:
@@ -438,6 +440,8 @@ class ConvDecoder(_Backbone):
                 self.adaptive.append(AdaptiveNorm(config.norm, before, latent_channels, (ft, fh, fw)))
         self.norm_out = ChannelNorm(config.norm, widths[0])
         self.conv_out = conv_chain(widths[0], channels * self.patch.channels, self.kernels, config, grown="bands")
+        for parameter in self.conv_out[-1].parameters():  # a pixel is a sum of as many bands
+            parameter.data.div_(self.patch.channels**0.5)
 
     @property
     def last(self) -> nn.Parameter:
