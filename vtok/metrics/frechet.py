@@ -18,7 +18,7 @@ import hashlib
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ class FeatureNet(nn.Module):
 
     def train(self, mode: bool = True) -> FeatureNet:
         return super().train(False)
+
+
+Net = TypeVar("Net", bound=FeatureNet)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -102,14 +105,16 @@ def read_state(path: str | Path, sha256: str = "", *, key: str) -> tuple[dict[st
     return dict(state), found
 
 
-def fill(net: FeatureNet, path: str | Path, sha256: str, *, key: str, passed_over: str = "") -> None:
-    """Gives a network the weights of a file, name by name, and the file's hash.
+def load_net(kind: type[Net], path: str | Path, sha256: str, *, key: str, passed_over: str = "") -> Net:
+    """A network with the weights of a file, name by name, and the file's hash.
 
     Args:
+        kind: its class. path, sha256, key: as for `read_state`.
         passed_over: names in the file with this prefix are not read (a classifier behind the features).
     Raises: as `read_state`; ValueError naming what is missing, superfluous, or of another shape.
     """
     state, found = read_state(path, sha256, key=key)
+    net = kind()
     # counters that files older than PyTorch 0.4.1 lack, and that a frozen network never reads
     wanted = {name for name in net.state_dict() if not name.endswith(".num_batches_tracked")}
     given = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
@@ -124,6 +129,7 @@ def fill(net: FeatureNet, path: str | Path, sha256: str, *, key: str, passed_ove
     except RuntimeError as error:
         raise ValueError(f"{key}: {path} does not fit {type(net).__name__}: {error}") from error
     net.sha256 = found
+    return net
 
 
 # --- the distance -----------------------------------------------------------------------------------------------------

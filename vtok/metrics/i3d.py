@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.metrics.frechet import FeatureNet, fill
+from vtok.metrics.frechet import FeatureNet, load_net
 
 SIDE = 224
 # the time stride is 8, rounded up, and the last pooling averages two frames of what is left
@@ -158,6 +158,4 @@ def load_i3d(path: str | Path, sha256: str = "") -> I3D:
         sha256: expected hash of the file; "" skips the comparison. The hash found is `net.sha256`.
     Raises: FileNotFoundError; ValueError on another hash, a TorchScript archive, missing or superfluous names.
     """
-    net = I3D()
-    fill(net, path, sha256, key="eval.fvd_weights")
-    return net
+    return load_net(I3D, path, sha256, key="eval.fvd_weights")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.metrics.frechet import FeatureNet, fill
+from vtok.metrics.frechet import FeatureNet, load_net
 
 SIDE = 299
 _FRAMES_AT_ONCE = 32
@@ -191,6 +191,4 @@ def load_inception(path: str | Path, sha256: str = "") -> Inception:
         sha256: expected hash of the file; "" skips the comparison. The hash found is `net.sha256`.
     Raises: FileNotFoundError; ValueError on another hash, a TorchScript archive, missing or superfluous names.
     """
-    net = Inception()
-    fill(net, path, sha256, key="eval.fid_weights", passed_over="fc.")
-    return net
+    return load_net(Inception, path, sha256, key="eval.fid_weights", passed_over="fc.")
