@@ -4,8 +4,9 @@
     cache {}      the beginning of a stream: the same result, and what the next frames need is left in it
     cache filled  the stream goes on, module by module where it stopped: any cuts give the whole's result
 
-Tensors are [B, C, T, H, W]. Most are laid out channels last in memory (a norm over channels and tokens for attention
-are then views, and its kernel is 1.5 times as fast as a norm over dimension 1), which is no part of any contract here.
+Tensors are [B, C, T, H, W]. Most are laid out channels last in memory, where a norm over channels and tokens for
+attention are views: norms, activations and convolutions together then took 2/3 of the time on a CPU (32 and 64
+channels). That is no part of any contract here.
 
 Letters: B clips, C channels, T frames, H, W pixels; N sequences, D width, P past frames.
 """

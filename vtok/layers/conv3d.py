@@ -73,6 +73,7 @@ class ConvConfig:
         "spatial"  # none | spatial (inside a frame) | spatial_temporal (and over past frames), in the middle
     )
     num_heads: int = 8
+    qk_norm: bool = True  # queries and keys are RMS-normalised per head, which keeps bfloat16 stable
     temporal_window: int = 16  # latent frames that temporal attention sees, the present one included
     norm: str = "layer"  # layer | rms, both over channels at each position
     adaptive_norm: bool = False  # the decoder's levels are scaled and shifted by the code at each position
@@ -171,8 +172,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        known = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if known else nullcontext():
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if on else nullcontext():
             tokens, weight = x.movedim(1, -1), self.weight.to(x.dtype)
             if self.bias is None:
                 out = F.rms_norm(tokens, (self.channels,), weight, 1e-6)
@@ -272,7 +273,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, config: ConvConfig):
         super().__init__()
         self.norm = make_norm(config.norm, channels)
-        self.attention = Attention(channels, config.num_heads)
+        self.attention = Attention(channels, config.num_heads, qk_norm=config.qk_norm)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         tokens = rearrange(x, "B C T H W -> (B T) (H W) C")
@@ -288,7 +289,9 @@ class TemporalAttention(nn.Module):
     def __init__(self, channels: int, config: ConvConfig):
         super().__init__()
         self.norm = make_norm(config.norm, channels)
-        self.attention = CausalAttention(channels, config.num_heads, window=config.temporal_window)
+        self.attention = CausalAttention(
+            channels, config.num_heads, window=config.temporal_window, qk_norm=config.qk_norm
+        )
 
     @torch.no_grad()
     def begin_as_identity(self) -> None:
