@@ -204,6 +204,44 @@ def test_residual_fsq_equals_the_library(levels):
     assert torch.allclose(ours.lookup(got.indices), theirs.get_output_from_indices(indices), atol=1e-6)
 
 
+@pytest.mark.parametrize("cosine", [True, False])
+def test_vq_trains_as_the_library_does(cosine):
+    """Step by step with the same seeds: k-means start, ids, losses, averages, codes re-seeded when they die."""
+    config = QuantizerConfig(
+        name="vq", codebook_size=24, dim=4, cosine=cosine, ema_decay=0.8, dead_code_threshold=2, commitment=1.0
+    )
+    ours = build_quantizer(config).train()
+    ours._chunks = lambda z: z.split(17)  # as a large codebook would be
+    theirs = library.VectorQuantize(
+        4, 24, decay=0.8, kmeans_init=True, use_cosine_sim=cosine, threshold_ema_dead_code=2, rotation_trick=False
+    ).train()
+    reseeded = 0
+    for step in range(8):
+        z = torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(step)) + step  # drifts: codes die
+        torch.manual_seed(step)
+        got = ours(z)
+        torch.manual_seed(step)
+        embeddings, indices, loss = theirs(z)
+        assert torch.equal(got.indices[..., 0], indices) and torch.allclose(got.embeddings, embeddings, atol=1e-5)
+        assert torch.allclose(got.loss, loss, atol=1e-5)
+        mine, its = (dict(each.named_buffers()) for each in (ours.layer._codebook, theirs._codebook))
+        assert all(torch.allclose(mine[name].float(), its[name].float(), atol=1e-4) for name in its)
+        reseeded += int((its["cluster_size"] == 2).sum())
+    assert reseeded > 0
+
+
+@pytest.mark.parametrize("ema_decay", [0.9, 0.0])
+def test_stochastic_codes_follow_the_similarities(ema_decay):
+    settings = dict(codebook_size=8, dim=3, kmeans_init=False, ema_decay=ema_decay, stochastic_temperature=0.5)
+    quantizer = build_quantizer(QuantizerConfig(name="vq", **settings))
+    z = torch.nn.functional.normalize(torch.randn(1, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    wanted = (z @ quantizer.codebook.T / 0.5).softmax(-1)[0]
+    torch.manual_seed(0)
+    drawn = quantizer.chosen(z.expand(40_000, 3)).bincount(minlength=8) / 40_000
+    assert torch.allclose(drawn, wanted, atol=0.01)
+    assert len(quantizer.eval()(z.expand(100, 3)).indices.unique()) == 1
+
+
 def test_product_vq_equals_the_library_s_heads():
     settings = dict(codebook_size=16, dim=6, cosine=False, num_codebooks=3)
     ours = build_quantizer(QuantizerConfig(name="vq", **settings, kmeans_init=False)).train()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from vtok.bundle import bundle
 from vtok.entropy import factors_of, to_symbols
 from vtok.quantize import QuantizerConfig, build_quantizer, vector
 from vtok.quantize.config import KEYS
@@ -180,6 +183,32 @@ def test_twin_without_the_training_library(case, monkeypatch):
     if config.name in ("vq", "rvq") and config.ema_decay:
         with pytest.raises(RuntimeError, match="needs vector-quantize-pytorch"):
             twin.train()(z)
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """All quantizers as an export carries them: one file, without this package and the training library."""
+    source = bundle([("vtok.quantize", ["QuantizerConfig", "build_quantizer", "convert_ids"])])
+    path = tmp_path_factory.mktemp("bundle") / "quantizers_alone.py"
+    path.write_text("from __future__ import annotations\n\n" + source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[path.stem]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bundled_into_one_file(case, bundled):
+    assert bundled.library is None
+    quantizer, alone = make(case), bundled.build_quantizer(bundled.QuantizerConfig(**vars(config_of(case)))).eval()
+    alone.load_state_dict(quantizer.state_dict(), strict=True)
+    z = latents(quantizer, 3, 50, seed=10)
+    want, got = quantizer(z), alone(z)
+    assert torch.equal(got.embeddings, want.embeddings)
+    assert want.indices is None or torch.equal(got.indices, want.indices)
+    assert want.indices is None or torch.equal(alone.lookup(got.indices), want.embeddings)
 
 
 STRAIGHT = ["lfq", "lfq product", "vq euclidean", "vq gradient", "vq product", "simvq", "rvq", "rvq gradient"]

@@ -62,12 +62,16 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp_min(1e-12).log()).sum()
 
 
-def _joint(digits: Sequence[Tensor]) -> Tensor:
-    """Independent distributions [M, L] each -> their joint one [M, product of L]."""
-    joint = digits[0]
-    for digit in digits[1:]:
-        joint = (joint[:, :, None] * digit[:, None, :]).flatten(1)
-    return joint
+def _joint(log_probabilities: Sequence[Tensor]) -> Tensor:
+    """Independent log distributions [M, L] each -> their joint distribution [M, product of L].
+
+    Added as logarithms, of which autograd keeps nothing. Probabilities below e^-40 become 0, far below what a sum of
+    float64 shows: as subnormal numbers and products of them they would make the matrix product many times slower.
+    """
+    joint = log_probabilities[0]
+    for each in log_probabilities[1:]:
+        joint = (joint[:, :, None] + each[:, None, :]).flatten(1)
+    return F.threshold(joint, -40.0, -math.inf).exp()
 
 
 def _in_groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
@@ -93,16 +97,15 @@ def factorised_entropy(log_probabilities: Sequence[Tensor], *, group_bits: int) 
     product of the joint distributions of its two halves, so memory is M x sqrt(V) + V where the plain formula has M x
     V: 2^18 codes need 2 x [M, 512]. Means are over the tokens of all processes.
     """
-    digits = [each.exp() for each in log_probabilities]
-    count = digits[0].shape[0]
-    sample = -torch.stack([(p * log_p).sum() for p, log_p in zip(digits, log_probabilities)]).sum() / max(count, 1)
+    count = log_probabilities[0].shape[0]
+    sample = -torch.stack([(each.exp() * each).sum() for each in log_probabilities]).sum() / max(count, 1)
     batch = sample.new_zeros(())
-    for group in _in_groups([d.shape[1] for d in digits], 1 << group_bits):
-        members = [digits[i] for i in group]
+    for group in _in_groups([each.shape[1] for each in log_probabilities], 1 << group_bits):
+        members = [log_probabilities[i] for i in group]
         # the first half as near to the square root of the group's size as its digits allow
         split = min(
             range(1, len(members) + 1),
-            key=lambda at: sum(math.prod(d.shape[1] for d in part) for part in (members[:at], members[at:])),
+            key=lambda at: sum(math.prod(each.shape[1] for each in part) for part in (members[:at], members[at:])),
         )
         left = _joint(members[:split])
         total = left.T @ _joint(members[split:]) if split < len(members) else left.sum(0)

@@ -1,7 +1,8 @@
 """Quantizers with a codebook: the nearest of V rows.
 
-Inference is plain torch. The moving-average codebook trains through vector-quantize-pytorch, whose buffers it shares
-name for name, so that an export needs torch alone. Ids are the rows' numbers.
+Inference is plain torch. The moving-average codebook trains through vector-quantize-pytorch's (k-means, Laplace
+smoothing, re-seeding), whose buffers it shares name for name, so that an export needs torch alone. Ids are the rows'
+numbers.
 
 Letters: D width of a token's code, M tokens, V codebook size.
 """
@@ -93,9 +94,26 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """[...] int64, the id of the code nearest to each latent; ties go to the lowest id."""
         codebook = self.codebook.to(z.dtype)
-        chunks = z.reshape(-1, self.dim).split(max(1, SCORES // codebook.shape[0]))
-        ids = [self.score(chunk, codebook).argmax(-1) for chunk in chunks]
+        ids = [self.score(chunk, codebook).argmax(-1) for chunk in self._chunks(z.reshape(-1, self.dim))]
         return torch.cat(ids).reshape(z.shape[:-1])
+
+    @torch.no_grad()
+    def chosen(self, z: Tensor) -> Tensor:
+        """[M] int64, the ids that training takes for latents [M, D]: the nearest, or with `stochastic_temperature` one
+        drawn from softmax(similarity / temperature), similarity being the inner product of unit vectors or minus the
+        Euclidean distance."""
+        temperature = self.config.stochastic_temperature
+        if not temperature:
+            return self.nearest(z)
+        codebook = self.codebook.to(z.dtype)
+        ids = []
+        for chunk in self._chunks(z):
+            similarity = chunk @ codebook.T if self.unit else -torch.cdist(chunk, codebook)
+            ids.append(draw((similarity / temperature).softmax(-1)))
+        return torch.cat(ids)
+
+    def _chunks(self, z: Tensor) -> tuple[Tensor, ...]:
+        return z.split(max(1, SCORES // self.codebook_sizes[0]))
 
     def learn(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Training on real latents [M, D]: codes [M, D] that carry the gradient to z, ids [M], loss, report."""
@@ -155,11 +173,7 @@ class VQ(VectorQuantizer):
                 kmeans_init=config.kmeans_init,
                 threshold_ema_dead_code=config.dead_code_threshold,
                 use_cosine_sim=self.unit,
-                commitment_weight=self.commitment,
-                stochastic_sample_codes=config.stochastic_temperature > 0,
-                sample_codebook_temp=config.stochastic_temperature or 1.0,
                 rotation_trick=False,  # gradients are routed here, alike for every class
-                route_gradients_to_input=False,
             )
 
     @property
@@ -176,12 +190,35 @@ class VQ(VectorQuantizer):
         if library is None:
             raise RuntimeError("training an EMA codebook needs vector-quantize-pytorch: pip install vtok")
         self._share()
-        codes, ids, loss = self.layer(z[None])
-        counts: Any = self.layer._codebook.cluster_size
-        usage = counts[0] / counts.sum().clamp_min(1e-6)
-        perplexity = (-(usage * usage.clamp_min(1e-12).log()).sum()).exp()
-        loss = loss.sum() if len(z) else z.sum()  # the library's mean over no latents is NaN
-        return self.route(z, codes[0].to(z.dtype)), ids[0], loss, {"perplexity": perplexity}
+        codebook: Any = self.layer._codebook
+        with torch.no_grad():
+            codebook.init_embed_(z.detach().float()[None])
+            ids = self.chosen(z)
+            codes = F.embedding(ids, self.codebook).to(z.dtype)
+            self._move(z.detach().float(), ids)
+            usage = codebook.cluster_size[0] / codebook.cluster_size.sum().clamp_min(1e-6)
+            perplexity = (-(usage * usage.clamp_min(1e-12).log()).sum()).exp()
+        loss = self.commitment * _mean_square(z - codes)
+        return self.route(z, codes), ids, loss, {"perplexity": perplexity}
+
+    def _move(self, z: Tensor, ids: Tensor) -> None:
+        """One step of the moving averages towards latents [M, D] of codes [M], and of re-seeding.
+
+        The library's own step multiplies by all one-hot vectors at once, int64 and float of M x V each. Here they come
+        in chunks of M; a sum by index would do without them, but adds in another order each time on a GPU.
+        """
+        codebook: Any = self.layer._codebook
+        size, total = self.codebook_sizes[0], torch.zeros_like(codebook.embed_avg[0])
+        places = torch.arange(size, device=z.device)
+        for some, its in zip(self._chunks(z), self._chunks(ids)):
+            total += (its[:, None] == places).to(total.dtype).T @ some.to(total.dtype)
+        counts = torch.bincount(ids, minlength=size).to(codebook.cluster_size.dtype)
+        codebook.all_reduce_fn(counts)
+        codebook.all_reduce_fn(total)
+        codebook.cluster_size.lerp_(counts[None], 1 - self.config.ema_decay)
+        codebook.embed_avg.lerp_(total[None], 1 - self.config.ema_decay)
+        codebook.update_ema()
+        codebook.expire_codes_(z[None])
 
     def _share(self) -> None:
         """Make processes share statistics, also where the model was built before they knew of one another: the library
@@ -227,18 +264,8 @@ class GradientVQ(VectorQuantizer):
         weight = as_float32(self.weight)
         return F.normalize(weight, dim=-1) if self.unit else weight
 
-    def similarity(self, z: Tensor) -> Tensor:
-        """[M, D] -> [M, V]: inner product of unit vectors, or minus the Euclidean distance."""
-        codebook = self.codebook.to(z.dtype)
-        return z @ codebook.T if self.unit else -torch.cdist(z, codebook)
-
     def learn(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            if self.config.stochastic_temperature > 0:
-                logits = self.similarity(z) / self.config.stochastic_temperature
-                ids = draw(logits.softmax(-1))
-            else:
-                ids = self.nearest(z)
+        ids = self.chosen(z)
         codes = self.codes(ids).to(z.dtype)
         loss = _mean_square(codes - z.detach()) + self.commitment * _mean_square(z - codes.detach())
         return self.route(z, codes), ids, loss, {}
