@@ -19,12 +19,15 @@ def main() -> None:
     parser.add_argument("--shots", type=int, help="shots of each clip; by level when left out")
     parser.add_argument("--needles", type=int, help="needle inserts of each clip; 0 or 1 when left out")
     parser.add_argument("--questions-per-type", type=int, default=1)
+    parser.add_argument("--map-size", type=int, nargs=2, metavar=("H", "W"), help="a dense map beside each clip")
+    parser.add_argument("--map-dtype", default="uint8", help="uint8, float16 or float32")
     parser.add_argument("--workers", type=int, help="processes; one a core when left out")
     options = vars(parser.parse_args())
     seconds = options["seconds"]
     if len(seconds) > 2:
         parser.error(f"--seconds takes one length or two, got {len(seconds)}")
     options["seconds"] = seconds[0] if len(seconds) == 1 else tuple(seconds)
+    options["map_size"] = tuple(options["map_size"]) if options["map_size"] else None
     options["size"], options["complexity"] = tuple(options["size"]), tuple(options["complexity"])
     print(write_corpus(options.pop("out"), **options))
 

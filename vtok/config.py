@@ -35,6 +35,7 @@ class DataConfig:
     val_shards: str = ""  # held-out shards; split by source video, see `vtok shards`
     root: str = ""  # prefix of relative paths in shards and val_shards
     cache_dir: str = ""  # local copies of https: and pipe: shards; "" = none
+    map: str = ""  # extension of the member that holds a dense map, such as npy; "" = the video or image
     num_frames: int = 16
     size: list[int] = field(default_factory=lambda: [64, 64])  # (height, width) in pixels
     fps: float | None = 8.0  # frames are picked at this rate; None keeps the source's

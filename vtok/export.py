@@ -194,7 +194,7 @@ def training_clips(config: RunConfig, *, limit: int) -> Iterator[Clip]:
     data = config.data
     view = view_of(data)
     shards = every_shard(data.shards, root=data.root, cache_dir=data.cache_dir)
-    reader = ShardReader(shards, cache_dir=data.cache_dir)
+    reader = ShardReader(shards, cache_dir=data.cache_dir, media=view.media)
     samples = one_pass(reader, seed=data.seed, epoch=0, stream=0, streams=1, shuffle_buffer=data.shuffle_buffer)
 
     def items() -> Iterator[Any]:

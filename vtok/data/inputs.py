@@ -24,7 +24,7 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))  # packed as clips of one frame
 MANIFEST_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".ndjson"))
 PATH_COLUMNS = ("path", "file", "video")
-COLUMNS = frozenset((*PATH_COLUMNS, "source", "caption", "captions", "label", "qa", "split", "start_s", "end_s"))
+COLUMNS = frozenset((*PATH_COLUMNS, "source", "map", "caption", "captions", "label", "qa", "split", "start_s", "end_s"))
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -46,6 +46,7 @@ class Row:
     captions: ({start_s, end_s, text}, ...), seconds of the file; None for an end that is not known yet. qa: questions,
         with the same two keys where only a part of the file shows the answer.
     where: "manifest:line", "" for a file of a folder.
+    map: a dense map of the whole file, a frame for each of its frames (`vtok.data.maps`).
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Row:
     start_s: float | None = None
     end_s: float | None = None
     where: str = ""
+    map: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def collect(inputs: Iterable[str | Path], *, exclude: Path | None = None) -> Inp
     manifests = {p.resolve(): p for p in paths if p.is_file() and p.suffix.lower() in MANIFEST_SUFFIXES}
     for path in manifests.values():
         _read_manifest(path, found)
-    seen = {row.path for row in found.rows} | set(manifests)
+    seen = {path for row in found.rows for path in (row.path, row.map) if path is not None} | set(manifests)
     for path in sorted(paths, key=Path.is_dir):  # a file named itself is taken whatever its extension
         for file, source in _media_files(path, exclude=exclude, skip=seen, rejected=found.rejected):
             seen.add(file)
@@ -141,6 +143,7 @@ def _media_files(
                 continue
             if suffix not in VIDEO_SUFFIXES and suffix not in IMAGE_SUFFIXES:
                 hint = "give it as an input of its own" + (" to read its rows" if suffix in MANIFEST_SUFFIXES else "")
+                hint = "name it as the `map` of a video, in a manifest" if suffix == ".npy" else hint
                 rejected.append(Reject(source, f"not a video or image by its extension {suffix!r}; {hint}"))
             elif not file.is_file():
                 rejected.append(Reject(source, "not a regular file, or a link to nothing"))
@@ -176,6 +179,9 @@ def _merge(rows: list[Row], rejected: list[Reject]) -> list[Row]:
         elif None not in (row.label, first.label) and row.label != first.label:
             reason = f"label {row.label!r} differs from {first.label!r} of the same clip in {first.where}"
             rejected.append(Reject(row.source, reason, row.where, None, row.start_s, row.end_s))
+        elif None not in (row.map, first.map) and row.map != first.map:
+            reason = f"another map than that of the same clip in {first.where}"
+            rejected.append(Reject(row.source, reason, row.where, None, row.start_s, row.end_s))
         else:
             clips[at] = _joined(first, row)
     splits: dict[Path, set[str]] = {}
@@ -207,6 +213,7 @@ def _joined(first: Row, second: Row) -> Row:
         label=first.label if first.label is not None else second.label,
         qa=first.qa + tuple(question for question in second.qa if question not in first.qa),
         split=first.split or second.split,
+        map=first.map or second.map,
     )
 
 
@@ -278,15 +285,7 @@ def _row(values: dict[str, Any], where: str, folder: Path) -> Row:
     name = next((values[c] for c in PATH_COLUMNS if values.get(c)), None)
     if not isinstance(name, str):
         raise ValueError(f"no {' or '.join(PATH_COLUMNS)}: {_kind(name)}")
-    if "\0" in name:
-        raise ValueError("the path holds a NUL character")
-    try:
-        path = (folder / name).resolve()
-        exists = path.is_file()
-    except (OSError, RuntimeError, UnicodeError) as error:
-        raise ValueError(f"cannot read the path: {error}") from error
-    if not exists:
-        raise ValueError(f"the file is missing: {name!r} (relative to the manifest's folder)")
+    path = _file(name, folder)
     video, caption, label = values.get("source") or "", values.get("caption"), values.get("label")
     if not isinstance(video, str):
         raise ValueError(f"source must be a string, got {_kind(video)}")
@@ -312,7 +311,33 @@ def _row(values: dict[str, Any], where: str, folder: Path) -> Row:
         start_s=start_s,
         end_s=end_s,
         where=where,
+        map=_map(values.get("map"), folder),
     )
+
+
+def _file(name: str, folder: Path) -> Path:
+    """The real path of a file that a manifest names."""
+    if "\0" in name:
+        raise ValueError("the path holds a NUL character")
+    try:
+        path = (folder / name).resolve()
+        exists = path.is_file()
+    except (OSError, RuntimeError, UnicodeError) as error:
+        raise ValueError(f"cannot read the path: {error}") from error
+    if not exists:
+        raise ValueError(f"the file is missing: {name!r} (relative to the manifest's folder)")
+    return path
+
+
+def _map(value: Any, folder: Path) -> Path | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not value.lower().endswith(".npy"):
+        raise ValueError(f"map must be the path of a .npy file, got {_kind(value)}")
+    try:
+        return _file(value, folder)
+    except ValueError as error:
+        raise ValueError(f"map: {error}") from error
 
 
 def _source_name(name: str, folder: Path, path: Path) -> str:

@@ -1,7 +1,7 @@
 """Write the manifest (jsonl) that `vtok shards` takes; what the imports in data/ have in common.
 
-A row: path (or file), caption, captions, label, qa, split, start_s, end_s, source. `source` names the original video
-(default: the path): rows of one source never fall on both sides of a split.
+A row: path (or file), map, caption, captions, label, qa, split, start_s, end_s, source. `source` names the original
+video (default: the path): rows of one source never fall on both sides of a split.
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ def write_manifest(rows: Iterable[Row], out: Path | str, *, progress: bool = Tru
         with open(asides[0], "w", encoding="utf-8") as kept, open(asides[1], "w", encoding="utf-8") as left:
             for row in track(rows, description="rows", disable=not progress):
                 reason = row.get("reason") or _unreadable(row["path"])
+                if not reason and row.get("map"):
+                    reason = (why := _unreadable(row["map"])) and f"map: {why}"
                 if reason:
                     row = {**row, "path": str(row.get("path", "")), "reason": reason}
                 else:
                     row = {**row, "path": _portable(Path(row["path"]), folder)}
+                    row |= {"map": _portable(Path(row["map"]), folder)} if row.get("map") else {}
                 counts[bool(reason)] += 1
                 row = {key: value for key, value in row.items() if value is not None}
                 (left if reason else kept).write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -11,27 +11,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import tarfile
-import wave
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import av
-import av.error
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from vtok.data.audio import read_audio
 from vtok.data.decode import VideoInfo, iter_frames, probe
 from vtok.data.encode import write_video
 from vtok.data.inputs import VIDEO_SUFFIXES, Reject
+from vtok.data.maps import check_count, check_values, cut_map, open_map
 from vtok.data.sources import MEDIA
-from vtok.data.strict import FORMATS, DecodeError
+from vtok.data.strict import DecodeError
+
+Frame = TypeVar("Frame")
 
 RECORDS = ".shards"  # folder of records in the output folder
 MAGIC = (
@@ -107,7 +109,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Item:
-    """One planned clip. end_s: None = to the end. whole: not cut. size: bytes of the source."""
+    """One planned clip. end_s: None = to the end. whole: not cut. size, map_size: bytes of the source and its map."""
 
     key: str
     path: Path
@@ -120,10 +122,13 @@ class Item:
     captions: tuple[dict[str, Any], ...]
     label: str | int | None
     qa: tuple[dict[str, Any], ...]
+    map: Path | None = None
+    map_size: int = 0
 
     def fingerprint(self) -> dict[str, Any]:
-        """The item as plain values, without where its file lies on this machine."""
-        return {key: value for key, value in asdict(self).items() if key != "path"}
+        """The item as plain values, without where its files lie on this machine."""
+        elsewhere = ("path", "map") if self.map is not None else ("path", "map", "map_size")
+        return {key: value for key, value in asdict(self).items() if key not in elsewhere}
 
 
 @dataclass(frozen=True)
@@ -201,30 +206,36 @@ def write_shard(
 
 
 def make_sample(item: Item, settings: Settings) -> dict[str, bytes | Path]:
-    """The members of one sample by extension: the video (or image) first, then json, then wav where asked.
+    """The members of one sample by extension: the video (or image) first, then json, then map and wav where asked.
 
     The video is the source's own bytes where nothing is to change, else H.264 in mp4; raw streams and containers that
     the loader does not name (y4m, h264, mxf ...) are re-encoded too. Either way every frame of it was decoded without
     an error. Raises DecodeError with the reason.
     """
-    size = item.path.stat().st_size
-    if size != item.size:
-        raise PackingError(
-            f"{item.path} changed while packing ({item.size} -> {size} bytes); pack into an empty folder"
-        )
+    for path, planned in ((item.path, item.size), (item.map, item.map_size)):
+        size = planned if path is None else path.stat().st_size
+        if size != planned:
+            raise PackingError(f"{path} changed while packing ({planned} -> {size} bytes); pack into an empty folder")
     info = probe(item.path)
     members: dict[str, bytes | Path] = {}
+    dense: bytes | Path | None = None
     extension = _extension(item.path)
     if extension is None and info.is_image:
         raise DecodeError("a still image whose format shards do not hold; use png, jpg or webp")
     if extension is None or needs_encoding(item, info, settings):
-        video, frames, fps, (width, height) = _encode(item, info, settings)
+        video, shown, fps, (width, height) = _encode(item, info, settings)
         members["mp4"] = video
-        duration_s = frames / fps
+        duration_s = len(shown) / fps
+        if item.map is not None:
+            dense = cut_map(open_map(item.map), times=[seconds for _, seconds in iter_frames(item.path)], shown=shown)
     else:
         members[extension] = item.path
         width, height, fps = info.width, info.height, info.fps
-        duration_s = _check(item, info)
+        duration_s, frames = _check(item, info)
+        if item.map is not None:
+            dense = item.map
+            check_count(len(whole := open_map(item.map)), frames)
+            check_values(whole)
     captions = _captions_of(item, duration_s)
     longest = max(captions, key=lambda c: c["end_s"] - c["start_s"], default={"text": ""})
     members["json"] = _json_bytes(
@@ -241,6 +252,8 @@ def make_sample(item: Item, settings: Settings) -> dict[str, bytes | Path]:
             "height": height,
         }
     )
+    if dense is not None:
+        members["npy"] = dense
     if settings.audio and info.has_audio:
         members["wav"] = read_audio(item.path, start_s=item.start_s, duration_s=duration_s, rate=settings.audio_rate)
     return members
@@ -256,18 +269,18 @@ def needs_encoding(item: Item, info: VideoInfo, settings: Settings) -> bool:
 
 
 def constant_rate(
-    frames: Iterable[tuple[np.ndarray, float]], *, fps: float, last_s: float, start_s: float = 0.0, end_s: float
-) -> Iterator[np.ndarray]:
+    frames: Iterable[tuple[Frame, float]], *, fps: float, last_s: float, start_s: float = 0.0, end_s: float
+) -> Iterator[Frame]:
     """The frames on show in the middle of each tick: tick k covers [start_s + k / fps, start_s + (k + 1) / fps).
 
     A source of constant rate gives each of its frames once at its own rate; a variable one becomes constant.
 
     Args:
-        frames: (pixels, seconds), in order. last_s: how long the last frame is shown.
+        frames: (pixels or whatever stands for them, seconds), in order. last_s: how long the last frame is shown.
         end_s: no tick's middle lies past it.
     """
     tick = 0
-    shown: tuple[np.ndarray, float] | None = None
+    shown: tuple[Frame, float] | None = None
 
     def middle() -> float:
         return start_s + (tick + 0.5) / fps
@@ -285,25 +298,25 @@ def constant_rate(
         tick += 1
 
 
-def _encode(item: Item, info: VideoInfo, settings: Settings) -> tuple[bytes, int, float, tuple[int, int]]:
-    """(mp4 bytes, frames, frames per second, (width, height)) of the item's window, cut to the frame."""
+def _encode(item: Item, info: VideoInfo, settings: Settings) -> tuple[bytes, list[float], float, tuple[int, int]]:
+    """(mp4 bytes, the source's seconds of each frame, frames per second, (width, height)) of the item's window."""
     fps = min(settings.fps or math.inf, info.fps)
     size = _encoded_size(info, settings.short_side)
     end_s = math.inf if item.end_s is None else item.end_s
-    frames = iter_frames(item.path, start_s=item.start_s, end_s=item.end_s)
-    kept = constant_rate(_steady(frames), fps=fps, last_s=1.0 / info.fps, start_s=item.start_s, end_s=end_s)
+    frames = _steady(iter_frames(item.path, start_s=item.start_s, end_s=item.end_s))
+    timed = (((pixels, seconds), seconds) for pixels, seconds in frames)
+    kept = constant_rate(timed, fps=fps, last_s=1.0 / info.fps, start_s=item.start_s, end_s=end_s)
     first = next(kept, None)
     if first is None:
         raise DecodeError(f"no frame is on show from {item.start_s:.3f} s on: the video ends before its header says")
-    count = 0
+    shown: list[float] = []
 
     def resized() -> Iterator[np.ndarray]:
-        nonlocal count
         last, out = None, None
-        for frame in _chain(first, kept):
+        for frame, seconds in itertools.chain([first], kept):
             if frame is not last or out is None:
                 last, out = frame, _resize(frame, size)
-            count += 1
+            shown.append(seconds)
             yield out
 
     file = io.BytesIO()
@@ -314,12 +327,7 @@ def _encode(item: Item, info: VideoInfo, settings: Settings) -> tuple[bytes, int
         raise
     except ValueError as error:  # an encoder that refuses the size
         raise DecodeError(f"cannot be re-encoded: {error}") from error
-    return file.getvalue(), count, fps, size
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
+    return file.getvalue(), shown, fps, size
 
 
 def _steady(frames: Iterable[tuple[np.ndarray, float]]) -> Iterator[tuple[np.ndarray, float]]:
@@ -332,14 +340,15 @@ def _steady(frames: Iterable[tuple[np.ndarray, float]]) -> Iterator[tuple[np.nda
         yield frame, seconds
 
 
-def _check(item: Item, info: VideoInfo) -> float:
-    """Seconds of a source that decodes from end to end without an error; its last frame counts 1 / fps, an image 0."""
+def _check(item: Item, info: VideoInfo) -> tuple[float, int]:
+    """(seconds, frames) of a source that decodes from end to end without an error; its last frame counts 1 / fps, an
+    image's 0."""
     last_s, count = 0.0, 0
     for _, seconds in _steady(iter_frames(item.path)):
         last_s, count = seconds, count + 1
     if count == 0:
         raise DecodeError("0 frames")
-    return last_s + (1.0 / info.fps if info.fps else 0.0)
+    return last_s + (1.0 / info.fps if info.fps else 0.0), count
 
 
 def _encoded_size(info: VideoInfo, short_side: int | None) -> tuple[int, int]:
@@ -391,51 +400,6 @@ def _questions_of(item: Item, duration_s: float, fps: float) -> list[dict[str, A
             question = {**question, **{key: round(seconds, 6) for key, seconds in span.items()}}
         out.append(question)
     return out
-
-
-def read_audio(path: Path, *, start_s: float, duration_s: float, rate: int) -> bytes:
-    """A wav file, mono 16 bit, of [start_s, start_s + duration_s): seconds from the first video frame, as for frames.
-
-    Where the audio track begins later, ends earlier or has a hole there is silence. Raises DecodeError for damage.
-    """
-    samples = np.zeros(max(1, round(duration_s * rate)), np.int16)
-    options = {"err_detect": "explode", "protocol_whitelist": "file", "format_whitelist": FORMATS}
-    try:
-        with av.open(f"file:{path}", options=options) as container:
-            video, stream = container.streams.video[0], container.streams.audio[0]
-            origin = float((video.start_time or 0) * (video.time_base or 0))
-            if start_s > 1.0:
-                container.seek(int((origin + start_s - 1.0) * av.time_base))
-            resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
-            place: int | None = None
-            for frame in container.decode(stream):
-                if frame.time is not None:
-                    due = round((frame.time - origin - start_s) * rate)
-                    if place is None or abs(due - place) > 0.05 * rate:  # rounded timestamps are not a hole
-                        place = due
-                for piece in resampler.resample(frame):
-                    place = _put(samples, piece.to_ndarray()[0], place or 0)
-                if place is not None and place >= len(samples):
-                    break
-            for piece in resampler.resample(None):
-                place = _put(samples, piece.to_ndarray()[0], place or 0)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DecodeError(f"audio track: {error}") from error
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(rate)
-        out.writeframes(samples.astype("<i2").tobytes())
-    return file.getvalue()
-
-
-def _put(samples: np.ndarray, piece: np.ndarray, place: int) -> int:
-    """Copy the part of `piece` that falls inside `samples` when it begins at `place`; where it ends."""
-    first, last = max(0, place), min(len(samples), place + len(piece))
-    if first < last:
-        samples[first:last] = piece[first - place : last - place]
-    return place + len(piece)
 
 
 def _extension(path: Path) -> str | None:

@@ -8,6 +8,7 @@
                   (shard, key, byte ranges) only: after a resume the last epoch is replayed from tar headers
 4. decode         a window of `num_frames` at `fps` with a random start; a clip that is shorter than the window comes
                   whole, with its length; an image is a 1-frame clip                    -> `vtok.data.view`
+                  With data.map it is a window of the dense map in <key>.npy        -> `vtok.data.maps`
 5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip
 6. batch          uint8 [B, 3, T, H, W] padded with repeats of the last frame to the longest clip, `lengths`, `times`
 
@@ -82,7 +83,7 @@ class TrainingStream(IterableDataset):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be 1 or more")
-        self.readers = [ShardReader(shards, cache_dir=cache_dir) for shards in sources]
+        self.readers = [ShardReader(shards, cache_dir=cache_dir, media=view.media) for shards in sources]
         parts = {"part_frames": part_frames, "part_batch_sizes": part_batch_sizes}
         self.buckets = make_buckets(sources, view=view, batch_size=batch_size, weights=weights, **parts)
         self.schedule = Schedule([bucket.weight for bucket in self.buckets], seed=seed)
@@ -203,7 +204,7 @@ class ValidationSet(IterableDataset):
             raise ValueError(f"data.val_batch_size={batch_size} must be 1 or more")
         if val_clips is not None and val_clips < 1:
             raise ValueError(f"data.val_clips={val_clips} must be 1 or more, or null for all")
-        self.reader = ShardReader(shards, cache_dir=cache_dir)
+        self.reader = ShardReader(shards, cache_dir=cache_dir, media=view.media)
         self.view, self.max_bad_fraction, self.quarantine = view, max_bad_fraction, quarantine
         every = [sample for index in range(len(shards)) for sample in self.reader.samples(index)]
         self.broken = [sample for sample in every if sample.problem is not None]
@@ -325,8 +326,13 @@ def validation_batches(
 
 
 def num_val_clips(
-    shards: str | Sequence[str], *, root: str | Path = "", cache_dir: str | Path = "", val_clips: int | None = None
+    shards: str | Sequence[str],
+    *,
+    view: View | None = None,
+    root: str | Path = "",
+    cache_dir: str | Path = "",
+    val_clips: int | None = None,
 ) -> int:
     """How many clips `validation_batches` gives over all ranks, unless some turn out to be broken."""
     source = open_sources(shards, root=root, cache_dir=cache_dir, setting="data.val_shards")[0]
-    return ValidationSet(source, view=View(), batch_size=1, cache_dir=cache_dir, val_clips=val_clips).num_clips
+    return ValidationSet(source, view=view or View(), batch_size=1, cache_dir=cache_dir, val_clips=val_clips).num_clips

@@ -35,6 +35,7 @@ from rich.console import Console
 
 from vtok.data.decode import VideoInfo, probe
 from vtok.data.inputs import Inputs, Reject, Row, collect
+from vtok.data.maps import open_map
 from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_atomically, write_shard
 from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
@@ -78,7 +79,7 @@ class Summary:
 
 
 def survey(path: Path) -> Survey:
-    """What one source is; never raises for a bad one."""
+    """What one source, or dense map, is; never raises for a bad one."""
     try:
         size = path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
@@ -91,6 +92,9 @@ def survey(path: Path) -> Survey:
     except OSError as error:
         return Survey(reason=f"cannot read: {error.strerror or error}")
     try:
+        if path.suffix.lower() == ".npy":
+            open_map(path)
+            return Survey(size, digest.hexdigest())
         return Survey(size, digest.hexdigest(), probe(path))
     except DecodeError as error:
         return Survey(size, digest.hexdigest(), reason=str(error))
@@ -109,8 +113,13 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
     rejected = list(sources.rejected)
     usable: list[Row] = []
     for row in sources.rows:
+        reason = ""
         if surveys[row.path].info is None:
-            rejected.append(Reject(row.source, surveys[row.path].reason, row.where, None, row.start_s, row.end_s))
+            reason = surveys[row.path].reason or "a dense map, not a video; name it as the `map` of one"
+        elif row.map is not None and surveys[row.map].reason:
+            reason = f"map: {surveys[row.map].reason}"
+        if reason:
+            rejected.append(Reject(row.source, reason, row.where, None, row.start_s, row.end_s))
         else:
             usable.append(row)
     splits = _assign_splits(usable, surveys, settings, rejected)
@@ -144,6 +153,8 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
                 row.captions,
                 row.label,
                 row.qa,
+                row.map,
+                0 if row.map is None else surveys[row.map].size,
             )
             seconds = (seen.info.duration_s if end_s is None else end_s) - start_s
             share = 1.0 if whole else min(1.0, seconds / max(seen.info.duration_s, 1e-6))
@@ -151,7 +162,8 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
     shards = tuple(shard for split in SPLITS for shard in _deal(items[split], split, settings))
     digest = hashlib.sha256(json.dumps([asdict(settings), av.__version__], sort_keys=True).encode())
     for row in usable:
-        digest.update(json.dumps([row.source, surveys[row.path].content]).encode())
+        content = [row.source, surveys[row.path].content] + ([] if row.map is None else [surveys[row.map].content])
+        digest.update(json.dumps(content).encode())
     for shard in shards:
         digest.update(json.dumps([shard.name, [item.fingerprint() for item in shard.items]], sort_keys=True).encode())
     return Plan(settings, shards, tuple(rejected), digest.hexdigest())
@@ -312,7 +324,7 @@ def pack(
     if found.ignored:
         logger.info("manifest columns not read: %s", ", ".join(sorted(found.ignored)))
     with Workers(workers, progress=progress) as pool:
-        paths = sorted({row.path for row in found.rows})
+        paths = sorted({path for row in found.rows for path in (row.path, row.map) if path is not None})
         batches = [(paths[i : i + 32],) for i in range(0, len(paths), 32)]
         surveyed = pool.run(_survey_all, batches, title="reading headers", total=len(paths))
         todo = plan(found, dict(zip(paths, (seen for batch in surveyed for seen in batch))), settings)

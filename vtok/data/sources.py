@@ -42,7 +42,8 @@ VIDEO_SUFFIXES = (
     ".ogv",
 )
 MEDIA = tuple(suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
-MAX_TEXT_BYTES = 8 << 20  # a sample's json or txt
+TEXTS = ("json", "txt")
+MAX_TEXT_BYTES = 8 << 20  # one of those
 MAX_MEDIA_BYTES = 4 << 30
 
 
@@ -256,11 +257,13 @@ class Sample(NamedTuple):
     passing: bool = False
 
 
-def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> list[Sample]:
+def scan(
+    path: str | Path, *, shard: int = 0, expected: int | None = None, media: Sequence[str] = MEDIA
+) -> list[Sample]:
     """The samples of a tar, from its headers alone.
 
     Members that follow each other with the same name up to the first dot of the base name make a sample. Links,
-    devices, absolute and parent paths are refused, as are samples without video or image and keys that come twice. A
+    devices, absolute and parent paths are refused, as are samples without one of `media` and keys that come twice. A
     tar without its end mark was cut: its last sample is dropped, since it may lack members. What is lost stands at the
     end as one `Sample` with a `problem`; a file that is no tar is such an entry too. Raises OSError when it cannot be
     read.
@@ -307,8 +310,9 @@ def scan(path: str | Path, *, shard: int = 0, expected: int | None = None) -> li
     found = []
     for key, members in groups.items():
         problem = problems.get(key)
-        if problem is None and not any(suffix in members for suffix in MEDIA):
-            problem = f"no video or image among its members {sorted(members)}"
+        if problem is None and not any(suffix in members for suffix in media):
+            what = "video or image" if tuple(media) == MEDIA else " or ".join(f".{suffix}" for suffix in media)
+            problem = f"no {what} among its members {sorted(members)}"
         found.append(Sample(shard, key, members, problem))
     lost = 0 if expected is None else expected - len(found)
     if damage is not None or lost > 0:
@@ -324,11 +328,17 @@ def _is_zero(file: Any, offset: int) -> bool:
 
 
 class ShardReader:
-    """Samples and bytes of a list of shards, for one process. Keeps the headers and files of recent shards open."""
+    """Samples and bytes of a list of shards, for one process. Keeps the headers and files of recent shards open.
 
-    def __init__(self, shards: Sequence[Shard], *, cache_dir: str | Path = "", keep: int = 32) -> None:
+    media: extensions of which a sample must have one.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], *, cache_dir: str | Path = "", keep: int = 32, media: Sequence[str] = MEDIA
+    ) -> None:
         self.shards = list(shards)
         self.cache_dir = cache_dir
+        self.media = tuple(media)
         self.keep = keep
         self._samples: OrderedDict[int, list[Sample]] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -348,7 +358,7 @@ class ShardReader:
             return self._samples[index]
         shard = self.shards[index]
         try:
-            found = scan(self.path(index), shard=index, expected=shard.samples)
+            found = scan(self.path(index), shard=index, expected=shard.samples, media=self.media)
         except OSError as error:
             return [Sample(index, "", {}, str(error), shard.samples or 1, passing=True)]
         self._samples[index] = found
@@ -356,12 +366,13 @@ class ShardReader:
             self._samples.popitem(last=False)
         return found
 
-    def read(self, sample: Sample, suffix: str) -> bytes:
-        """Raises OSError or BrokenSample."""
+    def read(self, sample: Sample, suffix: str, *, first: int = 0, num_bytes: int | None = None) -> bytes:
+        """A member's bytes, or `num_bytes` of them from number `first` on. Raises OSError or BrokenSample."""
         offset, size = sample.members[suffix]
-        limit = MAX_MEDIA_BYTES if suffix in MEDIA else MAX_TEXT_BYTES
+        limit = MAX_TEXT_BYTES if suffix in TEXTS else MAX_MEDIA_BYTES
         if size > limit:
             raise BrokenSample(f".{suffix} has {size} bytes, above the limit of {limit}")
+        offset, size = offset + first, size - first if num_bytes is None else min(num_bytes, size - first)
         if sample.shard not in self._files:
             self._files[sample.shard] = os.open(self.path(sample.shard), os.O_RDONLY)
             if len(self._files) > self.keep:

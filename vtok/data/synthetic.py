@@ -4,7 +4,8 @@
 2. `render(scene)` turns it into frames one by one (`synthetic_pixels.py`): a clip of any length needs the memory of
    one shot's background.
 3. `Scene.captions` and `Scene.questions` read the same truth.
-4. `write_corpus(out)` encodes clips in parallel and writes `captions.jsonl`, which `vtok shards` takes as it is.
+4. `render_map(scene)` makes a dense map of the same truth (`synthetic_maps.py`).
+5. `write_corpus(out)` encodes clips in parallel and writes `captions.jsonl`, which `vtok shards` takes as it is.
 
 A clip is a pure function of (seed, index, level, seconds, size, ...), a frame one of (scene, frame number).
 Give corpora that will be mixed different seeds: seed and index name a clip.
@@ -25,11 +26,12 @@ import numpy as np
 from rich.progress import track
 
 from vtok.data.encode import write_video
+from vtok.data.synthetic_maps import MAP_CHANNELS, check_map_settings, render_map, write_map
 from vtok.data.synthetic_pixels import render
 from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene
 
-__all__ = ["LEVELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Shot", "Thing"]
-__all__ += ["render", "scene", "write_corpus", "write_scene"]
+__all__ = ["LEVELS", "MAP_CHANNELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Shot", "Thing"]
+__all__ += ["render", "render_map", "scene", "write_corpus", "write_scene"]
 
 
 def write_scene(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryfast") -> None:
@@ -41,11 +43,15 @@ def write_scene(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryf
     os.replace(aside, path)
 
 
-def _write_one(job: tuple[dict[str, Any], Path, str, str | None, int]) -> dict[str, Any]:
-    arguments, out, file, split, crf = job
+def _write_one(job: tuple[dict[str, Any], Path, str, str | None, int, dict[str, Any]]) -> dict[str, Any]:
+    arguments, out, file, split, crf, dense = job
     made = scene(**arguments)
     write_scene(made, out / file, crf=crf)
-    return made.row(file, split=split)
+    row = made.row(file, split=split)
+    if dense["size"] is not None:
+        row["map"] = str(Path(file).with_suffix(".npy"))
+        write_map(made, out / row["map"], **dense)
+    return row
 
 
 def write_corpus(
@@ -63,10 +69,12 @@ def write_corpus(
     needles: int | None = None,
     questions_per_type: int = 1,
     crf: int = 14,
+    map_size: tuple[int, int] | None = None,
+    map_dtype: str = "uint8",
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `clips` mp4 files under out/train and out/val, and out/captions.jsonl.
+    """Write `clips` mp4 files under out/train and out/val, and out/captions.jsonl; with map_size, a map beside each.
 
     Args:
         seconds: length of every clip, or (low, high): uniform in between.
@@ -75,11 +83,14 @@ def write_corpus(
         first: index of the first clip: clips `first ... first + clips - 1` of this seed are made.
         shots, needles, questions_per_type: as in `scene`; needle videos are `seconds=64, shots=64, needles=6`.
         crf: x264 quality, lower is cleaner.
+        map_size, map_dtype: (H, W) and uint8, float16 or float32 of dense maps [T, H, W, MAP_CHANNELS], named in the
+            manifest's `map`; None writes none. Their bytes are T x H x W x MAP_CHANNELS x (1, 2 or 4).
         workers: processes; None: one a core. Only a script's `if __name__ == "__main__":` may call with several.
     Returns: the path of captions.jsonl.
     Raises: ValueError on arguments out of range, before anything is written.
     """
     out = Path(out)
+    check_map_settings(map_size, map_dtype)
     low, high = complexity
     shortest, longest = seconds if isinstance(seconds, tuple) else (seconds, seconds)
     if clips < 1:
@@ -102,7 +113,8 @@ def write_corpus(
         arguments: dict[str, Any] = {"seed": seed, "index": index, "level": low + index % (high - low + 1)}
         arguments |= {"seconds": length, "size": size, "fps": fps, "shots": shots, "needles": needles}
         arguments["questions_per_type"] = questions_per_type
-        jobs.append((arguments, out, f"{split}/{seed:04d}_{index:06d}.mp4", split, crf))
+        dense = {"size": map_size, "dtype": map_dtype}
+        jobs.append((arguments, out, f"{split}/{seed:04d}_{index:06d}.mp4", split, crf, dense))
     scene(**jobs[0][0])  # bad arguments fail here, before a folder or a process is made
     for split in {job[3] for job in jobs}:
         (out / split).mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.data.decode import iter_frames, probe
+from vtok.data.maps import MapError, check_count, parse_map
 from vtok.data.sources import MEDIA
 from vtok.data.strict import DecodeError
 from vtok.data.workers import Notify, Workers
@@ -131,6 +132,11 @@ def check_sample(members: dict[str, bytes]) -> list[str]:
         duration_s = last_s + (1.0 / info.fps if info.fps else 0.0)
         if not missing and abs(duration_s - meta["duration_s"]) > max(0.05, 0.01 * duration_s):
             problems.append(f"{duration_s:.3f} s long, its json says {meta['duration_s']}")
+        for extension in sorted(name for name in members if name.rpartition(".")[2] == "npy"):
+            try:
+                check_count(len(parse_map(members[extension])), count)
+            except MapError as error:
+                problems.append(f"{extension}: {error}")
     except DecodeError as error:
         problems.append(f"{media[0]}: {error}")
     if "wav" in members:

@@ -1,11 +1,13 @@
-"""What the model sees of a clip: `View`, the window that is decoded, and its crop, resize and flip on uint8.
+"""What the model sees of a clip: `View`, the window that is decoded, and its crop, resize and flip.
 
-Legend: T frames, H height, W width.
+Legend: T frames, H height, W width, C channels.
 """
 
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.data.decode import DecodeError, PastEnd, VideoReader
+from vtok.data.maps import HEAD_BYTES, MapError, read_header, window_of_map
+from vtok.data.sources import MEDIA
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class View:
 
     crop: random | center | none (whole frame, aspect not kept). scale: (low, high), side of a random crop as a share of
     the largest box of the wanted aspect. hflip: probability. max_pixels: frames x height x width a clip may decode to.
+    map: extension of the member that holds a dense map (`vtok.data.maps`); "" takes the video or image.
     """
 
     num_frames: int = 16
@@ -30,6 +35,7 @@ class View:
     scale: tuple[float, float] = (1.0, 1.0)
     hflip: float = 0.0
     max_pixels: int = 1 << 31
+    map: str = ""
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:
@@ -50,6 +56,16 @@ class View:
             raise ValueError(f"data.max_pixels={self.max_pixels} must be 1 or more (frames x height x width of a clip)")
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"data.hflip={self.hflip} is a probability, 0 to 1")
+        if self.map and not re.fullmatch(r"([a-z0-9_-]+\.)*npy", self.map):
+            raise ValueError(
+                f"data.map={self.map!r} is not the extension of a dense map: npy for <key>.npy, pose.npy for "
+                '<key>.pose.npy (lower case), or "" for the video'
+            )
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Extensions of the members that it can be a view of."""
+        return (self.map,) if self.map else MEDIA
 
 
 class ViewSettings(Protocol):
@@ -62,6 +78,7 @@ class ViewSettings(Protocol):
     scale: list[float]
     hflip: float
     max_pixels: int
+    map: str
 
 
 def view_of(settings: ViewSettings) -> View:
@@ -76,6 +93,7 @@ def view_of(settings: ViewSettings) -> View:
         scale=(settings.scale[0], settings.scale[1]),
         hflip=settings.hflip,
         max_pixels=settings.max_pixels,
+        map=settings.map,
     )
 
 
@@ -98,8 +116,32 @@ def decode_view(media: bytes, view: View, rng: random.Random | None) -> tuple[Te
             return reader.window(start_s=0.0, num_frames=frames, fps=view.fps)
 
 
+def map_view(
+    read: Callable[[int, int], bytes], num_bytes: int, view: View, rng: random.Random | None, *, fps: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same of a dense map: uint8 or float32 [T, H, W, C], and times float64 [T].
+
+    Args:
+        read: (offset, bytes) of a .npy file of `num_bytes`. fps: frames per second of the map, None where not known.
+    Raises: MapError.
+    """
+    header = read_header(read(0, HEAD_BYTES), num_bytes)
+    total, height, width, channels = header.shape
+    if total > 1 and fps is None:
+        raise MapError(f"the map has {total} frames, and .json no `fps`: how many of them are a second")
+    frames = 1 if total == 1 else view.num_frames
+    if frames * height * width * channels > 3 * view.max_pixels:
+        raise MapError(f"{frames}x{height}x{width} of {channels} channels are above data.max_pixels={view.max_pixels}")
+    fps = fps or 1.0
+    duration = total / fps if total > 1 else 0.0
+    slack = max(0.0, duration - frames / (view.fps or fps))
+    start = slack * (0.5 if rng is None else rng.random())
+    rate = None if total == 1 else view.fps
+    return window_of_map(read, header, start_s=start, num_frames=frames, source_fps=fps, fps=rate)
+
+
 def fit(frames: Tensor, view: View, rng: random.Random | None) -> Tensor:
-    """Cropped, resized and flipped: uint8 [T, H, W, 3] -> uint8 [3, T, *view.size].
+    """Cropped, resized and flipped: uint8 [T, H, W, 3] -> uint8 [3, T, *view.size]; float32 and any C likewise.
 
     Bilinear with antialiasing, as one kernel on uint8 in channels-last memory (measured 7 times faster than through
     float, and equal to it within one level). rng: draws crop and flip; None takes the centre and no flip.
@@ -117,9 +159,10 @@ def fit(frames: Tensor, view: View, rng: random.Random | None) -> Tensor:
         top, left = (height - box_height) // 2, (width - box_width) // 2
         if rng is not None and view.crop == "random":
             top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
-    video = frames[:, top : top + box_height, left : left + box_width].permute(0, 3, 1, 2)  # [T, 3, H, W], a view
+    video = frames[:, top : top + box_height, left : left + box_width].permute(0, 3, 1, 2)  # [T, C, H, W], a view
     if (box_height, box_width) != (out_height, out_width):
         video = F.interpolate(video, size=(out_height, out_width), mode="bilinear", antialias=True)
+        video = video.clamp_(-1.0, 1.0) if video.is_floating_point() else video  # weights sum to 1 within rounding
     if rng is not None and rng.random() < view.hflip:
         video = video.flip(3)
     return video.permute(1, 0, 2, 3)
