@@ -77,15 +77,17 @@ class AlarmConfig:
     lines: int = 10
     codebook_collapse: str = "stop"
     codebook_share: float = 0.02  # of the usage and perplexity that even use would have with as many tokens
+    codebook_low: str = "warn"
+    low_share: float = 0.1  # the same, for a codebook that is used badly but may recover
     discriminator_wins: str = "warn"
     discriminator_loss: float = 0.05  # below it, with real and fake logits further apart than `logits_gap`
     logits_gap: float = 2.0
     discriminator_dead: str = "warn"
     dead_tolerance: float = 0.002  # distance from the loss of a constant answer: 1 for hinge, log 2 for nonsaturating
     divergence: str = "stop"
-    divergence_factor: float = 3.0  # loss over its lowest line so far
+    divergence_factor: float = 3.0  # reconstruction error (or loss) over its lowest median of `lines` lines so far
     gradient_growth: str = "warn"
-    gradient_factor: float = 30.0  # gradient norm over the median of the last lines that looked well
+    gradient_factor: float = 100.0  # gradient norm over its lowest such median
 
 
 @dataclass

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import lightning.pytorch as pl
@@ -112,6 +113,21 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return [group for group in groups.values() if group["params"]]
 
 
+def total_norms(gradients: list[Tensor], parts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The joint Euclidean norm of `gradients`, as torch's, and that of each part where there are several.
+
+    parts: the part of each gradient, those of a part together ("" is the model, "objective.<child>" another). Keys of
+    the result: "model", "<child>". On the device; the norms of single tensors are computed once.
+    """
+    if not gradients:
+        return torch.zeros(()), {}
+    if len({g.device for g in gradients}) > 1 or len(set(parts)) == 1:
+        return nn.utils.get_total_norm(gradients, foreach=True), {}
+    norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    names, counts = zip(*[(part.rpartition(".")[2] or "model", len(list(run))) for part, run in groupby(parts)])
+    return norms.norm(), {name: n.norm() for name, n in zip(names, norms.split(list(counts)))}
+
+
 def freeze(module: nn.Module, optim: OptimConfig) -> list[nn.Module]:
     """Switch off the parameters that `optim.freeze` and `optim.train_only` name; returns the modules wholly at rest,
     which stay in eval mode too (a frozen codebook must not follow its latents).
@@ -181,6 +197,7 @@ class LitCompressor(pl.LightningModule):
         self.bad_steps = 0
         self.applied = True
         self.grad_norm: Tensor | float = 0.0
+        self.part_norms: dict[str, float] = {}  # of the model and of each part of the objective, if there are several
         self.reports: list[dict[str, Tensor]] = []  # of the step's micro-batches
         self.keys: list[str] = []
         self.extra_state: dict[str, Any] = {}  # what the run keeps in the checkpoint beside the weights
@@ -319,10 +336,13 @@ class LitCompressor(pl.LightningModule):
         """Joint norm over every parameter, clipping, and the skip of a non-finite step (DeepSpeed does its own)."""
         if strategy.is_deepspeed(self.trainer.strategy):
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-        value = norm.item()  # the one synchronisation of a step
+        groups = sorted(optimizer.param_groups, key=lambda group: group["part"])
+        pairs = [(p, group["part"]) for group in groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p, _ in pairs]
+        norm, parts = total_norms([p.grad for p in parameters], [part for _, part in pairs])
+        value, *values = torch.stack([norm, *parts.values()]).tolist()  # the one synchronisation of a step
         self.applied, self.grad_norm = math.isfinite(value), value
+        self.part_norms = dict(zip(parts, values))
         limit = self.config.optim.clip_grad_norm
         if not self.applied:
             for p in parameters:  # without gradients AdamW passes them by: weights, moments and counters all stay
@@ -408,6 +428,7 @@ class LitCompressor(pl.LightningModule):
         reseed(step_seed(self.config.seed, -1 - index, self.global_rank), self.device)
         loss = self._loss(clip)
         report = {**loss.report, "loss": loss.total}
+        report.pop("codebook_counts", None)  # every id of validation is counted, by `codebook_use`
         return {k: float(v.detach().float().mean()) for k, v in report.items()}
 
     def measure(self, clip: Clip, index: int) -> dict[str, Any]:

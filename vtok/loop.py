@@ -1,6 +1,6 @@
 """What happens between the steps of a run, at step boundaries that all ranks agree on.
 
-    after each step:  metrics line? -> validation? -> sample videos? -> checkpoint? -> stop?
+    after each step:  metrics line? -> alarm? -> validation? -> sample videos? -> checkpoint? -> stop?
 
 Signals only set a flag. With several ranks the flag, the clock and the time for a checkpoint are agreed about twice a
 second: whoever was told, all save the same step and stop together.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok import strategy
+from vtok.alarms import AlarmError, Alarms, codebook_line
 from vtok.config import RunConfig
 from vtok.curves import Bar, Curves, duration
 from vtok.lit import LitCompressor, codebook_use
@@ -38,6 +39,9 @@ class Conductor(pl.Callback):
         self.signalled = 0
         self.pending: list[dict[str, Any]] = []  # reports of steps, still on the device
         self.window: dict[str, list[float]] = {}  # numbers of the steps since the last line, mean over ranks
+        self.counts: list[Tensor | None] = [None, None]  # ids of the window: of all ranks, and here since the last fold
+        self.alarms = Alarms(config.trainer.alarms)
+        self.alarm = ""  # why the run is to end
         self.best: float | None = None
         self.elapsed_before = 0.0
         self.clips = 0
@@ -55,6 +59,9 @@ class Conductor(pl.Callback):
         lit = _lit(pl_module)
         state = lit.extra_state
         self.window = {k: list(v) for k, v in state.get("window", {}).items()}
+        counts = state.get("codebook_counts")
+        self.counts = [counts.to(lit.device) if counts is not None else None, None]
+        self.alarms.restore(state.get("alarms", {}))
         self.best = state.get("best")
         self.elapsed_before = state.get("elapsed_s", 0.0)
         self.owed = [False, False]
@@ -102,14 +109,18 @@ class Conductor(pl.Callback):
             return
         reports = lit.take_reports()
         if reports:
-            reports[-1]["grad_norm"] = lit.grad_norm
+            parts = {f"grad_norm_{name}": norm for name, norm in lit.part_norms.items()}
+            reports[-1] = {**reports[-1], "grad_norm": lit.grad_norm, **parts}
+            for report in reports:
+                self._count(report.pop("codebook_counts", None))
             self.pending += reports
         step = lit.steps_done
         if step % run.log_every == 0:
             self._line(trainer, lit)
         save, stop, time_up = self._agree(trainer, lit)
         done = step >= run.max_steps or time_up
-        if not (save or stop or done or run.val_every or run.sample_every):
+        halt = bool(self.alarm) and not done
+        if not (save or halt or stop or done or run.val_every or run.sample_every):
             if self.bar is not None and self.bar.due():
                 self._show(lit)
             self.boundary = time.perf_counter()
@@ -118,14 +129,17 @@ class Conductor(pl.Callback):
         names = ["last.ckpt"]
         look = done or bool(run.val_every and step % run.val_every == 0)
         show = look if done or not run.sample_every else step % run.sample_every == 0
-        if stop and not done:  # little time is left: the next start begins with what is owed
+        if (stop or halt) and not done:  # little time is left: the next start begins with what is owed
             self.owed = [look, show]
         else:
             names += ["best.ckpt"] if look and self._validate(trainer, lit) else []
             if show:
                 self._samples(trainer, lit)
-        if save or stop or done or len(names) > 1:
+        if save or stop or halt or done or len(names) > 1:
             self._save(trainer, lit, names)
+        if halt:
+            last = self.config.run_dir / "checkpoints" / "last.ckpt"
+            raise AlarmError(f"stopped at step {step}, saved as {last}: {self.alarm}")
         if stop or done:
             trainer.should_stop = True
             self.interrupted = 0 if done else stop
@@ -187,6 +201,29 @@ class Conductor(pl.Callback):
         for name, value in zip(names, flat.tolist()):
             self.window.setdefault(name, []).append(value)
         self.pending = []
+        whole, new = self.counts
+        if new is not None:
+            if trainer.world_size > 1:
+                torch.distributed.all_reduce(new)
+            self.counts = [new if whole is None else whole + new, None]
+
+    def _count(self, counts: Tensor | None) -> None:
+        if counts is not None:
+            self.counts[1] = counts if self.counts[1] is None else self.counts[1].add_(counts)
+
+    def _sound(self, trainer: Any, lit: LitCompressor, line: dict[str, float]) -> None:
+        """Tells what the alarms make of a line; all ranks end the run if one is to."""
+        alarms = self.alarms.look(lit.steps_done, line)
+        for alarm in alarms:
+            self.curves.write(lit.steps_done, {"alarm": alarm.rule, "action": alarm.action, "text": alarm.text})
+            if self.bar is not None and trainer.is_global_zero:
+                self.bar.say(f"{'ALARM' if alarm.action == 'stop' else 'warning'}: {alarm.text}")
+        ends = [alarm.text for alarm in alarms if alarm.action == "stop"]
+        if trainer.world_size > 1 and self.config.trainer.alarms.enabled:
+            # the lines are equal on all ranks; should one ever see another number, the others must not wait for it
+            if _all_max([bool(ends)], lit.device)[0] and not ends:
+                ends = ["another rank saw an alarm; its metrics.jsonl tells which"]
+        self.alarm = "; ".join(ends)
 
     def _line(self, trainer: Any, lit: LitCompressor) -> None:
         self._fold(trainer, lit)
@@ -206,12 +243,16 @@ class Conductor(pl.Callback):
             "train/bad_steps": float(lit.bad_steps),
             "time_s": self._elapsed(),
         }
+        if self.counts[0] is not None:
+            means |= codebook_line(self.counts[0], tuple(getattr(lit.model, "codebook_sizes", ())))
         self.curves.write(lit.steps_done, means)
+        self._sound(trainer, lit, means)
         loss = means.get("train/loss", math.nan)
         self.text = (
             f"loss {loss:.4f} | {clips_per_s:.1f} clips/s {means['train/tokens_per_s']:.0f} tokens/s | "
             f"data wait {100 * means['train/data_wait_share']:.0f} %"
         )
+        self.counts = [None, None]
         self.window, self.clips, self.waited, self.excluded = {}, 0, 0.0, 0.0
         self.line_began, self.line_step = now, lit.steps_done
 
@@ -309,6 +350,8 @@ class Conductor(pl.Callback):
             "world_size": trainer.world_size,
             "strategy": self.config.trainer.strategy,
             "window": self.window,
+            "codebook_counts": self.counts[0].cpu() if self.counts[0] is not None else None,
+            "alarms": self.alarms.state(),
             "best": self.best,
             "owed": self.owed,
         }
@@ -319,7 +362,8 @@ class Conductor(pl.Callback):
         trainer.strategy.barrier("before saving")
         trainer.save_checkpoint(written)
         if trainer.is_global_zero:
-            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k != "window"})
+            inside = ("window", "codebook_counts", "alarms")
+            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
             touch(self.config.run_dir)
         trainer.strategy.barrier("after saving")
         self.saved_at = time.perf_counter()

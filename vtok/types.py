@@ -279,7 +279,11 @@ class Tokens:
 
 
 class Loss(NamedTuple):
-    """A scalar to minimise, and detached numbers for logging only."""
+    """A scalar to minimise, and detached numbers for logging only: the mean of each is logged.
+
+    One entry is not a number: "codebook_counts", int64 counts of the ids of a step (`vtok.losses.codebook_report`),
+    which are summed over steps and ranks and logged as usage and perplexity.
+    """
 
     total: Tensor
     report: dict[str, Tensor]
