@@ -207,10 +207,14 @@ def test_a_checkpoint_is_taken_only_in_training_and_without_a_cache(monkeypatch)
 
 @pytest.mark.parametrize(("form", "stride"), EACH.values(), ids=EACH)
 @torch.no_grad()
-def test_a_new_decoder_gives_pixels_of_modest_size(form, stride):
+def test_new_networks_pass_their_input_on_and_begin_grey(form, stride):
     torch.manual_seed(0)
-    decoder = ConvDecoder(ConvConfig(**(TINY | form | {"width": 16})), latent_channels=3, stride=stride)
-    assert 0.03 < decoder(torch.randn(1, 3, 2, 2, 2)).std() < 0.7
+    config = ConvConfig(**(TINY | form | {"width": 16}))
+    decoder = ConvDecoder(config, latent_channels=3, stride=stride)
+    assert not decoder(torch.randn(1, 3, 2, 2, 2)).any()
+    colours = (torch.rand(4, 3, 1, 1, 1) * 2 - 1).expand(-1, -1, 1, 2 * stride[1], 2 * stride[2])
+    latents = ConvEncoder(config, latent_channels=8, stride=stride)(colours)
+    assert 0.1 < latents.std(0).mean() < 3, "clips of one colour each must differ"
 
 
 @torch.no_grad()

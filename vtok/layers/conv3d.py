@@ -343,6 +343,27 @@ class _Backbone(nn.Module):
                 modules["time"] = TemporalAttention(channels, self.config)
         return modules
 
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Initial values: convolutions keep the variance of their input, biases are zero, residual blocks and attention
+        begin as no change (Goyal et al. 2017, https://arxiv.org/abs/1706.02677, so begin residual networks).
+
+        With torch's own, each convolution loses 2/3 of the variance and adds a constant: latents then hardly differ
+        between clips, and narrow networks paint the mean for their first hundred steps.
+        """
+        for module in self.modules():
+            if isinstance(module, CausalConv3d | nn.Linear):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2[-1].weight)  # pyright: ignore[reportArgumentType]
+            elif isinstance(module, SpatialAttention | TemporalAttention):
+                nn.init.zeros_(module.attention.out.weight)
+            elif isinstance(module, AdaptiveNorm):
+                nn.init.zeros_(module.modulation.weight)
+
     def run(self, modules: Iterable[nn.Module], x: Tensor, cache: Cache | None) -> Tensor:
         for module in modules:
             if self.config.checkpoint and self.training and cache is None:
@@ -375,6 +396,7 @@ class ConvEncoder(_Backbone):
         self.mid = self.middle(widths[-1])
         self.norm_out = ChannelNorm(config.norm, widths[-1])
         self.conv_out = conv_chain(widths[-1], latent_channels, self.kernels, config)
+        self.begin()
 
     def downsample(self, channels: int, factor: Axes) -> nn.ModuleDict:
         """`space` and `time`, or `joint`; empty where nothing is halved."""
@@ -443,8 +465,8 @@ class ConvDecoder(_Backbone):
                 self.adaptive.append(AdaptiveNorm(config.norm, before, latent_channels, (ft, fh, fw)))
         self.norm_out = ChannelNorm(config.norm, widths[0])
         self.conv_out = conv_chain(widths[0], channels * self.patch.channels, self.kernels, config, grown="bands")
-        for parameter in self.conv_out[-1].parameters():  # a pixel is a sum of as many bands
-            parameter.data.div_(self.patch.channels**0.5)
+        self.begin()
+        nn.init.zeros_(self.last)  # grey, until it has learned better
 
     @property
     def last(self) -> nn.Parameter:
