@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from test_contract import FAMILIES, build_model, clip, video
+from torch import nn
 
 from vtok import losses
 from vtok.budget import nested_keep
 from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
+from vtok.layers.perceptual import file_sha256, load_perceptual
 from vtok.quantize import QuantizerConfig
 
 SMALL, FORMS = FAMILIES["flexible"]
@@ -117,3 +119,49 @@ def test_log_l2_follows_the_mean_of_per_clip_psnr_and_unknown_losses_are_named()
     assert torch.allclose(found, torch.stack(by_hand).mean())
     with pytest.raises(ValueError, match="l1, l2 or log_l2"):
         losses.reconstruction(a, b, kind="L1")
+
+
+def test_convnext_distance_equals_torchvisions(tmp_path):
+    """The same state dict gives the logits of torchvision's model; their squared difference is the distance."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        reference = models.convnext_small().eval()
+    reference.to_empty(device="cpu")
+    with torch.no_grad():  # fresh blocks hardly count (layer_scale 1e-6): these do
+        for parameter in reference.parameters():
+            parameter.uniform_(-1, 1).mul_((3 / parameter[0].numel()) ** 0.5 if parameter.ndim in (2, 4) else 1)
+    torch.save(reference.state_dict(), tmp_path / "w.pth")
+    net = load_perceptual("convnext_s", tmp_path / "w.pth", sha256=file_sha256(tmp_path / "w.pth"), side=64)
+    assert not any(p.requires_grad for p in net.parameters()) and not net.train().training
+    x, y = (torch.rand(2, 3, 48, 40) * 2 - 1 for _ in range(2))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+    def logits(image):
+        image = nn.functional.interpolate((image + 1) / 2, size=(64, 64), mode="bilinear", antialias=True)
+        return reference((image - mean) / std)
+
+    with torch.no_grad():
+        wanted = (logits(x) - logits(y)).square().mean(1)
+    x.requires_grad_(True)
+    got = net(x, y)
+    assert got.shape == (2,) and wanted.min() > 0
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=0)
+    got.sum().backward()
+    assert x.grad.abs().sum() > 0 and float(net(y, y).max()) == 0
+
+
+def test_perceptual_weights_that_do_not_fit(tmp_path):
+    torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not fit torchvision's convnext_small"):
+        load_perceptual("convnext_s", tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="these are other weights"):
+        load_perceptual("convnext_s", tmp_path / "w.pth", sha256="0" * 64)
+    with pytest.raises(FileNotFoundError, match="no ConvNeXt-S weights"):
+        load_perceptual("convnext_s", tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="perceptual_net='vgg' is unknown; choose lpips or convnext_s"):
+        load_perceptual("vgg", tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="side=16"):
+        load_perceptual("convnext_s", tmp_path / "w.pth", side=16)
+    with pytest.raises(ValueError, match="a file of convnext_s weights"):
+        Objective(ObjectiveConfig(perceptual=0.1, perceptual_net="convnext_s"), Config(**SMALL, **FORMS["full"]))

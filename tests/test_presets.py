@@ -42,6 +42,7 @@ _SIZES = {
     *(f"objective.prior.{k}" for k in ("width", "depth", "num_heads")),
     *(f"objective.adversarial.{k}" for k in ("width", "depth", "num_heads")),
     "data.size",
+    "objective.perceptual_side",
     # batch
     *(f"data.{k}" for k in ("batch_size", "val_batch_size", "num_workers", "shuffle_buffer")),
     # steps, and places in the run that are counted in steps

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vtok import losses
 from vtok.budget import NestedConfig, allocate_levels, nested_keep
-from vtok.layers.begin import begin_decoder, begin_encoder, learn_as_wide, patch_of_token, spread
+from vtok.layers.begin import begin_decoder, begin_encoder, learn_as_wide, patch_of_token, show_content, spread
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
@@ -258,6 +258,9 @@ class Model(ChunkedTokenizer):
                 told = self.encoder_positions(shape.grid)
                 there = patch_of_token(shape.num_tokens, shape.grid, shape.blocks)
                 self.decoder_places.copy_(told[there])
+                unit = c.quantizer.name == "vq" and c.quantizer.cosine
+                size = self.quantizer.dim**-0.5 if unit else 1.0
+                show_content(self.to_latent, self.from_code, seen, self.patch_in.bias, code_size=size)
                 begin_decoder(self.decoder, told, seen[spots], self.from_code, self.decoder_registers, self.out)
             else:
                 spread(self.decoder_positions)

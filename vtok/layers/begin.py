@@ -85,16 +85,21 @@ def spread(positions: Positions) -> None:
             nn.init.normal_(table, std=_POSITION_STD)
 
 
-def look_past(reader: nn.Linear, constants: Tensor) -> None:
-    """Initial weights with which `reader` sees nothing of the directions that `constants` [n, D] span (of half of them
-    at most, those in which the constants are largest).
+def show_content(reader: nn.Linear, code_in: nn.Linear, places: Tensor, mark: Tensor, *, code_size: float) -> None:
+    """Initial values, in place, with which what a clip holds is not small beside what is the same in every clip.
 
-    Registers differ by their places far more than clips do by what they hold: read alike, nine tenths of the variance
-    of latents of unit length lie between registers, and a codebook spends its entries on telling registers apart.
+    `reader`, which takes latents [latent] from registers, sees nothing of their places [N, D] nor of the mark [D] of
+    patches: registers differ by place far more than clips do by what they hold, so that nine tenths of the variance of
+    unit-length latents lie between registers, and few entries of a codebook are used. `code_in`, which gives the
+    decoder its tokens, is enlarged by 1 / code_size, the root mean square of an entry of a code: where a thousand ids
+    are to be told from unit-length codes, a run learns how often each comes at a place first, and content late.
     """
+    constants = torch.cat([places, mark[None]])
     _, size, basis = torch.linalg.svd(constants.double(), full_matrices=False)
-    basis = basis[: min(int((size > 0.01 * size[0]).sum()), constants.shape[1] // 2)].to(reader.weight)
+    rank = min(int((size > 0.01 * size[0]).sum()), places.shape[1] // 2)
+    basis = basis[:rank].to(reader.weight)
     reader.weight.sub_(reader.weight @ basis.T @ basis)
+    code_in.weight.div_(code_size)
 
 
 def begin_encoder(
@@ -108,7 +113,6 @@ def begin_encoder(
     basis = start_attention(net, places, source)
     own = torch.randn_like(registers) * _OWN_STD
     registers.copy_(places[spots] + own - own @ basis.T @ basis)
-    look_past(reader, torch.cat([places, source.bias[None]]))
     learn_as_wide(net, reader)
 
 

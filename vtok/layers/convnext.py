@@ -64,11 +64,6 @@ class ConvNeXt(nn.Module):
             width = channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(_ChannelNorm(width, eps=1e-6), nn.Flatten(1), nn.Linear(width, _CLASSES))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3), keepdim=True))
@@ -78,9 +73,10 @@ class ConvNeXtDistance(nn.Module):
     """Mean squared difference of two images' ImageNet logits, frozen and always in eval mode.
 
     What TiTok's second stage takes as its perceptual loss (Yu et al. 2024, https://arxiv.org/abs/2406.07550): both
-    images are resized to 224 x 224 (bilinear, antialiased) first. Weights are random until `load_state_dict`.
+    images are resized to 224 x 224 (bilinear, antialiased) first.
 
     Args:
+        net: the network, with its weights.
         side: pixels a side that images are resized to; the cost of a distance grows with its square.
     Raises: ValueError for a side the network has nothing left of.
     """
@@ -88,12 +84,12 @@ class ConvNeXtDistance(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, *, side: int = SIDE) -> None:
+    def __init__(self, net: ConvNeXt, *, side: int = SIDE) -> None:
         super().__init__()
         if side < SMALLEST:
             raise ValueError(f"side={side}: ConvNeXt-S halves images five times and needs {SMALLEST} pixels a side")
         self.side = side
-        self.net = ConvNeXt()
+        self.net = net
         # the normalisation of [0, 1], moved to inputs in [-1, 1]: (x - shift) / scale
         self.register_buffer("shift", 2 * torch.tensor(_MEAN).view(1, 3, 1, 1) - 1, persistent=False)
         self.register_buffer("scale", 2 * torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)

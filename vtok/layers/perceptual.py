@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vtok.layers.convnext import SIDE, ConvNeXtDistance
+from vtok.layers.convnext import SIDE, ConvNeXt, ConvNeXtDistance
 
 PERCEPTUAL_NETS = ("lpips", "convnext_s")
 
@@ -162,9 +162,9 @@ def _read(path: str | Path, sha256: str, what: str) -> dict[str, Tensor]:
     return state
 
 
-def _fill(net: nn.Module, state: dict[str, Tensor], path: str | Path, what: str) -> None:
+def _fill(net: nn.Module, state: dict[str, Tensor], path: str | Path, what: str, *, assign: bool = False) -> None:
     try:
-        net.load_state_dict(state, strict=True)
+        net.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {what}: {error}") from error
 
@@ -203,6 +203,9 @@ def load_perceptual(net: str, path: str | Path, *, sha256: str = "", side: int =
         raise ValueError(f"objective.perceptual_net={net!r} is unknown; choose {' or '.join(PERCEPTUAL_NETS)}")
     if net == "lpips":
         return load_lpips(path, sha256)
-    distance = ConvNeXtDistance(side=side)
-    _fill(distance.net, _read(path, sha256, "ConvNeXt-S"), path, "torchvision's convnext_small")
-    return distance
+    with torch.device("meta"):  # fifty million random numbers would take seconds
+        network = ConvNeXt()
+    distance = ConvNeXtDistance(network, side=side)
+    state = {name: value.float() for name, value in _read(path, sha256, "ConvNeXt-S").items()}
+    _fill(network, state, path, "torchvision's convnext_small", assign=True)
+    return distance.requires_grad_(False)
