@@ -202,6 +202,7 @@ def test_residual_fsq_equals_the_library(levels):
     got = ours(z)
     assert torch.equal(got.indices, indices.long()) and torch.allclose(got.embeddings, embeddings, atol=1e-6)
     assert torch.allclose(ours.lookup(got.indices), theirs.get_output_from_indices(indices), atol=1e-6)
+    assert torch.equal(ours.bfloat16()(z).indices, got.indices)  # a model cast as a whole keeps its grid
 
 
 @pytest.mark.parametrize("cosine", [True, False])

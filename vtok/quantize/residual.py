@@ -88,7 +88,6 @@ class ResidualFSQ(nn.Module):
 
     levels: Tensor
     basis: Tensor
-    scales: Tensor
 
     def __init__(self, config: QuantizerConfig):
         super().__init__()
@@ -98,12 +97,14 @@ class ResidualFSQ(nn.Module):
         self.dim = self.latent_dim = len(levels)
         self.codebook_sizes = (math.prod(levels),) * config.num_quantizers
         self.index_factors = (tuple(levels),) * config.num_quantizers
-        sizes = torch.tensor(levels)
-        self.register_buffer("levels", sizes, persistent=False)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("basis", torch.tensor(basis), persistent=False)
-        scales = torch.stack([sizes.float() ** -step for step in range(config.num_quantizers)])
-        self.register_buffer("scales", scales, persistent=False)
+
+    @property
+    def scales(self) -> Tensor:
+        """[num_quantizers, D] float32: of integers, as a float buffer would follow the model into bfloat16."""
+        return torch.stack([self.levels.float() ** -step for step in range(self.config.num_quantizers)])
 
     def bound(self, z: Tensor) -> Tensor:
         """z squashed into the reach of the first grid: half a step beyond its ends."""
@@ -114,7 +115,7 @@ class ResidualFSQ(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(as_float32(z))
             rest, ids = bounded.detach(), []
-            for scale in as_float32(self.scales):
+            for scale in self.scales:
                 place = (self.levels - 1) * ((rest / scale).clamp(-1.0, 1.0) + 1) / 2.0 + 0.5
                 digits = place.floor()
                 ids.append((digits.long() * self.basis).sum(-1, keepdim=True))
@@ -127,7 +128,7 @@ class ResidualFSQ(nn.Module):
         """indices [..., Q'] -> float32 embeddings [..., D]; fewer ids than Q give the coarser embedding."""
         digits = indices[..., None] // self.basis % self.levels  # [..., Q', D]
         values = digits.float() * (2.0 / (self.levels - 1)) - 1.0
-        return (values * as_float32(self.scales)[: indices.shape[-1]]).sum(-2)
+        return (values * self.scales[: indices.shape[-1]]).sum(-2)
 
     def expect(self, probabilities: list[Tensor]) -> Tensor:
         """Expected embedding [..., D] under one distribution [..., L] for each dimension of each step."""
@@ -135,7 +136,7 @@ class ResidualFSQ(nn.Module):
         for p, size in zip(probabilities, sizes):
             means.append((p * (torch.arange(size, device=p.device) * (2.0 / (size - 1)) - 1.0)).sum(-1))
         steps = torch.stack(means, -1).unflatten(-1, (-1, self.dim))
-        return (steps * as_float32(self.scales)).sum(-2)
+        return (steps * self.scales).sum(-2)
 
 
 Part = FSQ | LFQ | BSQ | VQ | GradientVQ | SimVQ | IBQ | ResidualVQ | ResidualFSQ
