@@ -1,6 +1,6 @@
 """The tiny twins of the presets learn: every chain of a paper's stages, from training to export to the next stage, on a
-small procedural corpus. Scores are PSNR on held-out clips. LPIPS has random weights here: its term is there and has a
-gradient, its values mean nothing."""
+small procedural corpus. Scores are PSNR on held-out clips. Perceptual networks have random weights here: their terms
+are there and have a gradient, their values mean nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vtok import config as configuration
 from vtok.data import shards, synthetic
 from vtok.data.module import ClipDataModule
 from vtok.export import main_export
+from vtok.layers.convnext import ConvNeXt
 from vtok.layers.perceptual import LPIPS
 from vtok.metrics.controls import MeanColour
 from vtok.metrics.distortion import clip_psnr
@@ -32,6 +33,7 @@ class Lab:
     root: Path
     shards: Path
     lpips: Path
+    convnext: Path
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def lab(tmp_path_factory) -> Lab:
     shards.main([str(root / "corpus"), "--out", str(root / "shards")])
     torch.manual_seed(0)
     torch.save(LPIPS("alex").state_dict(), root / "lpips.pt")
-    return Lab(root, root / "shards", root / "lpips.pt")
+    torch.save(ConvNeXt().state_dict(), root / "convnext.pt")
+    return Lab(root, root / "shards", root / "lpips.pt", root / "convnext.pt")
 
 
 @dataclass
@@ -113,24 +116,16 @@ def test_titok_teacher(teacher):
     check(teacher, "l2", "quantizer")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="titok_tiny ends 0.1 dB below mean_colour (16.8 against 16.9): its codebook collapses"
-)
-def test_titok(lab, teacher):
-    check(learn(lab, "titok_tiny", f"model.teacher={teacher.export}"), "teacher", "quantizer")
-
-
 @pytest.mark.parametrize("family", ["titok", "one_d_piece"])
-def test_both_stages_run(lab, teacher, family):
-    """A few steps of each stage: every term of the loss is there; the second begins with the first one's weights."""
-    given = [f"model.teacher={teacher.export}", "trainer.max_steps=6", "optim.warmup_steps=1"]
-    first = learn(lab, f"{family}_tiny", *given, f"name={family}-short")
-    assert first.seen("teacher") and first.seen("quantizer")
-    given += [f"init_from={first.export}", f"objective.perceptual_weights={lab.lpips}", "objective.adversarial.start=2"]
-    second = learn(lab, f"{family}_stage2_tiny", *given, f"name={family}-stage2-short")
+def test_both_stages(lab, teacher, family):
+    """The first stage learns the teacher's ids, the second begins with its weights and learns pixels."""
+    given = [f"model.teacher={teacher.export}"]
+    first = learn(lab, f"{family}_tiny", *given)
+    check(first, "teacher", "quantizer")
+    given += [f"init_from={first.export}", f"objective.perceptual_weights={lab.convnext}"]
+    second = learn(lab, f"{family}_stage2_tiny", *given)
     assert abs(second.before - first.after) < 1e-6
-    for term in ("l2", "perceptual", "adversarial", "discriminator", "lecam"):
-        assert second.seen(term), term
+    check(second, "l2", "perceptual", "adversarial", "discriminator", "lecam")
     one, two = vtok.load(str(first.export)), vtok.load(str(second.export))
     with torch.no_grad():  # the encoder and its codebook rest, the decoders learn
         clip = Clip(first.clips.keys[:4], first.clips.video[:4])
