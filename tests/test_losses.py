@@ -2,17 +2,24 @@
 
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import test_train
 import torch
 from torch import nn
 
-from vtok import losses
+from vtok import losses, strategy
 from vtok.layers.discriminator import PatchDiscriminator2d, PatchDiscriminator3d, TransformerDiscriminator
 from vtok.losses import Adversarial, AdversarialConfig, LogVariance, codebook_report
 from vtok.losses.codebook import MOST_BINS, bins_of
 from vtok.losses.pixels import draw_frames
 
+ROOT = Path(__file__).parent.parent
 SIZE = (32, 32)
 KINDS = ("conv3d", "conv2d", "both", "transformer")
 
@@ -234,11 +241,59 @@ def test_images_too_small_for_frames_name_another_discriminator():
         adversary("conv2d", size=(4, 4), depth=1)
 
 
-def test_a_gradient_penalty_is_refused_where_parameters_are_sharded():
-    net = PatchDiscriminator3d(width=8, num_layers=1)
-    net.net[0].weight.ds_status = "not available"
-    with pytest.raises(ValueError, match="r1 needs whole parameters.*deepspeed_2 or ddp"):
-        losses.gradient_penalty(net, clips().float())
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import outside.tiny, test_train, torch
+from pathlib import Path
+from torch import nn
+from vtok.losses import Adversarial, AdversarialConfig
+from vtok.train import train
+from vtok.types import Loss
+torch.set_num_threads(1)
+game = dict(weight=0.5, discriminator="both", lecam=0.01, feature_matching=1.0, width=8, depth=1, adaptive=True)
+
+class Objective(nn.Module):
+    Config = outside.tiny.Objective.Config
+    def __init__(self, config, model_config, *, load=None):
+        super().__init__()
+        self.adversarial = Adversarial(AdversarialConfig(**game), channels=3, frames=4, size=(16, 16))
+    def idle(self, step):
+        return () if self.adversarial.discriminates(step) else ("adversarial",)
+    def forward(self, model, clip, step):
+        video = model.expand(model.quantize(clip))
+        rest = (video - clip.video).abs().mean()
+        term, report = self.adversarial(video, clip.video, rest, step=step, last=model.outward.weight)
+        return Loss(rest + term, report)
+
+outside.tiny.Objective = Objective
+for chosen in ("auto", "deepspeed_3", "r1"):
+    trainer = {{"strategy": "auto" if chosen == "auto" else "deepspeed_3", "max_steps": 4, "log_every": 1}}
+    if chosen == "r1":
+        game["r1"] = 1.0
+    if chosen != "auto":  # below these sizes parameters stay whole, and nothing of ZeRO-3 would be tested
+        whole = {{"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+        trainer["deepspeed"] = {{"zero_optimization": whole}}
+    train(test_train.settings(Path(sys.argv[1]), name=chosen, trainer=trainer), data=test_train.Data())
+"""
+
+
+@pytest.mark.slow
+def test_zero_3_plays_the_same_game_and_refuses_a_gradient_penalty(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert re.search("r1=1.0 needs whole parameters.*deepspeed_2 or ddp", done.stderr), done.stderr[-3000:]
+    rows = [test_train.metrics(tmp_path / name) for name in ("auto", "deepspeed_3")]
+    for key in ("loss", "adversarial_weight", "lecam", "feature_matching", "logits_real", "grad_norm"):
+        values = [[row[f"train/{key}"] for row in lines if f"train/{key}" in row] for lines in rows]
+        assert len(values[0]) == 4 and values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-4), key
+    states = [strategy.consolidate(tmp_path / n / "checkpoints" / "last.ckpt") for n in ("auto", "deepspeed_3")]
+    average = "objective.adversarial.real_average"
+    assert states[1][average].shape == (2,) and states[1][average].abs().sum() > 0
+    assert torch.allclose(states[0][average], states[1][average], atol=1e-5)
 
 
 def test_features_end_in_the_logits():

@@ -72,14 +72,7 @@ def feature_matching(fake: list[Tensor], real: list[Tensor]) -> Tensor:
 def gradient_penalty(net: nn.Module, real: Tensor) -> Tensor:
     """R1: mean over samples of ||d D(x) / d x||^2 at real samples x, D(x) being the mean of a sample's logits
     (Mescheder et al. 2018, https://arxiv.org/abs/1801.04406). Costs a second backward, in memory and in time.
-
-    Raises: ValueError where parameters are sharded (ZeRO-3): the second derivative needs them whole.
     """
-    if any(hasattr(p, "ds_status") for p in net.parameters()):
-        raise ValueError(
-            "objective.adversarial.r1 needs whole parameters, which trainer.strategy=deepspeed_3 does not keep; choose "
-            "deepspeed_2 or ddp, or r1=0 with lecam"
-        )
     real = real.detach().requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         scores = net(real).flatten(1).mean(1)
@@ -101,9 +94,9 @@ def adaptive_weight(loss: Tensor, adversarial: Tensor, wrt: Tensor, *, limit: fl
     """||d loss / d wrt|| / ||d adversarial / d wrt||, detached and at most `limit` (VQGAN, Esser et al. 2021,
     https://arxiv.org/abs/2012.09841, eq. 7).
 
-    wrt: the weight of the decoder's last layer, whole or sharded by ZeRO-3 (its gradient is whole either way). With
-    several processes the gradients are averaged first: the weight is that of one process with the whole batch, and the
-    same everywhere. All ranks must call it in the same steps.
+    wrt: the weight of the decoder's last layer, also one that ZeRO-3 shards (its gradient is whole). With several
+    processes the gradients are averaged first: the weight is that of one process with the whole batch, and the same
+    everywhere. All ranks must call it in the same steps.
     """
     gradients = [torch.autograd.grad(term, wrt, retain_graph=True)[0] for term in (loss, adversarial)]
     of_loss, of_adversarial = over_ranks(torch.stack([_wide(g.flatten()) for g in gradients])).norm(dim=1)
@@ -210,7 +203,16 @@ class Adversarial(nn.Module):
         self.register_buffer("fake_average", torch.zeros(shape))
 
     def discriminates(self, step: int) -> bool:
-        """Whether the discriminator learns at this step; its learning rate must be 0 otherwise."""
+        """Whether the discriminator learns at this step; its learning rate must be 0 otherwise.
+
+        Raises: ValueError for r1 where parameters are sharded (ZeRO-3), at the first step and not once it is due: the
+            second derivative needs them whole.
+        """
+        if self.config.r1 and hasattr(next(self.discriminator.parameters()), "ds_status"):
+            raise ValueError(
+                f"objective.adversarial.r1={self.config.r1} needs whole parameters, which trainer.strategy=deepspeed_3 "
+                "does not keep; choose deepspeed_2 or ddp, or r1=0 with lecam"
+            )
         return step >= self.config.start and (step - self.config.start) % self.config.every == 0
 
     def generates(self, step: int) -> bool:
