@@ -1,6 +1,6 @@
 """Peak memory and time of every quantizer's training step at 2^18 codes, next to the plain entropy formula.
 
-    python benchmarks/quantizers.py [--tokens 5120] [--bits 18] [--repeats 3]
+    python benchmarks/quantizers.py [--tokens 5120] [--bits 18] [--repeats 3] [--only NAME ...]
 
 One step = forward and backward of 5 x 1024 latents (17 frames of 256 x 256 at 4 x 8 x 8), one thread, in CPU time,
 which other work on the machine disturbs least. Each row runs in a process of its own; memory is its highest resident
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5 * 1024)
     parser.add_argument("--bits", type=int, default=18, help="log2 of the codes, a multiple of 6")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="rows whose name begins with one of these")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.job:
@@ -110,13 +111,18 @@ def main() -> None:
             f"error: --bits {asked.bits} must be a multiple of 6 (FSQ's levels are 8, halved for two ids), --tokens "
             f"{asked.tokens} and --repeats {asked.repeats} 1 or more"
         )
+    wanted = tuple(asked.only or [""])
     rest = dict(tokens=asked.tokens, repeats=asked.repeats)
     print(f"{asked.tokens} latents, one thread, torch {torch.__version__}: forward + backward\n")
     print(f"| quantizer | ids x codes | peak MiB | CPU ms | at 2^{asked.bits} codes |\n|---|---|---|---|---|")
     for name, config in settings(asked.bits).items():
+        if not name.startswith(wanted):
+            continue
         got = in_a_process(dict(config=config, plain=False, **rest))
         print(f"| {name} | {got['ids']} x {got['codes']} | {got['mib']:.0f} | {got['ms']:.0f} | |", flush=True)
     for name in ("fsq, entropy", "lfq", "bsq"):
+        if not f"plain {name}".startswith(wanted):
+            continue
         got = in_a_process(dict(config=settings(PLAIN_BITS)[name], plain=True, **rest))
         factor = 2 ** (asked.bits - PLAIN_BITS)
         scaled = f"{got['mib'] * factor / 1024:.1f} GiB, {got['ms'] * factor / 1e3:.0f} s"
