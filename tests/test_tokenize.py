@@ -7,12 +7,14 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from test_export import make_run
 import vtok
 from vtok import export as shipping
 from vtok import tokenize as tokenizing
+from vtok.data.maps import map_bytes
+from vtok.data.sources import ShardReader, open_sources
 from vtok.data.token_reader import (
     SampleFacts,
     TokenizerIdentity,
@@ -35,7 +39,7 @@ from vtok.data.token_reader import (
 )
 from vtok.data.token_shards import TokenLoader, TokenShards
 from vtok.loading import identify
-from vtok.token_coding import decode_ids, decode_sample, piece_facts, tokens_of
+from vtok.token_coding import Encoder, Settings, decode_ids, decode_sample, piece_facts, tokens_of
 from vtok.tokenize import tokenize
 from vtok.types import Clip, to_uint8
 
@@ -256,6 +260,37 @@ def hand_made(folder: Path, clips: dict[str, tuple[np.ndarray, list[int]]], *, s
     return folder
 
 
+def test_dense_maps_where_the_model_reads_them(tmp_path):
+    """All frames of a map at a rate, in the pieces of a long one too."""
+    generator = np.random.default_rng(0)
+    maps = {
+        f"m{n}": generator.uniform(-1, 1, (frames, 16, 16, 5)).astype(np.float32) for n, frames in enumerate((7, 30))
+    }
+    maps["m2"] = generator.integers(0, 256, (1, 20, 16, 5), np.uint8)
+    members = [m for key, value in maps.items() for m in clip(key, map_bytes(value), "npy", fps=12.0)]
+    members += clip("wide", map_bytes(np.zeros((3, 16, 16, 4), np.uint8)), "npy", fps=12.0)
+    members += clip("fast", map_bytes(np.zeros((3, 16, 16, 5), np.uint8)), "npy")
+    write_tar(tmp_path / "s" / "a.tar", members)
+    write_index(tmp_path / "s", {"a.tar": 5})
+    shipping.export(make_run(tmp_path / "run", channels=5), tmp_path / "export", entropy=False)
+    settings = (tmp_path / "export" / "training.yaml").read_text()
+    with pytest.raises(ValueError, match="model.channels=5"):
+        run(tmp_path, tmp_path / "t", shards=tmp_path / "s")
+    (tmp_path / "export" / "training.yaml").write_text(settings.replace("map: ''", "map: npy"))
+    done = run(tmp_path, tmp_path / "t", shards=tmp_path / "s", fps=6.0)
+    assert [r["key"] for r in done.rejected] == ["wide", "fast"] and "5" in done.rejected[0]["reason"]
+    model = vtok.load(tmp_path / "export")
+    samples = {s.key: s for s in iter_token_samples(tmp_path / "t")}
+    for key, value in maps.items():
+        seen = torch.from_numpy(value[:: 2 if len(value) > 1 else 1]).permute(3, 0, 1, 2)[None]
+        seen = seen[..., 2:18, :] if key == "m2" else seen
+        with torch.inference_mode():
+            wanted = model.encode(Clip(keys=["x"], video=seen)).indices[0].numpy()
+        assert np.array_equal(samples[key].ids, wanted)
+        assert samples[key].tokens.frames == seen.shape[2]
+        assert samples[key].tokens.fps == (6.0 if len(value) > 1 else None)
+
+
 # ---- kills, parts, other settings
 
 
@@ -336,6 +371,19 @@ def test_kill_9_anywhere_and_again_equals_uninterrupted(home, tmp_path, workers,
     subprocess.run(command, env=environment, check=True, timeout=180)
     assert killed, "the calls were over before they could be killed"
     assert contents(out) == contents(home / "tokens")
+
+
+def test_memory_does_not_grow_with_the_video(home, tmp_path):
+    """The frames of the long one would take 7 MB; a batch of them takes 0.1."""
+    write_tar(tmp_path / "s" / "a.tar", clip("a", movie(9, frames=600)))
+    write_index(tmp_path / "s", {"a.tar": 1})
+    encoder = Encoder(vtok.load(home / "export"), Settings(fps=None, size=(64, 64), batch_size=2))
+    reader = ShardReader(open_sources(str(tmp_path / "s"))[0])
+    tracemalloc.start()
+    ((_, (sample,)),) = encoder.shard(reader, 0, lost={}, notify=lambda key: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sample.tokens.frames == 600 and len(sample.ids) == 600 and peak < 3e6
 
 
 # ---- what cannot be
@@ -606,3 +654,97 @@ def test_settings_that_cannot_be(tmp_path, settings, message):
     corpus_of_ids(tmp_path)
     with pytest.raises(ValueError, match=message):
         TokenShards(tmp_path, **({"batch_size": 2, "length": 8} | settings))
+
+
+# ---- a model on a grid, and a language model on the ids
+
+
+GRID = {"name": "discrete", "num_frames": 5, "size": [16, 16], "stride": [4, 8, 8], "latent_channels": 8}
+SMALL_CONV = {"width": 8, "mult": [1, 1, 1, 1], "num_res_blocks": 1, "mid_blocks": 1, "attention": "none"}
+
+
+@pytest.mark.parametrize("levels", [{}, {"coarse": [1, 2, 2]}], ids=["one", "two"])
+def test_tokens_of_a_grid(home, tmp_path, levels):
+    """Long videos as a stream, short ones in batches: the ids of the whole; the grid is in the json."""
+    pytest.importorskip("vtok.families.discrete")
+    shipping.export(grid_run(tmp_path / "run", **levels), tmp_path / "export", entropy=False)
+    done = run(home, tmp_path / "t", model=tmp_path / "export", shards=corpus(tmp_path / "s", shards=1))
+    assert done.samples == 7
+    model = vtok.load(tmp_path / "export")
+    different = 0
+    for sample in iter_token_samples(tmp_path / "t"):
+        seen = pixels(sample.key)
+        with torch.inference_mode():
+            tokens = model.encode(Clip(keys=["x"], video=torch.from_numpy(seen).permute(3, 0, 1, 2)[None]))
+            decoded = to_uint8(model.decode(tokens, size=(16, 16)))[0].permute(1, 2, 3, 0).numpy()
+        different += int((sample.ids != tokens.indices[0].numpy()).sum())
+        latents = 1 + -(-(len(seen) - 1) // 4)
+        assert sample.tokens.grids == ([[latents, 1, 1]] if levels else []) + [[latents, 2, 2]]
+        assert len(sample.tokens.groups) == latents and sum(sample.tokens.groups) == len(sample.ids)
+        if not different:
+            assert np.abs(decode_sample(model, sample).astype(int) - decoded).max() <= 1
+    assert different <= 2, "ids may differ at ties alone"
+    assert sample.ids.std() > 1
+    if levels:
+        run(home, tmp_path / "u", model=tmp_path / "export", shards=tmp_path / "s", budget=1)
+        first = next(iter_token_samples(tmp_path / "u"))
+        assert set(first.tokens.groups) == {1} and first.tokens.grids == [[7, 1, 1]]
+        assert decode_sample(model, first).shape == (24, 16, 16, 3)
+    with pytest.raises(
+        ValueError, match="whole levels can be left out: .*" + ("ask for 1 of" if levels else "one level")
+    ):
+        run(home, tmp_path / "v", model=tmp_path / "export", shards=tmp_path / "s", budget=3)
+
+
+def grid_run(folder: Path, **changes) -> Path:
+    """A run directory of a small discrete tokenizer with random weights."""
+    from vtok import config as configuration
+
+    values = {"name": folder.name, "out": str(folder.parent), "model": {**GRID, "conv": SMALL_CONV, **changes}}
+    values["data"] = {"num_frames": 5, "size": [16, 16], "fps": None, "crop": "center", "val_batch_size": 2}
+    config = configuration.loads(values)
+    torch.manual_seed(0)
+    net = configuration.load_family("discrete").Model(config.model)
+    with torch.no_grad():
+        net.to_latent.weight.mul_(8)  # or every id would be the middle one
+        if changes:
+            net.to_coarse_latent.weight.mul_(8)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(configuration.to_yaml(config))
+    state = {f"model.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_example_trains_resumes_and_samples(home, tmp_path):
+    """Bits a token end below the entropy of the ids, on ids that a model can learn; the sample is a video."""
+    quantizer = {"name": "fsq", "levels": [4, 4]}
+    shipping.export(make_run(tmp_path / "run", quantizer=quantizer), tmp_path / "export", entropy=False)
+    for split in ("train", "val"):
+        corpus(tmp_path / "shards" / split, shards=1 + 3 * (split == "train"))
+    run(home, tmp_path / "tokens", shards=tmp_path / "shards", model=tmp_path / "export")
+    example = Path(__file__).parents[1] / "examples" / "train_ar.py"
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(example), str(tmp_path / "tokens"), "--model", str(tmp_path / "export")]
+    command += [
+        "--out",
+        str(tmp_path / "s.mp4"),
+        "--checkpoint",
+        str(tmp_path / "c.pt"),
+        "--width",
+        "32",
+        "--depth",
+        "1",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for steps in ("40", "80"):
+        call = [*command, "--steps", steps]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    entropy = float(re.search(r"entropy of their ids: ([\d.]+)", done.stdout)[1])
+    held_out = float(re.search(r"held out: ([\d.]+)", done.stdout)[1])
+    assert "step 50:" in done.stdout and held_out < 0.8 * entropy
+    from vtok.data.decode import iter_frames
+
+    assert len(list(iter_frames(tmp_path / "s.mp4"))) == FRAMES[0]

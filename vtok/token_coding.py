@@ -6,13 +6,14 @@
 What is held of pixels is bounded by the batch, whatever the length of the videos. Which samples share a batch depends
 on the shard and the settings alone, so that the same shard gives the same ids again, to the bit.
 
-Letters: B clips, T frames, H height, W width, K tokens, Q ids a token, G groups.
+Letters: B clips, C channels, T frames, H height, W width, K tokens, Q ids a token, G groups.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from vtok.codec import stream_tokens
 from vtok.data.decode import VideoReader
-from vtok.data.sources import MEDIA, BrokenSample, Sample, ShardReader
+from vtok.data.maps import EPSILON_S, HEAD_BYTES, MapError, read_header, window_of_map
+from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.strict import DecodeError
-from vtok.data.token_reader import DTYPES, MAX_TOKENS_BYTES, SampleFacts, TokenSample, TokenShardError
+from vtok.data.token_reader import DTYPES, SampleFacts, TokenSample, TokenShardError
 from vtok.data.view import View, fit
 from vtok.data.workers import Notify
 from vtok.types import Clip, Streaming, Tokens, to_uint8
@@ -40,6 +42,7 @@ class Settings:
     clip_frames: cut into samples of so many frames, the last one shorter; None: whole videos.
     budget: tokens kept of each group; None: all.
     batch_size: clips of the model's length at once: what is held of pixels and activations.
+    map: extension of the member that holds a dense map, as data.map; "": the video or image.
     """
 
     fps: float | None
@@ -48,6 +51,7 @@ class Settings:
     clip_frames: int | None = None
     budget: int | None = None
     batch_size: int = 8
+    map: str = ""
 
     def __post_init__(self) -> None:
         if self.fps is not None and not self.fps > 0:
@@ -96,9 +100,10 @@ class Encoder:
         self.model: Any = model
         if not isinstance(model, Streaming) or not hasattr(model, "tokens_from_indices"):
             raise ValueError(f"{type(model).__module__} cannot stream, and videos may have any length")
-        if self.model.channels != 3:
-            raise ValueError(f"model.channels={self.model.channels}: only RGB video and images are tokenized")
+        if self.model.channels != 3 and not settings.map:
+            raise ValueError(f"model.channels={self.model.channels}, and data.map='' (RGB video) is to be read")
         self.settings = settings
+        self.view = View(num_frames=1, size=settings.size, crop=settings.crop, map=settings.map)
         self.dtype = DTYPES[max(self.model.codebook_sizes) > 1 << 16]
         self.device = next(iter(self.model.parameters())).device
         self.span = int(self.model.num_frames)
@@ -147,29 +152,62 @@ class Encoder:
             return pending
         try:
             pending.facts = read_facts(reader, sample)
-            suffix = next(suffix for suffix in MEDIA if suffix in sample.members)
-            with VideoReader(reader.read(sample, suffix)) as video:
-                pending.fps = None if video.is_image else (self.settings.fps or video.fps)
-                frames = self._frames(video)
-                while (slot := self._piece(frames, batches)) is not None:
-                    pending.slots.append(slot)
+            suffix = next(suffix for suffix in self.view.media if suffix in sample.members)
+            if self.view.map:
+                pending.fps, frames = self._frames_of_map(reader, sample, suffix, pending.facts.get("fps"))
+                self._take(frames, pending, batches)
+            else:
+                with VideoReader(reader.read(sample, suffix)) as video:
+                    pending.fps = None if video.is_image else (self.settings.fps or video.fps)
+                    self._take(self._frames(video), pending, batches)
         except (DecodeError, BrokenSample) as error:
             pending.rejected = Rejected(str(error))
         return pending
+
+    def _take(self, frames: Iterator[np.ndarray], pending: _Pending, batches: _Batches) -> None:
+        while (slot := self._piece(frames, batches)) is not None:
+            pending.slots.append(slot)
 
     def _frames(self, video: VideoReader) -> Iterator[np.ndarray]:
         """Every frame at the rate, fitted: uint8 [H, W, 3] of settings.size."""
         plain = video.is_image or self.settings.fps is None
         shown = (frame for frame, _ in video.frames()) if plain else video.at_rate(self.settings.fps or 0)
-        view = View(num_frames=1, size=self.settings.size, crop=self.settings.crop)
         last = out = None
         for frame in shown:
             if frame is not last or out is None:
                 if last is not None and frame.shape != last.shape:
                     raise DecodeError(f"the frame size changes from {last.shape[:2]} to {frame.shape[:2]}")
                 pixels = torch.from_numpy(np.ascontiguousarray(frame))[None]
-                last, out = frame, fit(pixels, view, None)[:, 0].permute(1, 2, 0).numpy()
+                last, out = frame, fit(pixels, self.view, None)[:, 0].permute(1, 2, 0).numpy()
             yield out
+
+    def _frames_of_map(
+        self, reader: ShardReader, sample: Sample, suffix: str, fps: Any
+    ) -> tuple[float | None, Iterator[np.ndarray]]:
+        """(frames per second, None for a single frame; frames float32 [H, W, C] in [-1, 1]) of a dense map."""
+
+        def read(first: int, num_bytes: int) -> bytes:
+            return reader.read(sample, suffix, first=first, num_bytes=num_bytes)
+
+        header = read_header(read(0, HEAD_BYTES), sample.members[suffix][1])
+        single = header.shape[0] == 1
+        if header.shape[3] != self.model.channels:
+            raise MapError(f"the map has {header.shape[3]} channels, the model takes {self.model.channels}")
+        if not single and not (type(fps) in (int, float) and math.isfinite(fps) and fps > 0):
+            raise MapError(f"fps is {str(fps)[:40]!r} in .json, not a number above 0")
+        source = 1.0 if single else float(fps)
+        rate = source if single else self.settings.fps or source
+
+        def frames() -> Iterator[np.ndarray]:
+            first = 0
+            while first / rate < header.shape[0] / source - EPSILON_S:
+                asked: dict[str, Any] = {"start_s": first / rate, "num_frames": self.span, "source_fps": source}
+                part, _ = window_of_map(read, header, fps=rate, **asked)
+                part = part if part.is_floating_point() else part.float().div_(127.5).sub_(1.0)
+                yield from fit(part, self.view, None).permute(1, 2, 3, 0).numpy()
+                first += len(part)
+
+        return None if single else rate, frames()
 
     def _piece(self, frames: Iterator[np.ndarray], batches: _Batches) -> int | None:
         """Take the next piece of a video (all of it, or `clip_frames`); the slot of its tokens, None at the end."""
@@ -199,9 +237,9 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, videos: list[np.ndarray]) -> list[_Coded]:
-        """Videos uint8 [T, H, W, 3] of any lengths, at once."""
+        """Videos [T, H, W, C] of any lengths, at once: uint8 levels, or floats in [-1, 1]."""
         lengths = [len(video) for video in videos]
-        pixels = np.empty((len(videos), max(lengths), *videos[0].shape[1:]), np.uint8)
+        pixels = np.empty((len(videos), max(lengths), *videos[0].shape[1:]), videos[0].dtype)
         for row, video in enumerate(videos):
             pixels[row, : len(video)] = video
             pixels[row, len(video) :] = video[-1]
@@ -238,11 +276,6 @@ class Encoder:
             return pending.key, pending.rejected
         if not coded:
             return pending.key, Rejected("0 frames")
-        largest = max(each.ids.nbytes for each in coded)
-        if largest > MAX_TOKENS_BYTES:
-            return pending.key, Rejected(
-                f"{largest} bytes of ids in a sample, above {MAX_TOKENS_BYTES}: cut with --clip-frames"
-            )
         out, first = [], 0
         for number, each in enumerate(coded):
             cut = self.settings.clip_frames is not None
@@ -291,7 +324,7 @@ class _Batches:
         return self.slots - 1
 
     def add(self, video: np.ndarray) -> int:
-        """The slot where the ids of a video [T, H, W, 3] will be; T at most batch_size * span."""
+        """The slot where the ids of a video [T, H, W, C] will be; T at most batch_size * span."""
         slot, spans = self.slots, -(-len(video) // self.span)
         self.slots += 1
         self.waiting[spans].append((slot, video))
@@ -383,13 +416,13 @@ def tokens_of(model: Any, ids: np.ndarray | Tensor, *, groups: list[int], frames
 def decode_ids(
     model: Any, ids: np.ndarray | Tensor, *, groups: list[int], frames: int, size: tuple[int, int]
 ) -> np.ndarray:
-    """The frames uint8 [T, H, W, 3] that ids stand for."""
+    """The frames uint8 [T, H, W, C] that ids stand for."""
     video = model.decode(tokens_of(model, ids, groups=groups, frames=frames), size=size)
     return to_uint8(video)[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
 def decode_sample(model: Any, sample: TokenSample) -> np.ndarray:
-    """The frames uint8 [T, H, W, 3] of one sample of token shards that were opened for this model."""
+    """The frames uint8 [T, H, W, C] of one sample of token shards that were opened for this model."""
     facts: SampleFacts = sample.tokens
     if list(model.codebook_sizes) != list(facts.codebook_sizes):
         raise TokenShardError(

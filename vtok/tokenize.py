@@ -136,6 +136,7 @@ def tokenize(
         clip_frames=clip_frames,
         budget=budget,
         batch_size=trained.val_batch_size if batch_size is None else batch_size,
+        map=trained.map,
     )
     Encoder(loaded, settings)  # bad settings fail before any work
     who = identity_of(loaded)
@@ -261,7 +262,7 @@ def write_shard(
     number = (multiprocessing.current_process()._identity or (0,))[0]  # 1, 2 ... in worker processes
     encoder = _encoder(model, model_id, settings, devices[number % len(devices)])
     health, threads = _health(limit), torch.get_num_threads()
-    reader = ShardReader([job.shard()], cache_dir=job.cache_dir)
+    reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=encoder.view.media)
     rejected: list[dict[str, Any]] = []
     counts = Counter[str]()
     longest = 0

@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vtok.data.sources import MAX_TEXT_BYTES, Sample, Shard, ShardReader, fetch, open_sources
+from vtok.data.sources import Sample, Shard, ShardReader, fetch, open_sources
 
 IDS = "tokens.npy"  # member of a sample that holds its ids
 KIND = "tokens"  # what index.json says it lists
-MAX_TOKENS_BYTES = MAX_TEXT_BYTES - 128  # of the ids of one sample
 HEADER_BYTES = 128  # of a .npy with one or two dimensions, as numpy writes it: so a tar's headers give token counts
 DTYPES = ("uint16", "uint32")
 AGAIN = "run the same `vtok tokenize` command again: it checks every shard by its hash and replaces damaged ones"
@@ -167,7 +166,7 @@ class TokenReader(ShardReader):
     """Samples of token shards, one tar at a time; its headers give the number of tokens of each."""
 
     def __init__(self, index: TokenIndex, *, cache_dir: str | Path = "") -> None:
-        super().__init__(index.shards, cache_dir=cache_dir)
+        super().__init__(index.shards, cache_dir=cache_dir, media=(IDS,))
         self.index = index
         self.tokenizer = index.tokenizer
         self.id_bytes = np.dtype(self.tokenizer.dtype).itemsize * len(self.tokenizer.codebook_sizes)
@@ -175,21 +174,14 @@ class TokenReader(ShardReader):
 
     def samples(self, index: int) -> list[Sample]:
         """Every sample of a shard. Raises TokenShardError for damage, OSError where it cannot be read now."""
-        found, name = super().samples(index), self.shards[index].name
-        out = []
+        found = super().samples(index)
         for sample in found:
+            name = f"token shard {self.shards[index].name}"
             if sample.passing:
-                raise OSError(f"token shard {name}: {sample.problem}")
-            whole = {IDS, "json"} <= sample.members.keys()
-            problem = sample.problem
-            if whole and problem is not None and problem.startswith("no video or image"):
-                problem = None
-            if problem is None and not whole:
-                problem = f"holds {sorted(sample.members)}, not .{IDS} and .json"
-            if problem is not None:
-                raise TokenShardError(f"token shard {name}, {sample.key or 'whole'}: {problem}; {AGAIN}")
-            out.append(sample._replace(problem=None))
-        return out
+                raise OSError(f"{name}: {sample.problem}")
+            if sample.problem is not None:
+                raise TokenShardError(f"{name}, {sample.key or 'whole'}: {sample.problem}; {AGAIN}")
+        return found
 
     def count(self, sample: Sample) -> int:
         """Tokens of a sample, from the size of its member alone."""
