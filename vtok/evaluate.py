@@ -187,11 +187,11 @@ def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
 def _loader(data: DataConfig, shards: str, *, clips: int | None, setting: str) -> Any:
     """Batches of the middle window and centre crop of each clip, the same for training and validation clips."""
     from vtok.data.pipeline import ValidationSet, make_loader
-    from vtok.data.sources import open_sources
+    from vtok.data.sources import every_shard
     from vtok.data.view import view_of
 
     held = ValidationSet(
-        open_sources(shards, root=data.root, cache_dir=data.cache_dir, setting=setting)[0],
+        every_shard(shards, root=data.root, cache_dir=data.cache_dir, setting=setting),
         view=view_of(data),
         batch_size=data.val_batch_size,
         val_clips=clips,

@@ -30,6 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import vtok
 from vtok import strategy
+from vtok.alarms import AlarmError
 from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
 from vtok.data.health import TooManyBroken
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(0 if argv else 2)
     try:
         train(load(argv[0], argv[1:]))
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError, AlarmError) as error:
         if not _explains(error):
             raise
         raise SystemExit(f"error: {error}") from None
@@ -153,7 +154,7 @@ def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> P
         data: clips from elsewhere than `config.data`: loaders that yield `Clip`, `advance(clip)`, and the place in the
             stream as its state. None takes `config.data`.
     Returns: the run directory.
-    Raises: ValueError for settings; NonFiniteError; SystemExit with 128 + signal number after a SIGTERM or SIGUSR1,
+    Raises: ValueError for settings; NonFiniteError; AlarmError; SystemExit with 128 + signal number after a SIGTERM or SIGUSR1,
         once the checkpoint is written.
     """
     check(config)
@@ -243,10 +244,13 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
         model = family.Model(config.model)
     if config.init_from and fresh:
         source = vtok.load(config.init_from)
-        try:
-            model.load_state_dict(source.state_dict(), strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"init_from={config.init_from!r} does not fit model.*: {error}") from error
+        if hasattr(model, "warm_start"):  # a family that can begin with another model's weights than its own
+            print(f"init_from={config.init_from}: {model.warm_start(source)}")
+        else:
+            try:
+                model.load_state_dict(source.state_dict(), strict=True)
+            except RuntimeError as error:
+                raise ValueError(f"init_from={config.init_from!r} does not fit model.*: {error}") from error
     objective = family.Objective(config.objective, config.model, load=vtok.load)
     kind = LitTokenizer if hasattr(model, "decode") else LitCompressor
     return kind(config, model, objective, fresh=fresh)
