@@ -28,7 +28,6 @@ from vtok import losses
 from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
 from vtok.layers.conv3d import ConvConfig, ConvDecoder, ConvEncoder, Upsample
 from vtok.layers.grid import GridTokenizer
-from vtok.layers.perceptual import load_lpips
 from vtok.layers.spacetime import SpaceTimeConfig, SpaceTimeDecoder, SpaceTimeEncoder
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
@@ -286,50 +285,23 @@ class Model(GridTokenizer):
 
 
 @dataclass
-class ObjectiveConfig:
-    l1: float = 1.0
-    l2: float = 0.0
-    perceptual: float = 0.0  # LPIPS per frame
-    perceptual_weights: str = ""  # path of the LPIPS weights
-    perceptual_sha256: str = ""
-    quantizer: float = 1.0  # weight of the quantizer's own loss: commitment, entropy, KL
+class ObjectiveConfig(losses.PixelConfig):
     coarse_only: float = 0.0  # two levels: share of clips that are decoded from the coarse level alone
-    adversarial: losses.AdversarialConfig = field(default_factory=losses.AdversarialConfig)
 
 
-class Objective(nn.Module):
+class Objective(losses.PixelObjective):
     """What stays in the lab: losses, perceptual net, discriminator."""
 
     Config = ObjectiveConfig
+    config: ObjectiveConfig
 
     def __init__(self, config: ObjectiveConfig, model_config: Config, *, load: LoadTokenizer | None = None):
-        super().__init__()
-        self.config = c = config
-        if c.coarse_only and not model_config.coarse:
+        c, m = config, model_config
+        if c.coarse_only and not m.coarse:
             raise ValueError(f"objective.coarse_only={c.coarse_only} needs two levels: set model.coarse")
         if not 0 <= c.coarse_only < 1:
             raise ValueError(f"objective.coarse_only={c.coarse_only} is a share of the clips, in [0, 1)")
-        self.perceptual = None
-        if c.perceptual:
-            if not c.perceptual_weights:
-                raise ValueError(
-                    f"objective.perceptual={c.perceptual} needs objective.perceptual_weights, a file of LPIPS weights "
-                    "(see docs/formats.md)"
-                )
-            self.perceptual = load_lpips(c.perceptual_weights, sha256=c.perceptual_sha256).requires_grad_(False)
-        self.adversarial = None
-        if c.adversarial.weight:
-            self.adversarial = losses.Adversarial(
-                c.adversarial,
-                channels=model_config.channels,
-                frames=model_config.num_frames,
-                size=(model_config.size[0], model_config.size[1]),
-            )
-
-    def idle(self, step: int) -> tuple[str, ...]:
-        """Parameter prefixes that rest at this step: learning rate 0, or weight decay would still move them."""
-        resting = self.adversarial is not None and not self.adversarial.discriminates(step)
-        return ("adversarial",) if resting else ()
+        super().__init__(c, channels=m.channels, frames=m.num_frames, size=(m.size[0], m.size[1]))
 
     def forward(self, model: Model, clip: Clip, step: int) -> Loss:
         c = self.config
@@ -346,17 +318,6 @@ class Objective(nn.Module):
             real = [v[..., None, None].expand(i.shape[:-1]).flatten(1) for v, i in zip(out.valid, ids)]
             flat = torch.cat([i.flatten(1, 3) for i in ids], 1)
             report |= losses.codebook_report(flat, model.codebook_sizes, mask=torch.cat(real, 1))
-        recon = out.recon.float()
-        l1 = losses.reconstruction(recon, video, kind="l1", mask=mask)
-        l2 = losses.reconstruction(recon, video, kind="l2", mask=mask)
-        total = c.quantizer * own + c.l1 * l1 + c.l2 * l2
-        report |= {"l1": l1.detach(), "l2": l2.detach()}
-        if self.perceptual is not None:
-            distance = losses.perceptual(self.perceptual, recon, video, mask=mask)
-            total = total + c.perceptual * distance
-            report["perceptual"] = distance.detach()
-        if self.adversarial is not None:
-            term, terms = self.adversarial(recon, video, total, step=step, last=model.decoder.last, mask=mask)
-            total = total + term
-            report |= terms
-        return Loss(total, {"loss": total.detach(), **report})
+        term, terms = self.pixels(out.recon, video, mask=mask, step=step, last=model.decoder.last)
+        total = c.quantizer * own + term
+        return Loss(total, {"loss": total.detach(), **report, **terms})

@@ -33,7 +33,6 @@ from vtok.layers.begin import begin_decoder, begin_encoder, learn_as_wide, patch
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
-from vtok.layers.perceptual import load_perceptual
 from vtok.layers.positions import Positions
 from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.scorer import Scorer, measure_lengths
@@ -109,10 +108,13 @@ class Config:
             )
         if self.scorer_depth and self.num_tokens % self.scorer_levels:
             raise ValueError(f"model.scorer_levels={self.scorer_levels} must divide model.num_tokens={self.num_tokens}")
-        if self.registers == "dct" and (self.blocks > 1 or self.quantizer.name != "fsq"):
+        if self.registers == "dct" and (
+            self.blocks > 1 or self.quantizer.name != "fsq" or self.quantizer.num_codebooks > 1
+        ):
             raise ValueError(
-                "model.registers='dct' codes the whole chunk with FSQ levels: set model.blocks=1 and "
-                f"model.quantizer.name=fsq (have blocks={self.blocks}, quantizer={self.quantizer.name!r})"
+                "model.registers='dct' codes the whole chunk with FSQ levels, one id a token: set model.blocks=1, "
+                f"model.quantizer.name=fsq and num_codebooks=1 (have blocks={self.blocks}, quantizer="
+                f"{self.quantizer.name!r}, num_codebooks={self.quantizer.num_codebooks})"
             )
 
     @property
@@ -495,75 +497,41 @@ def build(config: Config, *, load: LoadTokenizer) -> Model:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(losses.PixelConfig):
     nested: NestedConfig = field(default_factory=NestedConfig)
-    l1: float = 1.0
-    l2: float = 0.0
-    log_l2: float = 0.0  # mean over clips of log(mean squared error): PSNR's own average
-    perceptual: float = 0.0  # weight of a perceptual distance per frame
-    perceptual_net: str = "lpips"  # lpips | convnext_s (logits of a classifier; TiTok)
-    perceptual_weights: str = ""  # path of that network's weights
-    perceptual_sha256: str = ""
-    perceptual_side: int = 224  # convnext_s: pixels a side at which it sees frames
-    quantizer: float = 1.0  # weight of the quantizer's own loss
     teacher: float = 0.0  # cross-entropy against the teacher's ids (model.head=teacher), in nats a token
     scorer: bool = False  # train model.scorer alone; everything else is frozen
     scorer_metric: str = "mse"  # mse | lpips: the distortion it learns to predict
     prior: PriorConfig = field(default_factory=PriorConfig)
-    adversarial: losses.AdversarialConfig = field(default_factory=losses.AdversarialConfig)
 
 
-class Objective(nn.Module):
-    """What stays in the lab: losses, perceptual net, discriminator."""
+class Objective(losses.PixelObjective):
+    """What stays in the lab: losses, perceptual net, prior, discriminator."""
 
     Config = ObjectiveConfig
+    config: ObjectiveConfig
 
     def __init__(self, config: ObjectiveConfig, model_config: Config, *, load: LoadTokenizer | None = None):
-        super().__init__()
-        self.config = c = config
-        nested_keep(model_config.num_tokens, 1, config=c.nested)  # a law that does not fit fails here
-        self.perceptual = None
-        if c.perceptual or (c.scorer and c.scorer_metric == "lpips"):
-            if not c.perceptual_weights:
-                raise ValueError(
-                    f"objective.perceptual={c.perceptual}, scorer_metric={c.scorer_metric!r} need "
-                    f"objective.perceptual_weights, a file of {c.perceptual_net} weights (see docs/formats.md)"
-                )
-            self.perceptual = load_perceptual(
-                c.perceptual_net, c.perceptual_weights, sha256=c.perceptual_sha256, side=c.perceptual_side
-            )
-        if c.scorer and not model_config.scorer_depth:
+        c, m = config, model_config
+        nested_keep(m.num_tokens, 1, config=c.nested)  # a law that does not fit fails here
+        if c.scorer and not m.scorer_depth:
             raise ValueError("objective.scorer=true needs model.scorer_depth > 0")
-        if c.scorer and c.scorer_metric == "lpips" and c.perceptual_net != "lpips":
-            raise ValueError("objective.scorer_metric=lpips needs objective.perceptual_net=lpips")
         if c.scorer_metric not in ("mse", "lpips"):
             raise ValueError(f"objective.scorer_metric={c.scorer_metric!r} is unknown; choose mse or lpips")
-        if c.teacher and model_config.head != "teacher":
+        scored = c.scorer and c.scorer_metric == "lpips"
+        if scored and c.perceptual_net != "lpips":
+            raise ValueError("objective.scorer_metric=lpips needs objective.perceptual_net=lpips")
+        if c.teacher and m.head != "teacher":
             raise ValueError(f"objective.teacher={c.teacher} needs model.head=teacher")
+        super().__init__(c, channels=m.channels, frames=m.num_frames, size=(m.size[0], m.size[1]), distances=scored)
         self.prior = None
         if c.prior.weight:
-            sizes = build_quantizer(model_config.quantizer)
+            sizes = build_quantizer(m.quantizer)
             if len(sizes.codebook_sizes) != 1:
                 raise ValueError("objective.prior predicts one id a token: it needs a discrete quantizer")
             self.prior = ARPrior(
-                c.prior,
-                dim=sizes.dim,
-                codebook_size=sizes.codebook_sizes[0],
-                max_tokens=model_config.num_tokens * model_config.blocks,
+                c.prior, dim=sizes.dim, codebook_size=sizes.codebook_sizes[0], max_tokens=m.num_tokens * m.blocks
             )
-        self.adversarial = None
-        if c.adversarial.weight:
-            self.adversarial = losses.Adversarial(
-                c.adversarial,
-                channels=model_config.channels,
-                frames=model_config.num_frames,
-                size=(model_config.size[0], model_config.size[1]),
-            )
-
-    def idle(self, step: int) -> tuple[str, ...]:
-        """Parameter prefixes that rest at this step: learning rate 0, or weight decay would still move them."""
-        resting = self.adversarial is not None and not self.adversarial.discriminates(step)
-        return ("adversarial",) if resting else ()
 
     def forward(self, model: Model, clip: Clip, step: int) -> Loss:
         c = self.config
@@ -574,48 +542,30 @@ class Objective(nn.Module):
         mask = None if clip.lengths is None else losses.frame_mask(lengths, video.shape[2])
         shape = model.config
         keep = nested_keep(shape.num_tokens, video.shape[0], groups=shape.blocks, config=c.nested).to(video.device)
-        pixels = bool(c.l1 or c.l2 or c.log_l2 or c.perceptual or c.adversarial.weight)
-        out = model(video, lengths, keep, pixels=pixels)
+        wanted = bool(c.l1 or c.l2 or c.log_l2 or c.perceptual or c.adversarial.weight)
+        out = model(video, lengths, keep, pixels=wanted)
         total = c.quantizer * out.quantized.loss
         report = {f"quantizer_{k}": v for k, v in out.quantized.report.items()}
         report["quantizer"] = out.quantized.loss.detach()
+        ids, real = out.quantized.indices, out.block_valid[..., None]  # [B, blocks, K, Q], [B, blocks, 1]
+        report |= losses.codebook_report(ids, model.codebook_sizes, mask=real)
         if out.teacher_logits is not None and c.teacher:
-            digits, real = model.teacher_digits(video, lengths)
-            teacher = id_cross_entropy(out.teacher_logits, digits, real)
+            digits, there = model.teacher_digits(video, lengths)
+            teacher = id_cross_entropy(out.teacher_logits, digits, there)
             total = total + c.teacher * teacher
             report["teacher"] = teacher.detach()
         if self.prior is not None:
-            codes, ids = out.quantized.embeddings.flatten(1, 2), out.quantized.indices
             assert ids is not None
-            real = out.block_valid.repeat_interleave(shape.num_tokens, 1)
+            codes, real = out.quantized.embeddings.flatten(1, 2), real.expand(ids.shape[:3]).flatten(1)
             prior = self.prior(codes, ids.flatten(1, 2)[..., 0], lookup=model.lookup, step=step, mask=real)
             total = total + c.prior.weight * prior
             report["prior"] = prior.detach()
         if out.recon is not None:
-            term, terms = self._pixels(model, out.recon.float(), video, mask, step)
+            last = model.teacher.out.weight if shape.head == "teacher" else model.out.weight
+            term, terms = self.pixels(out.recon, video, mask=mask, step=step, last=last)
             total = total + term
             report |= terms
         return Loss(total, {"loss": total.detach(), **report})
-
-    def _pixels(
-        self, model: Model, recon: Tensor, video: Tensor, mask: Tensor | None, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        c = self.config
-        l1 = losses.reconstruction(recon, video, kind="l1", mask=mask)
-        l2 = losses.reconstruction(recon, video, kind="l2", mask=mask)
-        log_l2 = losses.reconstruction(recon, video, kind="log_l2", mask=mask)
-        total = c.l1 * l1 + c.l2 * l2 + c.log_l2 * log_l2
-        report = {"l1": l1.detach(), "l2": l2.detach(), "log_l2": log_l2.detach()}
-        if self.perceptual is not None and c.perceptual:
-            distance = losses.perceptual(self.perceptual, recon, video, mask=mask)
-            total = total + c.perceptual * distance
-            report["perceptual"] = distance.detach()
-        if self.adversarial is not None and step >= c.adversarial.start:
-            last = model.teacher.out.weight if model.config.head == "teacher" else model.out.weight
-            term, terms = self.adversarial(recon, video, total, step=step, last=last)
-            total = total + term
-            report |= terms
-        return total, report
 
     def _score(self, model: Model, video: Tensor, lengths: Tensor) -> Loss:
         """One random block is cut to every length, the others stay whole: the scorer learns what that costs."""

@@ -3,6 +3,7 @@
 pixels.py       reconstruction, perceptual distance, learned variance
 adversarial.py  discriminators' and generators' losses, and both players in one backward
 codebook.py     what a step reports of its ids
+objective.py    what objectives of families that return to pixels share
 """
 
 from vtok.losses.adversarial import (
@@ -19,12 +20,15 @@ from vtok.losses.adversarial import (
     lecam,
 )
 from vtok.losses.codebook import codebook_report
+from vtok.losses.objective import PixelConfig, PixelObjective
 from vtok.losses.pixels import LogVariance, frame_mask, perceptual, reconstruction
 
 __all__ = [
     "Adversarial",
     "AdversarialConfig",
     "LogVariance",
+    "PixelConfig",
+    "PixelObjective",
     "adaptive_weight",
     "codebook_report",
     "discriminator_hinge",
