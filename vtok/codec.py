@@ -145,6 +145,17 @@ class _Budget:
         return out
 
 
+def _check_grid(model: Any, size: tuple[int, int], *, budget: int | None, tokens_per_second: Any) -> None:
+    """Raises: ValueError for a budget that tokens on a grid cannot meet."""
+    if not hasattr(model, "levels") or (budget is None and tokens_per_second is None):
+        return
+    given = f"budget={budget}" if tokens_per_second is None else f"tokens_per_second={float(tokens_per_second):g}"
+    coarse = [level.height * level.width for level in model.levels(size)[:-1]]
+    if budget not in coarse:
+        choice = f"ask for budget={coarse[0]} (the coarse level alone) or leave it out" if coarse else "leave it out"
+        raise ValueError(f"{given}: the tokens of this model are a grid over frames of {size[0]}x{size[1]}; {choice}")
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, Streaming):
         raise ValueError(f"{type(model).__module__} cannot stream (step, flush, decode_step): .vtok files need that")
@@ -234,6 +245,7 @@ def encode_file(
         raise ValueError(f"fps={fps} must be above 0")
     _Budget(model, budget=budget, tokens_per_second=tokens_per_second, fps=rate)  # a bad setting fails before any work
     shape = size or (info.height, info.width)
+    _check_grid(model, shape, budget=budget, tokens_per_second=tokens_per_second)
     _warn_if_far(model, shape)
     header = Header(
         model_id=who.model_id,

@@ -101,17 +101,26 @@ class Evaluator:
     ) -> None:
         if not hasattr(model, "decode"):
             raise ValueError(f"{type(model).__name__} has no decode: pixel metrics measure tokenizers only")
-        self.budgets = sorted({int(budget) for budget in budgets}) or default_budgets(model.max_tokens)
+        self.val = val if hasattr(val, "__len__") else list(val)
+        self.budgets = (
+            sorted({int(budget) for budget in budgets}) or self._menu(model) or default_budgets(model.max_tokens)
+        )
         for name, given, choices in (("controls", controls, CONTROLS), ("codecs", codecs, tuple(CODECS))):
             unknown = [each for each in given if each not in choices]
             if unknown:
                 raise ValueError(f"eval.{name}={unknown} unknown; choose from {', '.join(choices)}")
         if self.budgets[0] < 1:
             raise ValueError(f"eval.budgets={self.budgets}: a budget is at least one token")
+        menu = self._menu(model)
+        if menu and (wrong := [budget for budget in self.budgets if budget not in menu]):
+            raise ValueError(
+                f"eval.budgets={wrong}: the tokens of this model are a grid, of {', '.join(map(str, menu))} tokens for "
+                "these clips; ask for one of these numbers, or leave eval.budgets empty"
+            )
+        self.menu = menu
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.family = str(model.config.name).rpartition(".")[2]
-        self.val = val if hasattr(val, "__len__") else list(val)
         self.train = train
         self.control_names, self.codec_names = list(controls), list(codecs)
         self.lpips = lpips.to(self.device) if lpips is not None else None
@@ -173,8 +182,36 @@ class Evaluator:
             out = torch.cat([out, rest], 2)
         return tokens.to("cpu"), out[:, :, : clip.video.shape[2]], middle - start, end - middle
 
+    def _menu(self, model: Any) -> list[int]:
+        """The budgets there are, where tokens are a grid: of the longest clip. Empty for nested tokens."""
+        if not hasattr(model, "token_counts"):
+            return []
+        longest, size = 1, None
+        for clip in self.val:
+            assert clip.video is not None
+            longest, size = max(longest, int(clip.frames().max())), tuple(clip.video.shape[3:])
+        return model.token_counts(longest, size)
+
+    def _on_grid(self, clip: Clip, budget: int, row: Row) -> Iterator[tuple[Clip, Tokens, Tensor, float, float]]:
+        """The batch at a level of its grid; clip by clip where lengths, and with them token counts, differ."""
+        assert clip.video is not None
+        lengths = clip.frames()
+        if int(lengths.min()) < int(lengths.max()):
+            for index in range(len(clip)):
+                yield from self._on_grid(select(clip, index), budget, row)
+            return
+        counts = self.model.token_counts(int(lengths[0]), tuple(clip.video.shape[3:]))
+        here = counts[self.menu.index(budget)]
+        note = "clips of fewer frames have fewer tokens"
+        if here != budget and note not in row.notes:
+            row.notes.append(note)
+        yield clip, *self.code(clip, here)
+
     def _coded(self, clip: Clip, budget: int, row: Row) -> Iterator[tuple[Clip, Tokens, Tensor, float, float]]:
         """The batch at a budget; clip by clip where some are too short to hold that many tokens."""
+        if self.menu:
+            yield from self._on_grid(clip, budget, row)
+            return
         try:
             yield clip, *self.code(clip, budget)
             return

@@ -443,8 +443,14 @@ class LitCompressor(pl.LightningModule):
 class LitTokenizer(LitCompressor):
     """A compressor that returns to pixels: PSNR and pictures at several budgets, and the use of its codebook."""
 
-    def budgets(self, most: int) -> list[int]:
-        """Tokens per clip to validate at: eval.budgets up to `most`, or 1, 4, 16, ... and `most` itself."""
+    def budgets(self, most: int, clip: Clip) -> list[int]:
+        """Tokens per clip to validate at: eval.budgets up to `most`, or 1, 4, 16, ... and `most` itself; of a model
+        whose tokens are a grid, the counts there are."""
+        if hasattr(self.model, "token_counts"):
+            assert clip.video is not None
+            shape, frames = clip.video.shape[3:], int(clip.frames().max())
+            counts: Any = self.model.token_counts(frames, (shape[0], shape[1]))  # pyright: ignore[reportCallIssue]
+            return [count for count in counts if count < most] + [most]
         asked = self.config.eval.budgets or [4**i for i in range(16)]
         return sorted({b for b in asked if b < most} | {most})
 
@@ -467,7 +473,7 @@ class LitTokenizer(LitCompressor):
             ready = self._prepare(clip)
             whole: Any = self.model.encode(ready)  # pyright: ignore[reportCallIssue]
             most = int(whole.lengths.min())
-            for budget in self.budgets(most):
+            for budget in self.budgets(most, clip):
                 tokens: Any = whole
                 if budget < most:
                     tokens = self.model.encode(ready, budget=budget)  # pyright: ignore[reportCallIssue]

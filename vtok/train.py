@@ -154,8 +154,8 @@ def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> P
         data: clips from elsewhere than `config.data`: loaders that yield `Clip`, `advance(clip)`, and the place in the
             stream as its state. None takes `config.data`.
     Returns: the run directory.
-    Raises: ValueError for settings; NonFiniteError; AlarmError; SystemExit with 128 + signal number after a SIGTERM or SIGUSR1,
-        once the checkpoint is written.
+    Raises: ValueError for settings; NonFiniteError; AlarmError; SystemExit with 128 + signal number after a SIGTERM or
+        SIGUSR1, once the checkpoint is written.
     """
     check(config)
     if not _first_rank():

@@ -49,7 +49,8 @@ class PixelObjective(nn.Module):
                 )
             if channels != 3:
                 raise ValueError(
-                    f"objective.perceptual={c.perceptual} compares RGB frames: with model.channels={channels} set it to 0"
+                    f"objective.perceptual={c.perceptual} compares RGB frames: set it to 0 where "
+                    f"model.channels={channels}"
                 )
             self.perceptual = load_perceptual(
                 c.perceptual_net, c.perceptual_weights, sha256=c.perceptual_sha256, side=c.perceptual_side
