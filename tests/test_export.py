@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -36,16 +37,31 @@ TINY = {
         "decoder_depth": 1,
         "num_heads": 2,
         "num_tokens": 4,
-    }
+    },
+    "discrete": {
+        "name": "discrete",
+        "num_frames": 3,
+        "size": [16, 16],
+        "stride": [2, 4, 4],
+        "latent_channels": 6,
+        "conv": {"width": 8, "mult": [1, 2, 2], "num_res_blocks": 1, "mid_blocks": 1, "num_heads": 2},
+    },
+}
+GRID = {"coarse": [1, 2, 2]}
+SPACETIME = {
+    "backbone": "transformer",
+    "transformer": {"width": 16, "num_heads": 2, "encoder_spatial": "tw", "decoder_spatial": "t", "window": [2, 2]},
 }
 BLOCKS = {"mask": "time_block_causal_last", "blocks": 2}
-VQ = {"quantizer": {"name": "vq", "codebook_size": 32, "dim": 4}}
+VQ = {"quantizer": {"name": "vq", "codebook_size": 512, "dim": 4}}
 TEACHER = {"head": "teacher", "teacher_config": {k: v for k, v in TINY["flexible"].items()}}
 
 
 def video(frames=5, height=16, width=16, seed=0):
+    """uint8 [2, 3, T, H, W]: patches of one colour each, changing with every frame."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (2, 3, frames, height, width), generator=generator, dtype=torch.uint8)
+    colours = torch.randint(0, 256, (2, 3, frames, 3, 3), generator=generator).float()
+    return torch.nn.functional.interpolate(colours, size=(frames, height, width)).to(torch.uint8)
 
 
 def clip(**keywords):
@@ -72,9 +88,14 @@ def make_run(folder: Path, *, family="flexible", seed=0, ema=False, shards="", *
     torch.manual_seed(seed)
     net = vtok_config.load_family(family).Model(config.model)
     with torch.no_grad():
-        for parameter in net.parameters():  # an untrained model's first attention may make every id the same
+        # An untrained model's first attention may make every id the same. By name: whatever order weights are made in.
+        for name, parameter in net.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:  # gains of norms, biases
+                parameter.copy_(0.1 * noise + name.endswith("weight"))
         for name, buffer in net.named_buffers():
             if name.endswith("_codebook.embed"):
                 buffer.copy_(torch.nn.functional.normalize(torch.randn_like(buffer), dim=-1))
@@ -458,7 +479,8 @@ for folder in {folders!r}:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert not model.training and type(model).__name__ == "VtokModel"
     tokens = model(video)
-    short = model.encode(video, budget=3)
+    counts = getattr(model.model, "token_counts", None)
+    short = model.encode(video, budget=counts(video.shape[2], tuple(video.shape[3:]))[0] if counts else 3)
     result |= {{
         name + ".ids": tokens.indices,
         name + ".short": short.indices,
@@ -504,9 +526,11 @@ def test_automodel_gives_the_same_tokens_where_vtok_is_absent(tmp_path):
     """The export's own code, in a fresh environment without vtok and what training needs."""
     dct = {"registers": "dct", "num_tokens": 8}
     kinds = {"plain": {}, "blocks": BLOCKS, "vq": VQ, "teacher": TEACHER, "dct": dct}
+    runs = {name: ("flexible", changes) for name, changes in kinds.items()}
+    runs |= {"grid": ("discrete", {}), "levels": ("discrete", GRID), "spacetime": ("discrete", SPACETIME)}
     exports = {}
-    for name, changes in kinds.items():
-        run = make_run(tmp_path / f"run_{name}", **changes)
+    for name, (family, changes) in runs.items():
+        run = make_run(tmp_path / f"run_{name}", family=family, **changes)
         exports[name] = shipping.export(run, tmp_path / name, entropy=False)
     save_file({"video": video(6, 16, 24)}, tmp_path / "given.safetensors")
     python = bare_environment(tmp_path / "bare")
@@ -532,7 +556,8 @@ def test_automodel_gives_the_same_tokens_where_vtok_is_absent(tmp_path):
         model = vtok.load(folder)
         given = Clip(keys=["a", "b"], video=video(6, 16, 24)).as_float()
         with torch.no_grad():
-            tokens, short = model.encode(given), model.encode(given, budget=3)
+            counts = model.token_counts(6, (16, 24)) if runs[name][0] == "discrete" else [3]
+            tokens, short = model.encode(given), model.encode(given, budget=counts[0])
             assert torch.equal(got[f"{name}.ids"], tokens.indices), name
             assert torch.equal(got[f"{name}.short"], short.indices), name
             assert len(torch.unique(tokens.indices)) > 3, "ids that are all alike prove nothing"

@@ -61,6 +61,7 @@ __all__ = [
     "main_export",
     "main_info",
     "modeling_source",
+    "publish",
     "push",
     "read_config",
     "training_clips",
@@ -89,10 +90,26 @@ def export(
         licence: Hub identifier of the weights' licence, for the model card.
     Raises: ExportError where `out` is something else, or the family cannot be written as one file.
     """
+    model, config = load_run(run_dir, which=which, ema=ema)
+    return publish(
+        model, config, out, run_dir=Path(run_dir), entropy=entropy, entropy_clips=entropy_clips, licence=licence
+    )
+
+
+def publish(
+    model: nn.Module,
+    config: RunConfig,
+    out: str | Path,
+    *,
+    run_dir: Path | None = None,
+    entropy: bool = True,
+    entropy_clips: int = 512,
+    licence: str = "apache-2.0",
+) -> Path:
+    """`export` of a model at hand. config: that of the run it comes from, with the model's own under `model`."""
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
         raise ExportError(f"--out {out} exists and is not an export; choose another folder, or remove it")
-    model, config = load_run(run_dir, which=which, ema=ema)
     static, why_not = None, "it was not asked for"
     if entropy and getattr(model, "codebook_sizes", ()):
         try:
@@ -105,7 +122,7 @@ def export(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        write_export(model, config, part, entropy=static, run_dir=Path(run_dir), licence=licence, no_entropy=why_not)
+        write_export(model, config, part, entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not)
         if out.exists():
             shutil.rmtree(out)
         os.replace(part, out)
