@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+# Processes that share the tests, a file at a time; each of one thread, or two would wait for each other's.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-fast lint
 
@@ -18,11 +21,11 @@ setup: $(STAMP)  ## Make .venv with the pinned packages (a second call does noth
 demo: $(STAMP)  ## Train, measure and export a small tokenizer; VIDEOS=dir VAL=dir use your own clips
 	$(BIN)/vtok demo $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(VAL),--val "$(VAL)")
 
-test: lint  ## Lint, types and every test; PYTEST_ARGS="-k report" picks some
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint  ## Lint, types and every test; PYTEST_ARGS="-k report" picks some, JOBS=8 takes eight processes
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: lint  ## The same without the tests that launch processes or a browser
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Lint, format and types
 	$(BIN)/ruff check .
