@@ -54,6 +54,7 @@ DISCRETE_FORMS = {
     ),
     "haar": dict(stride=[4, 8, 8], conv=ConvConfig(**CONV, patch="haar", norm="rms", adaptive_norm=True)),
     "frames": dict(stride=[1, 2, 2]),
+    "tiled": dict(stride=[2, 8, 8], tile=2, tile_overlap=1, conv=ConvConfig(**CONV | dict(mult=[1, 1, 1, 1]))),
     "two_levels": dict(coarse=[2, 2, 2]),
     "two_levels_in_space": dict(coarse=[1, 2, 2], quantizer=QuantizerConfig(name="vq", codebook_size=32, dim=6)),
     "transformer": dict(backbone="transformer", stride=[2, 4, 4], transformer=SpaceTimeConfig(**SPACETIME)),

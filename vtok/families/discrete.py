@@ -29,6 +29,7 @@ from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
 from vtok.layers.conv3d import ConvConfig, ConvDecoder, ConvEncoder, Upsample
 from vtok.layers.grid import GridTokenizer
 from vtok.layers.spacetime import SpaceTimeConfig, SpaceTimeDecoder, SpaceTimeEncoder
+from vtok.layers.tiling import decode_tiled, encode_tiled
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
@@ -45,6 +46,8 @@ class Config:
     transformer: SpaceTimeConfig = field(default_factory=SpaceTimeConfig)
     latent_channels: int = 16  # between backbone and quantizer, which have a linear map on either side
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    tile: int = 0  # latents a side of a tile, by which larger frames are coded; 0 = whole frames (training sees those)
+    tile_overlap: int = 4  # latents that neighbouring tiles share and blend
     coarse: list[int] = field(
         default_factory=list
     )  # (t, h, w) of the coarse level in latents, e.g. [2, 2, 2]; [] = none
@@ -57,6 +60,10 @@ class Config:
             raise ValueError(f"model.size={self.size} must be (height, width), model.stride={self.stride} (t, h, w)")
         if self.coarse and (len(self.coarse) != 3 or any(n not in (1, 2) for n in self.coarse)):
             raise ValueError(f"model.coarse={self.coarse} must be (t, h, w) of 1 or 2 latents each, or []")
+        if self.tile and not 0 <= 2 * self.tile_overlap <= self.tile:
+            raise ValueError(
+                f"model.tile_overlap={self.tile_overlap} must lie between 0 and half of model.tile={self.tile}"
+            )
         if self.coarse == [1, 1, 1]:
             raise ValueError("model.coarse=[1, 1, 1] is no coarser than the fine level; leave it [] for one level")
         span = self.stride[0] * (self.coarse[0] if self.coarse else 1)
@@ -130,7 +137,7 @@ class Model(GridTokenizer):
         return Output(recon, coded, [self._of_latents(valid, k.shape[1]) for k in keep])
 
     def code_grid(self, video: Tensor, valid: Tensor, cache: Cache | None) -> list[Quantized]:
-        latents = self.encoder(video, cache)
+        latents = self._encode(video, cache)
         out = []
         if self.config.coarse:
             out.append(self._quantize(self.to_coarse_latent, self.coarsen(latents, cache), valid))
@@ -142,7 +149,23 @@ class Model(GridTokenizer):
         if self.config.coarse:
             latents = torch.where(keep[-1][:, None], latents, self.dropped[:, None, None, None])
             latents = latents + self.refine(self._read(self.from_coarse_code, codes[0]), cache)
-        return self.decoder(latents, cache)
+        tiles = self._tiles(cache)
+        if tiles is None:
+            return self.decoder(latents, cache)
+        return decode_tiled(self.decoder, latents, stride=self.stride[1:], **tiles)
+
+    def _encode(self, video: Tensor, cache: Cache | None) -> Tensor:
+        tiles = self._tiles(cache)
+        if tiles is None:
+            return self.encoder(video, cache)
+        return encode_tiled(self.encoder, video, stride=self.stride[1:], **tiles)
+
+    def _tiles(self, cache: Cache | None) -> dict[str, Any] | None:
+        """How frames are cut, with a cache for each tile; None for whole frames."""
+        if self.training or not self.config.tile:
+            return None
+        caches = None if cache is None else cache.setdefault(self, {})
+        return dict(tile=self.config.tile, overlap=self.config.tile_overlap, caches=caches)
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.quantizer.lookup(indices)
