@@ -1,6 +1,6 @@
 """What a training step of vtok costs over a bare PyTorch loop with the same model and batch.
 
-    python benchmarks/train_step.py [--repeats 5] [--steps 40]
+    python benchmarks/train_step.py [--repeats 5] [--steps 40] [--config PRESET.yaml [key=value ...]]
 
 One real run (`vtok.train.train`: logging, TensorBoard and a live progress bar on, validation and checkpoints outside
 the measured steps). Its data stream makes one bare step, with a copy of model and objective, each time a batch is asked
@@ -51,7 +51,8 @@ class Bare:
         self.optimizer.zero_grad()
         loss = self.objective(self.model, clip.as_float(), self.step)
         loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.limit)
+        if self.limit:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.limit)
         self.optimizer.step()
         self.step += 1
 
@@ -132,18 +133,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="steps of a repeat")
+    parser.add_argument("--config", type=Path, help="one preset at its own batch, instead of the table")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of that preset")
     asked = parser.parse_args()
+    if asked.overrides and not asked.config:
+        raise SystemExit(f"error: {' '.join(asked.overrides)} change a preset: name it with --config")
     if asked.repeats < 5 or asked.steps < 10:
         raise SystemExit(f"error: --repeats {asked.repeats} --steps {asked.steps}: at least 5 and 10")
     torch.set_num_threads(1)
     configs = ROOT / "configs" / "flexible"
     debug = configs / "debug.yaml"
-    batch = f"data.batch_size={batch_of(load(debug), ms=25)}"
-    rows = [
-        ("a step of about 25 ms", [debug, batch]),
-        ("the same, averaged weights", [debug, batch, "optim.ema_decay=0.99"]),
-        ("demo preset", [configs / "demo.yaml"]),
-    ]
+    if asked.config:
+        rows = [(asked.config.stem, [asked.config, *asked.overrides])]
+    else:
+        batch = f"data.batch_size={batch_of(load(debug), ms=25)}"
+        rows = [
+            ("a step of about 25 ms", [debug, batch]),
+            ("the same, averaged weights", [debug, batch, "optim.ema_decay=0.99"]),
+            ("demo preset", [configs / "demo.yaml"]),
+        ]
     print(f"{'':32}{'bare ms':>10}{'ours ms':>10}{'ratio':>8}   spread of the {asked.repeats} repeats")
     for name, (path, *overrides) in rows:
         bare, ours, ratios = measure(load(path, overrides), repeats=asked.repeats, steps=asked.steps)
