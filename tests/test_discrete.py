@@ -142,6 +142,8 @@ def test_warm_start_refuses_what_does_not_fit():
         make(latent_channels=8).warm_start(source)
     model = make()
     model.warm_start(source)
+    with pytest.raises(ValueError, match="trainer.statistics_clips"):
+        model(video(1, 5).float(), torch.tensor([5]))
     assert model.fit_statistics([video(2, 5).float()])["explained"] > 0.9  # 6 numbers of 4, two of them mixtures
     with pytest.raises(ValueError, match="torch.nn.modules.linear"):
         make().warm_start(torch.nn.Linear(2, 2))

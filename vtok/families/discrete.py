@@ -103,12 +103,11 @@ class Model(GridTokenizer):
         self.config = c
         self._fit = True  # the maps beside the quantizer wait for `fit_statistics`
         self._sources: list[Model] = []  # a continuous model to follow there; in a list, it is no part of this one
-        shape: dict[str, Any] = dict(channels=c.channels, stride=self.stride)
+        shape: dict[str, Any] = dict(channels=c.channels, latent_channels=c.latent_channels, stride=self.stride)
         if c.backbone == "conv":
-            shape |= dict(latent_channels=c.latent_channels)
             self.encoder, self.decoder = ConvEncoder(c.conv, **shape), ConvDecoder(c.conv, **shape)
         else:
-            shape |= dict(latent_channels=c.latent_channels, num_frames=c.num_frames)
+            shape["num_frames"] = c.num_frames
             self.encoder = SpaceTimeEncoder(c.transformer, **shape)
             self.decoder = SpaceTimeDecoder(c.transformer, **shape)
         self.quantizer = quantizer  # one for both levels, so that an id means one embedding
@@ -124,7 +123,15 @@ class Model(GridTokenizer):
 
     def forward(self, video: Tensor, lengths: Tensor, *, coarse_only: Tensor | None = None) -> Output:
         """One training pass. video: float [B, C, T, H, W] in [-1, 1]. coarse_only: [B] bool, decoded without the fine
-        level (two levels only)."""
+        level (two levels only).
+
+        Raises: ValueError after a warm start from a continuous model without `fit_statistics`.
+        """
+        if self._sources:
+            raise ValueError(
+                "init_from is a continuous model, and the maps into ids were not fitted: set trainer.statistics_clips "
+                "above 0 (256 by default)"
+            )
         whole = self.whole_groups(video, lengths)
         groups = self.groups(lengths)
         valid = torch.arange(int(groups.max()), device=video.device) < groups[:, None]
