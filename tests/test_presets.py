@@ -1,5 +1,5 @@
-"""Presets of the flexible family: twins differ in size alone, full models have the size their header says, the
-mechanisms of every stage run and rest as they should."""
+"""Presets: twins differ in size alone, full models have the size their header says; the mechanisms of every stage of
+the flexible family run and rest as they should."""
 
 from __future__ import annotations
 
@@ -15,41 +15,68 @@ from vtok.budget import allocate_levels
 from vtok.families import flexible
 from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
 from vtok.layers.begin import patch_of_token
+from vtok.layers.grid import GridTokenizer
 from vtok.layers.prior import PriorConfig
 from vtok.layers.sampling import draw
 from vtok.lit import freeze
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "flexible"
-FULL = ("titok_teacher", "titok", "titok_stage2", "one_d_piece", "one_d_piece_stage2", "larp", "adaptok",
-        "adaptok_scorer", "base")  # fmt: skip
+CONFIGS = Path(__file__).parent.parent / "configs"
+_FLEXIBLE = ("titok_teacher", "titok", "titok_stage2", "one_d_piece", "one_d_piece_stage2", "larp", "adaptok",
+             "adaptok_scorer", "base")  # fmt: skip
+_DISCRETE = ("vidtok_fsq_488", "vidtok_fsq_488_stage2", "vidtok_kl_488", "magvit2_lfq_image", "magvit2_lfq",
+             "cosmos_fsq_488", "cosmos_fsq_488_stage2", "cosmos_fsq_81616", "omnitokenizer_vq_image",
+             "omnitokenizer_vq", "onevae_kl", "onevae_fsq", "hitvideo", "signvip_fsq", "phenaki")  # fmt: skip
+DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
+FULL = [*(f"flexible/{name}" for name in _FLEXIBLE), *DISCRETE]
+
+
+def test_every_preset_has_a_twin():
+    found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*_tiny.yaml")}
+    assert found == {f"{name}_tiny" for name in FULL}
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_full_presets_have_the_parameters_their_header_states(name):
+def test_full_presets_have_the_parameters_their_header_states(name, monkeypatch):
     stated = re.search(r"^# Parameters: ([\d.]+) M", (CONFIGS / f"{name}.yaml").read_text(), re.M)
     assert stated, f"{name}.yaml states no parameter count"
+    config = configuration.load(CONFIGS / f"{name}.yaml").model
+    monkeypatch.setattr(
+        GridTokenizer, "token_counts", lambda *_: [0]
+    )  # counts with tensors, which meta has no values of
     with torch.device("meta"):
-        model = Model(configuration.load(CONFIGS / f"{name}.yaml").model)
+        model = configuration.load_family(config.name).Model(config)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - float(stated[1])) < 0.06
 
 
-_SIZES = {
-    # width, depth, resolution
-    *(f"model.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size", "scorer_depth")),
-    *(f"model.teacher_config.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size")),
-    *(f"objective.prior.{k}" for k in ("width", "depth", "num_heads")),
-    *(f"objective.adversarial.{k}" for k in ("width", "depth", "num_heads")),
-    "data.size",
-    "objective.perceptual_side",
+_COMMON = {
     # batch
     *(f"data.{k}" for k in ("batch_size", "val_batch_size", "num_workers", "shuffle_buffer")),
     # steps, and places in the run that are counted in steps
     *("trainer.max_steps", "optim.warmup_steps", "objective.prior.ramp_steps", "objective.adversarial.start"),
     # how the machine runs it
-    *(f"trainer.{k}" for k in ("devices", "strategy", "precision", "compile", "log_every", "val_every")),
+    *(f"trainer.{k}" for k in ("devices", "num_nodes", "strategy", "precision", "compile", "log_every", "val_every")),
+    # width, depth, resolution
+    *("model.size", "data.size", "objective.perceptual_side"),
+    *(f"objective.adversarial.{k}" for k in ("width", "depth", "num_heads")),
     "name",
+}
+_SIZES = {
+    "flexible": _COMMON
+    | {
+        *(f"model.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "scorer_depth")),
+        *(f"model.teacher_config.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size")),
+        *(f"objective.prior.{k}" for k in ("width", "depth", "num_heads")),
+    },
+    "discrete": _COMMON
+    | {
+        *("model.num_frames", "data.num_frames", "data.part_frames", "data.part_batch_sizes"),
+        *(f"model.conv.{k}" for k in ("width", "num_res_blocks", "decoder_res_blocks", "mid_blocks")),
+        *(f"model.transformer.{k}" for k in ("width", "num_heads", "encoder_temporal", "decoder_temporal")),
+        *(f"model.transformer.{k}" for k in ("encoder_spatial", "decoder_spatial")),  # held to its letters below
+        *("model.latent_channels", "optim.lr", "model.quantizer.entropy_warmup_steps"),  # held to rules below
+    },
 }
 
 
@@ -64,11 +91,43 @@ def _resolved(name: str) -> dict[str, object]:
 def test_twins_differ_in_size_alone(name):
     full, tiny = _resolved(name), _resolved(f"{name}_tiny")
     changed = {key for key in full.keys() | tiny.keys() if full.get(key) != tiny.get(key)}
-    assert changed and changed <= _SIZES, changed - _SIZES
+    sizes = _SIZES[name.partition("/")[0]]
+    assert changed and changed <= sizes, changed - sizes
     teacher = {key.rpartition(".")[2]: value for key, value in tiny.items() if key.startswith("model.teacher_config.")}
     if teacher:  # a twin's teacher is the teacher's twin
-        trained = _resolved("titok_teacher_tiny")
+        trained = _resolved("flexible/titok_teacher_tiny")
         assert all(trained[f"model.{k}"] == v for k, v in teacher.items() if k != "quantizer")
+
+
+HIGHEST_RATE = 5e-3
+LATER = {f"discrete/{n}" for n in ("vidtok_fsq_488_stage2", "magvit2_lfq", "cosmos_fsq_488_stage2", "omnitokenizer_vq",
+                                   "onevae_fsq")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_sizes_of_discrete_twins_follow_rules(name):
+    """Some keys are sizes only as long as they change together.
+
+    The learning rate grows as the width shrinks, as an AdamW step changes what a layer gives by about rate x width
+    (Yang et al. 2022, https://arxiv.org/abs/2203.03466): by that factor, but to 3e-3 at least (1e-3 where a stage goes
+    on from another's weights), as twins take a hundred steps and not a hundred thousand, and to 5e-3 at most.
+    """
+    full, tiny = (configuration.load(CONFIGS / f"{n}.yaml") for n in (name, f"{name}_tiny"))
+    conv = full.model.backbone == "conv"
+    wide, narrow = (c.model.conv.width if conv else c.model.transformer.width for c in (full, tiny))
+    scaled, lowest = full.optim.lr * wide / narrow, 1e-3 if name in LATER else 3e-3
+    assert tiny.optim.lr == pytest.approx(min(max(scaled, lowest), HIGHEST_RATE), rel=1e-6)
+    if conv:
+        assert tiny.model.latent_channels == full.model.latent_channels
+    else:  # no bottleneck beside the quantizer's own
+        assert (full.model.latent_channels, tiny.model.latent_channels) == (wide, narrow)
+        for key in ("encoder_spatial", "decoder_spatial"):
+            assert set(getattr(full.model.transformer, key)) == set(getattr(tiny.model.transformer, key))
+    for config in (full, tiny):  # each clip of a part is an image or as long as the model's
+        assert config.data.num_frames == config.model.num_frames and config.data.size == config.model.size
+    kinds = [[frames == c.model.num_frames for frames in c.data.part_frames or []] for c in (full, tiny)]
+    assert kinds[0] == kinds[1] and full.data.weights == tiny.data.weights
+    assert all(c.data.part_frames is None or set(c.data.part_frames) <= {1, c.model.num_frames} for c in (full, tiny))
 
 
 SMALL = dict(num_frames=4, size=[16, 16], patch=[2, 8, 8], width=32, encoder_depth=1, decoder_depth=1, num_heads=2)

@@ -95,17 +95,20 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> LPIPS:
         return super().train(False)
 
-    def _unit_features(self, image: Tensor) -> list[Tensor]:
+    def taps(self, image: Tensor) -> list[Tensor]:
+        """The five features [N, C, h, w] that are compared, float32, of images [N, 3, H, W] in [-1, 1]."""
         out, taps = [], dict(_TAPS[self.net])
         x = (image - self.shift) / self.scale
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in taps:
-                # The epsilon is under the root, unlike the released code's: its gradient is NaN where all
-                # channels are 0. The value differs by less than float32 resolves.
-                x32 = x.float()
-                out.append(x32 * torch.rsqrt(x32.square().sum(1, keepdim=True) + 1e-20))
+                out.append(x.float())
         return out
+
+    def _unit_features(self, image: Tensor) -> list[Tensor]:
+        # The epsilon is under the root, unlike the released code's: its gradient is NaN where all channels are 0. The
+        # value differs by less than float32 resolves.
+        return [x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-20) for x in self.taps(image)]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """[N] distances, 0 is equal. x, y: [N, 3, H, W] in [-1, 1]; gradients flow to both.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vtok.layers.perceptual import load_perceptual
 from vtok.losses.adversarial import Adversarial, AdversarialConfig
-from vtok.losses.pixels import LogVariance, perceptual, reconstruction
+from vtok.losses.pixels import LogVariance, gram, perceptual, reconstruction
 
 
 @dataclass(kw_only=True)
@@ -22,6 +22,7 @@ class PixelConfig:
     perceptual_sha256: str = ""
     perceptual_side: int = 224  # convnext_s: pixels a side at which it sees frames
     perceptual_frames: int = 0  # random frames of each clip and step that it sees; 0 = all
+    gram: float = 0.0  # weight of a distance of Gram matrices of that network's features (lpips alone; Cosmos)
     log_variance: str = "none"  # none | mean | sum (over a clip's values, VidTok): learned, divides the distances above
     quantizer: float = 1.0  # weight of the quantizer's own loss: commitment, entropy, KL
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -41,15 +42,20 @@ class PixelObjective(nn.Module):
         super().__init__()
         self.config = c = config
         self.perceptual = self.log_variance = self.adversarial = None
-        if c.perceptual or distances:
+        for key, value in (("perceptual", c.perceptual), ("gram", c.gram)):
+            if value < 0:
+                raise ValueError(f"objective.{key}={value} must be 0 or above")
+        if c.gram and c.perceptual_net != "lpips":
+            raise ValueError(f"objective.gram={c.gram} reads features of perceptual_net=lpips, not {c.perceptual_net}")
+        if c.perceptual or c.gram or distances:
             if not c.perceptual_weights:
                 raise ValueError(
-                    f"objective.perceptual={c.perceptual}{' and scorer_metric=lpips' * distances}: needs "
+                    f"objective.perceptual={c.perceptual}, gram={c.gram}{', scorer_metric=lpips' * distances}: needs "
                     f"objective.perceptual_weights, a file of {c.perceptual_net} weights (see docs/formats.md)"
                 )
             if channels != 3:
                 raise ValueError(
-                    f"objective.perceptual={c.perceptual} compares RGB frames: set it to 0 where "
+                    f"objective.perceptual={c.perceptual}, gram={c.gram} compare RGB frames: set both to 0 where "
                     f"model.channels={channels}"
                 )
             self.perceptual = load_perceptual(
@@ -81,6 +87,9 @@ class PixelObjective(nn.Module):
         if self.perceptual is not None and c.perceptual:
             terms["perceptual"] = perceptual(self.perceptual, recon, video, mask=mask, frames=c.perceptual_frames)
             total = total + c.perceptual * terms["perceptual"]
+        if self.perceptual is not None and c.gram:
+            terms["gram"] = gram(self.perceptual, recon, video, mask=mask, frames=c.perceptual_frames)
+            total = total + c.gram * terms["gram"]
         if self.log_variance is not None:
             total, told = self.log_variance(total)
             terms |= told

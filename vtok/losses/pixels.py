@@ -61,6 +61,26 @@ def perceptual(net: nn.Module, recon: Tensor, target: Tensor, *, mask: Tensor | 
     return net(recon[clip, :, frame], target[clip, :, frame]).mean()
 
 
+def gram(net: nn.Module, recon: Tensor, target: Tensor, *, mask: Tensor | None = None, frames: int = 0) -> Tensor:
+    """Mean over real frames and layers of the mean absolute difference of Gram matrices: products of features, averaged
+    over places, which tell the texture of a frame and not where it is (Gatys et al. 2015,
+    https://arxiv.org/abs/1508.06576; Cosmos, Agarwal et al. 2025, https://arxiv.org/abs/2501.03575, trains with it).
+
+    Args:
+        net: has `taps`, which takes [N, 3, H, W] to a list of features [N, C, h, w]. mask, frames: as `perceptual`.
+    """
+    clip, frame = draw_frames(recon, count=frames, mask=mask)
+    pairs = zip(net.taps(recon[clip, :, frame]), net.taps(target[clip, :, frame]))  # pyright: ignore[reportCallIssue]
+    return torch.stack([(_products(a) - _products(b)).abs().mean() for a, b in pairs]).mean()
+
+
+def _products(features: Tensor) -> Tensor:
+    """[N, C, h, w] -> [N, C, C], float32 whatever autocast says."""
+    with torch.autocast(features.device.type, enabled=False):
+        flat = features.float().flatten(2)
+        return flat @ flat.mT / flat.shape[2]
+
+
 class LogVariance(nn.Module):
     """A learned variance of the reconstruction error: distance / exp(s) + s, whose minimum over s is log(distance) + 1.
 
