@@ -234,7 +234,8 @@ class LitCompressor(pl.LightningModule):
                 loader = self.trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
                 torch.manual_seed(step_seed(self.config.seed, 1 << 62, 0))
                 bar = Bar("statistics", enabled=run.progress, delay_s=3.0)
-                fit(_videos(loader, run.statistics_clips, bar))
+                with strategy.alone():
+                    fit(_videos(loader, run.statistics_clips, bar))
                 bar.stop()
             state = self.trainer.strategy.broadcast({k: v.cpu() for k, v in self.model.state_dict().items()})
             self.model.load_state_dict(state)
@@ -260,7 +261,7 @@ class LitCompressor(pl.LightningModule):
         optim = self.config.optim
         groups = parameter_groups(self, optim)
         low, high = optim.betas
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=(low, high), fused=True)
+        return strategy.RestingAdamW(groups, lr=optim.lr, betas=(low, high), fused=True)
 
     # one step
 
@@ -304,12 +305,14 @@ class LitCompressor(pl.LightningModule):
         idle = self._idle()
         self.lr = self.config.optim.lr * rate(self.config.optim, self.steps_done, self.progress())
         for group in optimizer.param_groups:
-            group["lr"] = 0.0 if group["part"] in idle else self.lr * group["factor"]
+            group["idle"] = group["part"] in idle
+            group["lr"] = 0.0 if group["idle"] else self.lr * group["factor"]
         optimizer.step(closure=optimizer_closure)
         if self.micro_done % self.config.trainer.accumulate:
             return
         if strategy.is_deepspeed(self.trainer.strategy):
             self.applied, self.grad_norm = strategy.step_outcome(self.trainer.strategy)
+            strategy.forget_gradients(self.trainer.strategy)
         self.steps_done += 1
         if self.applied:
             self.bad_in_row = 0

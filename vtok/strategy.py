@@ -8,10 +8,13 @@ consolidate        either kind -> one float32 state dict
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +68,12 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
             f"trainer.strategy={config.trainer.strategy!r} needs DeepSpeed: pip install 'vtok[train]', "
             "or choose trainer.strategy=ddp"
         ) from error
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from lightning.fabric.utilities.seed import reset_seed
     from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    if RestingAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # known by its class: else a warning about an untested one
+        ZERO_SUPPORTED_OPTIMIZERS.append(RestingAdamW)
 
     class Engine(DeepSpeedStrategy):
         """DeepSpeed that also runs on a CPU."""
@@ -92,6 +99,15 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
             self.set_world_ranks()
             self._init_deepspeed_distributed()
 
+        def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> Any:
+            modules = list(model.modules()) if stage == 3 else []
+            for module in modules:  # hooks run in the order they are registered: DeepSpeed's come between these two
+                module.register_forward_hook(lambda _, __, output: as_containers(output))
+            made = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+            for module in modules:
+                module.register_forward_hook(lambda _, __, output: from_containers(output))
+            return made
+
     engine = Engine(
         stage=stage,
         logging_batch_size_per_gpu=config.data.batch_size,
@@ -109,6 +125,65 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
+
+
+class Fields(dict):
+    """The fields of a dataclass instance (none of another value), whose tensors DeepSpeed's hooks find and replace."""
+
+    def __init__(self, whole: Any) -> None:
+        fields = dataclasses.fields(whole) if dataclasses.is_dataclass(whole) else ()
+        super().__init__({field.name: as_containers(getattr(whole, field.name)) for field in fields})
+        self.whole = whole
+
+
+def as_containers(output: Any) -> Any:
+    """What a module returned, dataclasses in it as `Fields`.
+
+    ZeRO-3 gathers a module's parameters for the backward pass when a gradient reaches one of its outputs, and looks for
+    those in tensors, tuples, lists and dictionaries alone: parameters that a module with another result holds itself
+    would be empty when their gradient arrives. A number as the result is an error there.
+    """
+    if (dataclasses.is_dataclass(output) and not isinstance(output, type)) or isinstance(output, int | float | str):
+        return Fields(output)
+    return _each(as_containers, output)
+
+
+def from_containers(output: Any) -> Any:
+    """The inverse of `as_containers`; the tensors may be others than before."""
+    if not isinstance(output, Fields):
+        return _each(from_containers, output)
+    whole = copy.copy(output.whole)
+    for name, value in output.items():
+        object.__setattr__(whole, name, from_containers(value))  # frozen ones too; what they check was checked
+    return whole
+
+
+def _each(function: Any, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        items = [function(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is dict:
+        return {name: function(item) for name, item in value.items()}
+    return value
+
+
+class RestingAdamW(torch.optim.AdamW):
+    """AdamW that passes by the groups whose `idle` is true: weights, moments and step counters stay as they are.
+
+    torch does so where parameters have no gradient. ZeRO hands over zeros instead, which would let moments decay and
+    count the step, so that bias correction would later be another than DDP's.
+    """
+
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("idle")]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -143,12 +218,37 @@ def call(trainer: Any, method: str, *args: Any) -> Any:
     return getattr(module, method)(*args)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as the only one: what shares statistics over processes keeps to itself.
+
+    For what one rank does while the others wait; a collective of its own would wait for them in turn, for ever.
+    """
+    known = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = known
+
+
 def step_outcome(strategy: Any) -> tuple[bool, float]:
     """(applied, joint gradient norm) of DeepSpeed's last optimizer step; the engine skips a norm that is not finite."""
     engine = strategy.deepspeed_engine
     norm = engine.get_global_grad_norm()
     norm = float(norm) if norm is not None else float("nan")
     return bool(engine.was_step_applied()), norm
+
+
+def forget_gradients(strategy: Any) -> None:
+    """After a step: gradients of parameters that the next one does not use are then zero, as at other stages.
+
+    ZeRO-3 keeps gradients in one buffer in which each backward pass writes those it has: a resting discriminator, or a
+    branch that a batch does not take, would be clipped, counted in the norm and stepped with those of steps ago.
+    """
+    buffer = getattr(strategy.deepspeed_engine.optimizer, "grad_partitions_flat_buffer", None)
+    if buffer is not None:
+        buffer.zero_()
 
 
 def autocast(strategy: Any, precision: str) -> Any:
