@@ -17,8 +17,10 @@ from vtok import config as configuration
 from vtok.data import shards, synthetic
 from vtok.data.module import ClipDataModule
 from vtok.export import main_export
+from vtok.layers.begin import begin_head
 from vtok.layers.convnext import ConvNeXt
 from vtok.layers.perceptual import LPIPS
+from vtok.layers.teacher import id_cross_entropy
 from vtok.metrics.controls import MeanColour
 from vtok.metrics.distortion import clip_psnr
 from vtok.train import build, train
@@ -132,6 +134,27 @@ def test_both_stages(lab, teacher, family):
         assert torch.equal(one.encode(clip).indices, two.encode(clip).indices)
     assert not torch.equal(one.teacher.out.weight, two.teacher.out.weight)
     assert quality(two, first.clips, 8) > 0
+
+
+@pytest.mark.parametrize("sizes", [[40], [2, 4, 5]])
+def test_a_head_begins_with_how_often_ids_come_and_which_are_alike(sizes):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(96, sum(sizes))
+    digits = [torch.randint(size, (4000,)).minimum(torch.randint(size, (4000,))) for size in sizes]
+    rest = [torch.randn(size, 3) for size in sizes]
+    codes = torch.stack([table[d] for table, d in zip(rest, digits)]).sum(0)
+    found = begin_head(head, sizes, digits, codes)
+    with torch.no_grad():  # what is the same in every token tells how often ids come
+        logits = head(torch.zeros(1, 96)).split(sizes, -1)
+    scored = id_cross_entropy(
+        [x.expand(4000, 1, -1) for x in logits], [d[:, None] for d in digits], torch.ones(4000, 1)
+    )
+    assert abs(float(scored) - found["id_entropy"]) < 0.01
+    for scores, rows, digit, table in zip(logits, head.weight.split(sizes), digits, rest):
+        often = torch.bincount(digit, minlength=len(table)) / len(digit)
+        assert torch.allclose(scores[0].softmax(-1), often, atol=1e-3)
+        if len(table) > 10:  # what lies close in the codebook lies close in the head (few entries are whitened apart)
+            assert correlation(torch.cdist(rows, rows).detach(), torch.cdist(table, table)) > 0.9
 
 
 def test_base(lab):

@@ -24,6 +24,7 @@ _MARK = 0.5  # rms of the constant that marks them
 _SHARPNESS = 16.0  # attention logit between a token and its own place
 _CONTENT_STD = 0.3  # of what patches hold beside their positions, after the norm
 _OWN_STD = 0.3  # of what sets registers of one patch apart
+_LIKENESS = 0.3  # standard deviation of a logit over ids for each direction in which their codes differ
 
 
 def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> Tensor:
@@ -131,6 +132,44 @@ def begin_decoder(
     nn.init.zeros_(last.bias)
 
 
+@torch.no_grad()
+def begin_head(head: nn.Linear, sizes: list[int], digits: list[Tensor], codes: Tensor) -> dict[str, float]:
+    """Initial values, in place, of a head that predicts ids of a frozen codebook: how often each comes, and which are
+    alike.
+
+    The bias is the logarithm of how often an id comes, the weights are the principal components of the codes, whitened,
+    in random directions of the width: what raises an id raises its neighbours in the codebook too. From zero every row
+    learns alone, and a row is only met as often as its id.
+    Args: head: after a norm that `learn_as_wide` has set, [D] -> sum(sizes); sizes: of each digit of an id; digits: of
+        each, [n] int64, of tokens of training clips; codes: [n, C] their embeddings.
+    Returns: entropy of the ids, nats a token, and the number of directions.
+    """
+    width, found = head.in_features, {"id_entropy": 0.0, "id_directions": 0.0}
+    weights, biases = [], []
+    codes = codes.double()
+    centre = codes.mean(0)
+    for size, digit in zip(sizes, digits, strict=True):
+        count = torch.bincount(digit, minlength=size).double()[:, None]
+        apart = codes.new_zeros(size, codes.shape[1]).index_add_(0, digit, codes) / count.clamp_min(1) - centre
+        apart *= count > 0
+        share = (count + 0.5) / (count + 0.5).sum()
+        _, spreads, basis = torch.linalg.svd(apart * share.sqrt(), full_matrices=False)
+        rank = min(int((spreads > 0.1 * spreads[0]).sum()), width // 2)
+        white = apart @ (basis[:rank] / spreads[:rank, None]).T
+        directions = nn.init.orthogonal_(torch.empty(rank, width)) if rank else torch.empty(0, width)
+        weights.append(_LIKENESS / _gain(width) * white.to(directions) @ directions)
+        biases.append(share.log().to(directions).flatten())
+        found["id_entropy"] -= float((share * share.log()).sum())
+        found["id_directions"] += rank
+    head.weight.copy_(torch.cat(weights))
+    head.bias.copy_(torch.cat(biases))
+    return found
+
+
+def _gain(width: int) -> float:
+    return max(1.0, REFERENCE_WIDTH / width)
+
+
 def learn_as_wide(net: Transformer, last: nn.Module) -> None:
     """Gains of the norms begin at REFERENCE_WIDTH / width, the weights that read them as much smaller: one function.
 
@@ -144,6 +183,6 @@ def learn_as_wide(net: Transformer, last: nn.Module) -> None:
         pairs += [(block.norm1, block.attention.qkv), (block.norm2, block.mlp.up)]
     for norm, reader in pairs:
         assert isinstance(norm.weight, Tensor) and isinstance(reader.weight, Tensor)
-        gain = max(1.0, REFERENCE_WIDTH / norm.weight.shape[0])
+        gain = _gain(norm.weight.shape[0])
         norm.weight.mul_(gain)
         reader.weight.div_(gain)
