@@ -467,6 +467,8 @@ class ConvDecoder(_Backbone):
         self.conv_out = conv_chain(widths[0], channels * self.patch.channels, self.kernels, config, grown="bands")
         self.begin()
         nn.init.zeros_(self.last)  # grey, until it has learned better
+        # pixels are sums of bands: an AdamW step of as many weights would move them so much further
+        nn.init.constant_(self.norm_out.weight, self.patch.channels**-0.5)
 
     @property
     def last(self) -> nn.Parameter:
