@@ -55,7 +55,42 @@ def shards(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("corpus") / "shards")
 
 
-def write_config(folder: Path, shards: Path, *, processes: int, steps: int, slow_s: float = 0.04) -> Path:
+GAME = {  # a discriminator with averages of its logits against a codebook of moving averages
+    "model": {
+        "name": "discrete",
+        "num_frames": 5,
+        "size": [16, 16],
+        "stride": [2, 4, 4],
+        "latent_channels": 6,
+        "conv": {"width": 8, "mult": [1, 2, 2], "num_res_blocks": 1, "mid_blocks": 1, "num_heads": 2},
+        "quantizer": {"name": "vq", "codebook_size": 32, "dim": 4, "ema_decay": 0.9, "dead_code_threshold": 1},
+    },
+    "objective": {
+        "log_variance": "mean",
+        "adversarial": {
+            "weight": 0.5,
+            "discriminator": "both",
+            "frames": 2,
+            "width": 8,
+            "depth": 1,
+            "start": 8,
+            "warmup": 3,
+            "every": 2,
+            "adaptive": True,
+            "lecam": 0.01,
+            "lecam_decay": 0.9,
+        },
+    },
+    "optim": {
+        "warmup_steps": 24,
+        "schedule": "constant",
+        "ema_decay": 0.9,
+        "lr_multipliers": {"objective.adversarial": 2.0},
+    },
+}
+
+
+def write_config(folder: Path, shards: Path, *, processes: int, steps: int, slow_s: float = 0.04, **parts) -> Path:
     values = {
         "out": str(folder),
         "model": {"name": "outside.tiny"},
@@ -84,6 +119,9 @@ def write_config(folder: Path, shards: Path, *, processes: int, steps: int, slow
             "ledger": True,
         },
     }
+    for part, changes in parts.items():
+        known = values.get(part, {})
+        values[part] = {**known, **changes} if part in ("data", "trainer") else changes
     path = folder / f"config-{processes}.yaml"
     path.write_text(json.dumps(values))  # json is yaml
     return path
@@ -149,7 +187,7 @@ def assert_same_end(one: Path, other: Path, *, processes: int) -> None:
         assert ledger(one, rank) == ledger(other, rank)
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
-        assert a["global_step"] == b["global_step"]
+        assert a["global_step"] == b["global_step"] and a["vtok"]["alarms"] == b["vtok"]["alarms"]
         for part in ("state_dict", "ema"):
             assert a[part].keys() == b[part].keys() and all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert curves(one) == curves(other)
@@ -157,8 +195,12 @@ def assert_same_end(one: Path, other: Path, *, processes: int) -> None:
 
 def kill_at_random(config: Path, name: str, run: Path, moments: random.Random) -> None:
     """Starts the run and kills all of its processes some batches later, in the middle of whatever they are at."""
-    process = start(config, name)
-    wait_for(process, run, lines_of(run) + moments.randint(3, 14))
+    kill_after(start(config, name), run, lines_of(run) + moments.randint(3, 14), moments)
+
+
+def kill_after(process: subprocess.Popen, run: Path, lines: int, moments: random.Random) -> None:
+    """Kills all processes of a run some time after its ledger has so many lines."""
+    wait_for(process, run, lines)
     time.sleep(moments.uniform(0, 0.2))
     _kill(process)
 
@@ -183,9 +225,41 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path, shards):
 
 
 @pytest.mark.slow
+def test_killed_in_the_middle_of_the_game_it_ends_bitwise_the_same(tmp_path, shards):
+    """Codebook from k-means, its averages and re-seeding, LeCam's averages, averaged weights, the discriminator's
+    moments and rests, the warm-up of the rate, windows of counted ids and what the alarms remember: all go on."""
+    trainer = {"log_every": 4, "alarms": {"warmup_steps": 0, "lines": 2, "codebook_share": 0.05, "low_share": 0.999}}
+    parts = {**GAME, "trainer": trainer, "data": {"num_frames": 5}}
+    config = write_config(tmp_path, shards, processes=1, steps=28, **parts)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uncut = start(config, "whole")  # meanwhile, in another directory
+    try:
+        moments = random.Random(time.time_ns())
+        kill_after(start(config, "cut"), cut, moments.randint(13, 18), moments)
+        step = strategy.describe(cut / "checkpoints" / "last.ckpt")["step"]
+        finish(start(config, "cut"), config, "cut")
+    finally:
+        finish(uncut, config, "whole")
+    assert_same_end(whole, cut, processes=1)
+    rows = curves(whole)
+    train = [row for row in rows if "train/loss" in row]
+    assert 12 <= step < 28 and len(ledger(whole, 0)) == 28
+    assert len(train) == 7 and {"train/adversarial", "train/lecam", "train/adversarial_weight"} <= train[-1].keys()
+    rates = [row["train/lr"] for row in train]
+    assert rates[:6] == sorted(set(rates[:6])) and "train/adversarial" not in train[1]
+    assert all(row["train/codebook_tokens"] == 4 * 4 * 3 * 4 * 4 for row in train)  # steps x clips x t x h x w
+    assert [row for row in rows if "alarm" in row], "an alarm that both runs tell of, at the same step"
+    state = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["state_dict"]["model.quantizer.layer._codebook.initted"]
+    assert state["state_dict"]["objective.adversarial.real_average"].abs().min() > 0
+    log = (tmp_path / "cut.log").read_text()
+    assert log.count("taking over") == 1 and "resuming" in log and "not resumable" not in log
+
+
+@pytest.mark.slow
 def test_two_processes_killed_then_told_to_stop_end_bitwise_the_same(tmp_path, shards):
-    steps = 32
-    config = write_config(tmp_path, shards, processes=2, steps=steps, slow_s=0.1)
+    steps = 40
+    config = write_config(tmp_path, shards, processes=2, steps=steps, **{**GAME, "data": {"num_frames": 5}})
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     kill_at_random(config, "cut", cut, random.Random(time.time_ns()))
     before = [lines_of(cut, rank) for rank in (0, 1)]
