@@ -18,6 +18,7 @@ group, D width, Q ids per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,7 +30,15 @@ from torch import Tensor, nn
 
 from vtok import losses
 from vtok.budget import NestedConfig, allocate_levels, nested_keep
-from vtok.layers.begin import begin_decoder, begin_encoder, learn_as_wide, patch_of_token, show_content, spread
+from vtok.layers.begin import (
+    begin_decoder,
+    begin_encoder,
+    begin_head,
+    learn_as_wide,
+    patch_of_token,
+    show_content,
+    spread,
+)
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
@@ -457,12 +466,32 @@ class Model(ChunkedTokenizer):
 
     # ---- before training -----------------------------------------------------------------------------------------
 
-    def fit_statistics(self, videos: list[Tensor]) -> dict[str, float]:
-        """Fit what depends on data alone, before the first step: the transform code of `registers: dct`.
+    def fit_statistics(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """Fit what depends on data alone, before the first step: the transform code of `registers: dct`, and with
+        `head: teacher` how often its ids come and which are alike. A head that is no longer zero has learned
+        (`init_from`) and stays.
 
-        videos: float [B, C, T, H, W] in [-1, 1], from training clips.
+        videos: float [B, C, T, H, W] in [-1, 1], from training clips; T of at most one chunk for `head: teacher`.
         """
-        return self.code.fit(videos) if self.config.registers == "dct" else {}
+        if self.config.registers == "dct":
+            return self.code.fit(videos)
+        if self.config.head == "teacher" and not bool(self.out.weight.any()):
+            return self._fit_head(videos)
+        return {}
+
+    @torch.no_grad()
+    def _fit_head(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        digits: list[list[Tensor]] = []
+        codes: list[Tensor] = []
+        self.teacher.eval()  # its codebook follows what it sees in training
+        for video in videos:
+            chunks = self.teacher.chunks(video, torch.full((len(video),), video.shape[2], device=video.device))
+            tokens = self.teacher.encode_chunks(chunks)
+            assert tokens.indices is not None
+            codes.append(tokens.embeddings.flatten(0, 2))
+            digits.append([d.flatten() for d in digits_of(tokens.indices, self.teacher.index_factors)])
+        sizes = digit_sizes(self.teacher.index_factors)
+        return begin_head(self.out, sizes, [torch.cat(d) for d in zip(*digits)], torch.cat(codes))
 
 
 def _teacher_config(config: Config) -> Config:
