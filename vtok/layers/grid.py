@@ -158,7 +158,7 @@ class GridTokenizer(nn.Module):
 
     def token_counts(self, frames: int, size: tuple[int, int]) -> list[int]:
         """Tokens of a clip with the first level, the first two, ... and all of them: the budgets that can be met."""
-        groups = int(self.groups(torch.tensor(frames)))
+        groups = 1 + -(-(frames - 1) // self.group_frames)
         counts, total = [], 0
         for level in self.levels(size):
             total += level.count(groups, begins=True) * level.height * level.width
@@ -201,7 +201,7 @@ class GridTokenizer(nn.Module):
 
     def _pieces(self, groups: int) -> list[tuple[int, int]]:
         """Groups in pieces of about the length trained at: activations of a long video need not fit in memory."""
-        most = max(int(self.groups(torch.tensor(self.num_frames))) - 1, 1)
+        most = max(-(-(self.num_frames - 1) // self.group_frames), 1)
         ends = list(range(most + 1, groups, most))
         return list(zip([0, *ends], [*ends, groups]))
 
