@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-fast lint
+.PHONY: help setup demo test test-fast test-twins lint
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: lint  ## Lint, types and every test; PYTEST_ARGS="-k report" picks some, J
 
 test-fast: lint  ## The same without the tests that launch processes or a browser
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-twins: $(STAMP)  ## The tiny twins of presets that train for minutes, left out of `make test`
+	$(PYTEST) --dist load -m long $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Lint, format and types
 	$(BIN)/ruff check .

@@ -347,7 +347,7 @@ class _Detector(nn.Module):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_documented_conversion_of_torchscript(weights, tmp_path, monkeypatch):
     code = re.search(
-        r"```python\n(import torch; from vtok\.metrics.*?)```", (ROOT / "docs/formats.md").read_text(), re.S
+        r"```python\n(import torch\nfrom vtok\.metrics.*?)```", (ROOT / "docs/formats.md").read_text(), re.S
     )
     assert code
     net, body = load_i3d(weights["i3d"]), load_i3d(weights["i3d"])
