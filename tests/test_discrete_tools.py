@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_contract import CONV, DISCRETE, clip, video
+from test_contract import CONV, clip
 from test_discrete import learn, make, moving
 
 from vtok import codec
@@ -108,4 +108,3 @@ def test_maps_are_fitted_once_and_saved():
     other.load_state_dict(after)
     with torch.no_grad():
         assert torch.equal(other.encode(clip(moving(2, 5))).indices, ids)
-    assert DISCRETE["size"] == [16, 16] and video(1, 1).shape[-1] == 16

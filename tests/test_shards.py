@@ -162,7 +162,7 @@ def test_killed_packing_ends_equal_to_an_unbroken_one(tmp_path):
         (os.killpg if attempt % 2 else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-        time.sleep(2)  # orphans look for their parent about once a second, and a new start must not meet them
+        time.sleep(2)  # orphans end once they have finished the clip at hand: a new start should not meet them
         for tar in (tmp_path / "killed").glob("*/*.tar"):
             with tarfile.open(tar) as archive:
                 assert len(archive.getmembers()) % 2 == 0

@@ -12,7 +12,6 @@ Letters: B clips, C channels, T frames, H height, W width, K tokens, Q ids a tok
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from torch import Tensor
 from vtok.codec import stream_tokens
 from vtok.data.decode import VideoReader
 from vtok.data.maps import EPSILON_S, HEAD_BYTES, MapError, read_header, window_of_map
+from vtok.data.sample import read_facts
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.strict import DecodeError
 from vtok.data.token_reader import DTYPES, SampleFacts, TokenSample, TokenShardError
@@ -348,21 +348,6 @@ class _Batches:
         held = self.waiting.pop(spans)
         for (slot, _), coded in zip(held, self.encoder.encode([video for _, video in held])):
             self.done[slot] = coded
-
-
-def read_facts(reader: ShardReader, sample: Sample) -> dict[str, Any]:
-    """The json of a sample, its txt as the caption where there is one. Raises BrokenSample, OSError."""
-    facts: Any = {}
-    if "json" in sample.members:
-        try:
-            facts = json.loads(reader.read(sample, "json"))
-        except (ValueError, RecursionError) as error:
-            raise error if isinstance(error, BrokenSample) else BrokenSample(f".json is not json: {error}") from error
-        if not isinstance(facts, dict):
-            raise BrokenSample(f".json holds a {type(facts).__name__}, not an object")
-    if "txt" in sample.members:
-        facts["caption"] = reader.read(sample, "txt").decode("utf-8", errors="replace")
-    return facts
 
 
 def piece_facts(facts: dict[str, Any], start_s: float, duration_s: float) -> dict[str, Any]:

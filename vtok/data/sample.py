@@ -28,8 +28,8 @@ class Item(NamedTuple):
     qa: list[Any] | None
 
 
-def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.Random | None, key: str) -> Item:
-    """One decoded sample. Raises DecodeError, BrokenSample or OSError."""
+def read_facts(reader: ShardReader, sample: Sample) -> dict[str, Any]:
+    """The json of a sample, its txt as the caption where there is one. Raises BrokenSample, OSError."""
     facts: Any = {}
     if "json" in sample.members:
         try:
@@ -38,9 +38,15 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
             raise error if isinstance(error, BrokenSample) else BrokenSample(f".json is not json: {error}") from error
         if not isinstance(facts, dict):
             raise BrokenSample(f".json holds a {type(facts).__name__}, not an object")
-    caption, qa = facts.get("caption"), facts.get("qa")
     if "txt" in sample.members:
-        caption = reader.read(sample, "txt").decode("utf-8", errors="replace")
+        facts["caption"] = reader.read(sample, "txt").decode("utf-8", errors="replace")
+    return facts
+
+
+def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.Random | None, key: str) -> Item:
+    """One decoded sample. Raises DecodeError, BrokenSample or OSError."""
+    facts = read_facts(reader, sample)
+    caption, qa = facts.get("caption"), facts.get("qa")
     if caption is not None and not isinstance(caption, str):
         raise BrokenSample(f"caption is a {type(caption).__name__}, not a string")
     if qa is not None and not isinstance(qa, list):

@@ -9,12 +9,12 @@ Letters: B clips, M chunks, C channels, T frames, H height, W width, G groups, K
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from vtok.layers.stream import StreamedTokenizer, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens, resolve_budget
 
 
@@ -30,7 +30,7 @@ class Chunks:
     block_valid: Tensor  # [M, blocks] bool
 
 
-class ChunkedTokenizer(nn.Module):
+class ChunkedTokenizer(StreamedTokenizer):
     """`encode`, `decode` and their streaming forms, on top of a subclass's one-chunk network.
 
     Attributes: `channels`, `num_frames` of a chunk, `blocks` of a chunk, `num_tokens` of a block, `embedding_dim`,
@@ -176,45 +176,9 @@ class ChunkedTokenizer(nn.Module):
         last = torch.minimum(torch.arange(frames, device=video.device), tokens.frames[:, None] - 1)
         return video.gather(2, last[:, None, :, None, None].expand_as(video))
 
-    def tokens_from_indices(
-        self, indices: Tensor, *, lengths: Tensor, group: Tensor, rank: Tensor, frames: Tensor
-    ) -> Tokens:
-        """Tokens read back from a file: ids [B, K, Q] with their groups and ranks."""
-        embeddings = self.lookup(indices)
-        return Tokens(
-            embeddings=embeddings,
-            lengths=lengths,
-            positions=embeddings.new_full((*indices.shape[:2], 3), torch.nan),
-            group=group,
-            rank=rank,
-            indices=indices,
-            codebook_sizes=self.codebook_sizes,
-            frames=frames,
-        )
-
     # ---- streaming -----------------------------------------------------------------------------------------------
     # A step's Tokens count their groups from 0: `state.done` groups came before. With a time_block mask a block is
     # coded as soon as its frames are there, by re-reading the chunk's earlier frames (at most num_frames of them).
-
-    def init_state(self, batch: int, size: tuple[int, int]) -> StreamState:
-        """State of an encoding stream of `batch` videos of (H, W) = size, all of one length."""
-        return StreamState(batch, size)
-
-    def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
-        """Take any number of frames; return the tokens of every group completed by them, or None."""
-        pixels = pixels_of(self, clip)
-        if tuple(pixels.shape[3:]) != state.size or pixels.shape[0] != state.batch:
-            raise ShapeError(
-                f"stream of {state.batch} videos of size {state.size} got a clip of shape {list(pixels.shape)}"
-            )
-        if clip.lengths is not None and bool((clip.lengths != pixels.shape[2]).any()):
-            raise ShapeError("a stream takes clips without padding: every video of the batch advances together")
-        state.buffer = pixels if state.buffer is None else torch.cat([state.buffer, pixels], 2)
-        return self._drain(state, final=False), state
-
-    def flush(self, state: StreamState) -> Tokens | None:
-        """Tokens of the frames left over, as the end of the video; None when there are none."""
-        return self._drain(state, final=True)
 
     def _drain(self, state: StreamState, *, final: bool) -> Tokens | None:
         done_blocks = state.cache.setdefault("blocks", 0)  # blocks of the buffered chunk already given out
@@ -244,10 +208,6 @@ class ChunkedTokenizer(nn.Module):
                 state.buffer, done_blocks = None, 0
         state.cache["blocks"] = done_blocks
         return join(pieces)
-
-    def init_decode_state(self, batch: int, size: tuple[int, int]) -> StreamState:
-        """State of a decoding stream that makes frames of (H, W) = size."""
-        return StreamState(batch, size)
 
     def decode_step(self, tokens: Tokens, state: StreamState) -> tuple[Tensor | None, StreamState]:
         """Tokens of the next whole groups (as `step` or `truncate` gave them) -> their frames [B, C, T, H, W].
@@ -283,41 +243,3 @@ class ChunkedTokenizer(nn.Module):
         """Nothing is held back by `decode_step`: always None."""
         state.buffer = None
         return None
-
-
-def pixels_of(model: Any, clip: Clip) -> Tensor:
-    """The clip's video [B, C, T, H, W] in [-1, 1], in the precision of the weights (levels become float32).
-
-    Raises: ShapeError for a clip without video, or of other channels than `model.channels`.
-    """
-    video = clip.as_float().video
-    if video is None:
-        raise ShapeError("this model reads Clip.video, and the clip has none")
-    if video.shape[1] != model.channels:
-        raise ShapeError(f"Clip.video has {video.shape[1]} channels, the model takes {model.channels}")
-    return video.to(next(iter(model.parameters())).dtype)
-
-
-def join(pieces: list[Tokens]) -> Tokens | None:
-    """Consecutive tokens of one stream as one Tokens, groups counted through."""
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
-    offsets, groups = [], 0
-    for piece in pieces:
-        offsets.append(groups)
-        groups += int(piece.num_groups.max())
-
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(piece, name) for piece in pieces], 1)
-
-    frames = torch.stack([piece.frames for piece in pieces if piece.frames is not None]).sum(0)
-    return Tokens(
-        embeddings=cat("embeddings"),
-        lengths=torch.stack([piece.lengths for piece in pieces]).sum(0),
-        positions=cat("positions"),
-        group=torch.cat([piece.group + offset for piece, offset in zip(pieces, offsets)], 1),
-        rank=cat("rank"),
-        indices=None if pieces[0].indices is None else cat("indices"),
-        codebook_sizes=pieces[0].codebook_sizes,
-        frames=frames,
-    )

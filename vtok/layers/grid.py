@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.layers.chunked import join, pixels_of
+from vtok.layers.stream import StreamedTokenizer, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens
 
 
@@ -87,7 +87,7 @@ class Layout:
         return [part.unflatten(1, shape) for part, shape in zip(back.split(sizes, 1), self.shapes)]
 
 
-class GridTokenizer(nn.Module):
+class GridTokenizer(StreamedTokenizer):
     """Base of tokenizers on a grid: `encode`, `decode`, `lookup` and their streaming forms.
 
     A family gives `code_grid` and `decode_grid`, and the attributes below.
@@ -330,43 +330,7 @@ class GridTokenizer(nn.Module):
                 "grid are there, and this model reads all of them (of its first level)"
             )
 
-    def tokens_from_indices(
-        self, indices: Tensor, *, lengths: Tensor, group: Tensor, rank: Tensor, frames: Tensor
-    ) -> Tokens:
-        """Tokens read back from a file: ids [B, K, Q] with their groups and ranks (places follow from a size)."""
-        embeddings = self.lookup(indices)
-        return Tokens(
-            embeddings=embeddings,
-            lengths=lengths,
-            positions=embeddings.new_full((*indices.shape[:2], 3), torch.nan),
-            group=group,
-            rank=rank,
-            indices=indices,
-            codebook_sizes=self.codebook_sizes,
-            frames=frames,
-        )
-
     # ---- streaming: a step's Tokens count their groups from 0, `state.done` groups came before
-
-    def init_state(self, batch: int, size: tuple[int, int]) -> StreamState:
-        """State of an encoding stream of `batch` videos of (H, W) = size, all of one length."""
-        return StreamState(batch, size)
-
-    def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
-        """Take any number of frames; return the tokens of every group completed by them, or None."""
-        pixels = pixels_of(self, clip)
-        if tuple(pixels.shape[3:]) != state.size or pixels.shape[0] != state.batch:
-            raise ShapeError(
-                f"stream of {state.batch} videos of size {state.size} got a clip of shape {list(pixels.shape)}"
-            )
-        if clip.lengths is not None and bool((clip.lengths != pixels.shape[2]).any()):
-            raise ShapeError("a stream takes clips without padding: every video of the batch advances together")
-        state.buffer = pixels if state.buffer is None else torch.cat([state.buffer, pixels], 2)
-        return self._drain(state, final=False), state
-
-    def flush(self, state: StreamState) -> Tokens | None:
-        """Tokens of the frames left over, as the end of the video; None when there are none."""
-        return self._drain(state, final=True)
 
     def _drain(self, state: StreamState, *, final: bool) -> Tokens | None:
         pieces: list[Tokens] = []
@@ -388,10 +352,6 @@ class GridTokenizer(nn.Module):
         if state.buffer is not None and not state.buffer.shape[2]:
             state.buffer = None
         return join(pieces)
-
-    def init_decode_state(self, batch: int, size: tuple[int, int]) -> StreamState:
-        """State of a decoding stream that makes frames of (H, W) = size."""
-        return StreamState(batch, size)
 
     def decode_step(self, tokens: Tokens, state: StreamState) -> tuple[Tensor | None, StreamState]:
         """Tokens of the next whole groups (as `step` gave them) -> their frames [B, C, T, H, W].

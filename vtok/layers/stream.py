@@ -1,0 +1,107 @@
+"""What tokenizers that code a stream piece by piece share: the buffer of frames, ids read back, pieces joined.
+
+Letters: B clips, C channels, T frames, H height, W width, K tokens, Q ids a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.types import Clip, ShapeError, StreamState, Tokens
+
+
+class StreamedTokenizer(nn.Module):
+    """The half of `Streaming` that does not depend on the model. A subclass gives `channels`, `codebook_sizes`,
+    `lookup` and `_drain(state, *, final)`: the tokens of every group that the buffered frames complete (`final`: all).
+    """
+
+    channels: int
+    codebook_sizes: tuple[int, ...]
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Token ids [..., Q] -> embeddings [..., D]."""
+        raise NotImplementedError
+
+    def _drain(self, state: StreamState, *, final: bool) -> Tokens | None:
+        raise NotImplementedError
+
+    def init_state(self, batch: int, size: tuple[int, int]) -> StreamState:
+        """State of an encoding stream of `batch` videos of (H, W) = size, all of one length."""
+        return StreamState(batch, size)
+
+    def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
+        """Take any number of frames; return the tokens of every group completed by them, or None."""
+        pixels = pixels_of(self, clip)
+        if tuple(pixels.shape[3:]) != state.size or pixels.shape[0] != state.batch:
+            raise ShapeError(
+                f"stream of {state.batch} videos of size {state.size} got a clip of shape {list(pixels.shape)}"
+            )
+        if clip.lengths is not None and bool((clip.lengths != pixels.shape[2]).any()):
+            raise ShapeError("a stream takes clips without padding: every video of the batch advances together")
+        state.buffer = pixels if state.buffer is None else torch.cat([state.buffer, pixels], 2)
+        return self._drain(state, final=False), state
+
+    def flush(self, state: StreamState) -> Tokens | None:
+        """Tokens of the frames left over, as the end of the video; None when there are none."""
+        return self._drain(state, final=True)
+
+    def init_decode_state(self, batch: int, size: tuple[int, int]) -> StreamState:
+        """State of a decoding stream that makes frames of (H, W) = size."""
+        return StreamState(batch, size)
+
+    def tokens_from_indices(
+        self, indices: Tensor, *, lengths: Tensor, group: Tensor, rank: Tensor, frames: Tensor
+    ) -> Tokens:
+        """Tokens read back from a file: ids [B, K, Q] with their groups and ranks (places follow from a size)."""
+        embeddings = self.lookup(indices)
+        return Tokens(
+            embeddings=embeddings,
+            lengths=lengths,
+            positions=embeddings.new_full((*indices.shape[:2], 3), torch.nan),
+            group=group,
+            rank=rank,
+            indices=indices,
+            codebook_sizes=self.codebook_sizes,
+            frames=frames,
+        )
+
+
+def pixels_of(model: Any, clip: Clip) -> Tensor:
+    """The clip's video [B, C, T, H, W] in [-1, 1], in the precision of the weights (levels become float32).
+
+    Raises: ShapeError for a clip without video, or of other channels than `model.channels`.
+    """
+    video = clip.as_float().video
+    if video is None:
+        raise ShapeError("this model reads Clip.video, and the clip has none")
+    if video.shape[1] != model.channels:
+        raise ShapeError(f"Clip.video has {video.shape[1]} channels, the model takes {model.channels}")
+    return video.to(next(iter(model.parameters())).dtype)
+
+
+def join(pieces: list[Tokens]) -> Tokens | None:
+    """Consecutive tokens of one stream as one Tokens, groups counted through."""
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None
+    offsets, groups = [], 0
+    for piece in pieces:
+        offsets.append(groups)
+        groups += int(piece.num_groups.max())
+
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(piece, name) for piece in pieces], 1)
+
+    frames = torch.stack([piece.frames for piece in pieces if piece.frames is not None]).sum(0)
+    return Tokens(
+        embeddings=cat("embeddings"),
+        lengths=torch.stack([piece.lengths for piece in pieces]).sum(0),
+        positions=cat("positions"),
+        group=torch.cat([piece.group + offset for piece, offset in zip(pieces, offsets)], 1),
+        rank=cat("rank"),
+        indices=None if pieces[0].indices is None else cat("indices"),
+        codebook_sizes=pieces[0].codebook_sizes,
+        frames=frames,
+    )
