@@ -32,6 +32,7 @@ from vtok.data.decode import VideoReader, probe
 from vtok.data.encode import write_video
 from vtok.data.view import View, fit
 from vtok.loading import identify, load_any
+from vtok.rate_control import Lengths, as_fraction
 from vtok.types import Clip, Streaming, Tokens, to_uint8
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def stream_tokens(
     """
     _check_model(model)
     piece = int(getattr(model.config, "num_frames", 16))
-    shares = _Budget(model, budget=budget, tokens_per_second=tokens_per_second, fps=Fraction(fps))
+    shares = Lengths(model, budget=budget, tokens_per_second=tokens_per_second, fps=Fraction(fps))
     device = next(iter(model.parameters())).device
     held: list[np.ndarray] = []
     state: Any = None
@@ -96,55 +97,6 @@ def stream_frames(model: Any, tokens: Iterable[Tokens], *, size: tuple[int, int]
             yield from to_uint8(video)[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
-class _Budget:
-    """Tokens that each time block may keep."""
-
-    def __init__(
-        self, model: Any, *, budget: int | None, tokens_per_second: Fraction | float | None, fps: Fraction
-    ) -> None:
-        if budget is not None and tokens_per_second is not None:
-            raise ValueError(f"budget={budget} and tokens_per_second={tokens_per_second}: give one of the two")
-        if budget is not None and not 1 <= budget <= model.max_tokens:
-            raise ValueError(f"budget={budget} tokens a time block: this model has 1 to {model.max_tokens}")
-        if tokens_per_second is not None and not tokens_per_second > 0:
-            raise ValueError(f"tokens_per_second={tokens_per_second} must be above 0")
-        self.budget, self.fps, self.frames = budget, fps, 0
-        self.rate = None if tokens_per_second is None else as_fraction(tokens_per_second)
-        self.block = getattr(model.config, "block_frames", None)
-
-    def cut(self, tokens: Tokens) -> Tokens:
-        """The step's tokens (groups numbered from 0) within their budgets."""
-        if self.budget is None and self.rate is None:
-            return tokens
-        groups = int(tokens.num_groups[0])
-        most = int(tokens.rank.max()) + 1 if tokens.rank.numel() else 1
-        if self.rate is None:
-            asked = [self.budget or most] * groups
-        else:
-            asked = self._by_rate(tokens, groups, most)
-        return tokens.truncate(torch.tensor([[min(k, most) for k in asked]]))
-
-    def _by_rate(self, tokens: Tokens, groups: int, most: int) -> list[int]:
-        if tokens.frames is None or self.rate is None:
-            raise ValueError("tokens_per_second needs a model that says how many frames its tokens stand for")
-        frames = int(tokens.frames[0])
-        block = self.block or -(-frames // groups)
-        out = []
-        for g in range(groups):
-            here = min(block, frames - g * block)
-            # What the clock allows by the end of this block less what it allowed by its start: a rate that is met
-            # exactly in the long run, and never passed.
-            start, end = (int(self.rate * n / self.fps) for n in (self.frames, self.frames + here))
-            if end == start and here == block:
-                raise ValueError(
-                    f"tokens_per_second={float(self.rate):g} leaves a block of {block} frames "
-                    f"({float(block / self.fps):.3f} s) without a token; ask for {float(self.fps / block):.3f} or more"
-                )
-            out.append(max(1, end - start))
-            self.frames += here
-        return out
-
-
 def _check_grid(model: Any, size: tuple[int, int], *, budget: int | None, tokens_per_second: Any) -> None:
     """Raises: ValueError for a budget that tokens on a grid cannot meet."""
     if not hasattr(model, "levels") or (budget is None and tokens_per_second is None):
@@ -161,18 +113,6 @@ def _check_model(model: Any) -> None:
         raise ValueError(f"{type(model).__module__} cannot stream (step, flush, decode_step): .vtok files need that")
     if not getattr(model, "codebook_sizes", ()):
         raise ValueError("this model makes continuous tokens (no codebook): they have no .vtok form")
-
-
-def as_fraction(value: Fraction | float) -> Fraction:
-    """A rate as a ratio: 29.97002997 is 30000/1001, 7.5 is 15/2."""
-    if isinstance(value, (Fraction, int)):
-        return Fraction(value)
-    exact = Fraction(value)
-    for limit in (1, 1001, 1 << 16):
-        near = exact.limit_denominator(limit)
-        if near > 0 and abs(near - exact) <= abs(exact) * Fraction(1, 10**6):
-            return near
-    return exact.limit_denominator(1 << 24)
 
 
 @dataclass(frozen=True)
@@ -243,7 +183,7 @@ def encode_file(
     rate = own if fps is None else as_fraction(fps)
     if rate <= 0:
         raise ValueError(f"fps={fps} must be above 0")
-    _Budget(model, budget=budget, tokens_per_second=tokens_per_second, fps=rate)  # a bad setting fails before any work
+    Lengths(model, budget=budget, tokens_per_second=tokens_per_second, fps=rate)  # a bad setting fails before any work
     shape = size or (info.height, info.width)
     _check_grid(model, shape, budget=budget, tokens_per_second=tokens_per_second)
     _warn_if_far(model, shape)
