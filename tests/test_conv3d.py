@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtok.layers.causal import Cache, CausalAttention, CausalConv3d, causal_window, inflate_2d
-from vtok.layers.conv3d import ConvConfig, ConvDecoder, ConvEncoder, sampling_plan
+from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
+from vtok.layers.conv3d import ConvDecoder, ConvEncoder
+from vtok.layers.conv_blocks import TimeAttention
+from vtok.layers.conv_plan import ConvConfig, sampling_plan
 from vtok.layers.wavelet import HaarPatch
 
 TINY: dict[str, Any] = {"width": 4, "num_res_blocks": 1, "decoder_res_blocks": 1, "num_heads": 2}
@@ -337,24 +339,14 @@ def test_a_convolution_that_would_skip_frames_is_refused():
 @torch.no_grad()
 def test_attention_over_time_is_bounded_and_blind_to_the_clock():
     torch.manual_seed(0)
-    attention = CausalAttention(8, 2, window=3).double()
-    x = torch.randn(5, 9, 8, dtype=torch.float64)
+    attention = TimeAttention(8, ConvConfig(width=8, mult=[1], num_heads=2, temporal_window=3)).double()
+    x = torch.randn(1, 8, 9, 5, 1, dtype=torch.float64)
     y = attention(x)
-    shifted = attention(torch.cat([torch.randn(5, 7, 8, dtype=torch.float64), x], 1))
-    torch.testing.assert_close(shifted[:, 9:], y[:, 2:], rtol=0, atol=1e-12)
-    assert not torch.allclose(shifted[:, 8], y[:, 1]), "inside the window the past counts"
-    swapped = attention(x[:, [1, 0, 2]])
-    assert not torch.allclose(swapped[:, 2], y[:, 2]), "order counts"
-    assert causal_window(2, 4, 2).tolist() == [[False, True, True, False], [False, False, True, True]]
-
-
-def test_attention_takes_more_sequences_than_one_kernel_may(monkeypatch):
-    monkeypatch.setattr("vtok.layers.causal.MAX_SEQUENCES", 2)
-    attention = CausalAttention(8, 2, window=3)
-    x = torch.randn(5, 4, 8)
-    split = attention(x)
-    monkeypatch.undo()
-    torch.testing.assert_close(split, attention(x))
+    shifted = attention(torch.cat([torch.randn(1, 8, 7, 5, 1, dtype=torch.float64), x], 2))
+    torch.testing.assert_close(shifted[:, :, 9:], y[:, :, 2:], rtol=0, atol=1e-12)
+    assert not torch.allclose(shifted[:, :, 8], y[:, :, 1]), "inside the window the past counts"
+    swapped = attention(x[:, :, [1, 0, 2]])
+    assert not torch.allclose(swapped[:, :, 2], y[:, :, 2]), "order counts"
 
 
 # ---- inflation ----------------------------------------------------------------------------------------------------

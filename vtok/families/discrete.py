@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from vtok import losses
 from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
-from vtok.layers.conv3d import ConvConfig, ConvDecoder, ConvEncoder, Upsample
+from vtok.layers.conv3d import ConvDecoder, ConvEncoder
+from vtok.layers.conv_blocks import Upsample
+from vtok.layers.conv_plan import ConvConfig
 from vtok.layers.grid import GridTokenizer
 from vtok.layers.spacetime import SpaceTimeConfig, SpaceTimeDecoder, SpaceTimeEncoder
 from vtok.layers.tiling import decode_tiled, encode_tiled

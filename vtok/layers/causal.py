@@ -1,4 +1,4 @@
-"""Causality in time: convolutions and attention that never see later frames, and what they keep for a stream.
+"""Causality in time: convolutions that never see later frames, and what every causal module keeps for a stream.
 
     cache None    a whole video at once
     cache {}      the beginning of a stream: the same result, and what the next frames need is left in it
@@ -8,7 +8,7 @@ Tensors are [B, C, T, H, W]. Most are laid out channels last in memory, where a 
 attention are views: norms, activations and convolutions together then took 2/3 of the time on a CPU (32 and 64
 channels). That is no part of any contract here.
 
-Letters: B clips, C channels, T frames, H, W pixels; N sequences, D width, P past frames.
+Letters: B clips, C channels, T frames, H, W pixels.
 """
 
 from __future__ import annotations
@@ -19,16 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-
-from vtok.layers.transformer import Attention
 
 Cache = dict[nn.Module, Any]  # what each causal module keeps of the past, by the module itself
 Axes = tuple[int, int, int]  # time, height, width
-
-ROTARY_BASE = 100.0  # windows are some tens of frames at most: language's 10000 would leave most pairs unturned
-MAX_SEQUENCES = 32768  # of one attention call: CUDA kernels take a grid of at most 65535
 
 
 def begins(module: nn.Module, cache: Cache | None) -> bool:
@@ -151,61 +145,6 @@ class CausalConv3d(nn.Conv3d):
             flat = F.conv2d(x.flatten(3), weight[..., 0], self.bias, (st, 1))  # [B, C, T, H W]
             return flat.unflatten(3, x.shape[3:])
         return F.conv3d(x, weight, self.bias, self.strides, self.space)
-
-
-def rotate(x: Tensor, positions: Tensor, *, base: float = ROTARY_BASE) -> Tensor:
-    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864): [..., L, D] turned by positions [L]; D even.
-
-    Dot products of turned queries and keys depend on differences of positions only.
-    """
-    half = x.shape[-1] // 2
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rate = base ** (-torch.arange(half, device=x.device, dtype=precise) / half)
-    angle = positions.to(precise)[:, None] * rate
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-def causal_window(queries: int, keys: int, window: int, *, device: torch.device | None = None) -> Tensor:
-    """[queries, keys] bool: the last `queries` of `keys` frames look at themselves and window - 1 frames before."""
-    q = torch.arange(keys - queries, keys, device=device)[:, None]
-    k = torch.arange(keys, device=device)
-    return (k <= q) & (k > q - window)
-
-
-class CausalAttention(Attention):
-    """Self-attention over time with a bounded memory: [N, T, D] -> [N, T, D].
-
-    A frame looks at itself and the `window` - 1 frames before it; positions are rotary, so nothing depends on how long
-    the stream has run and the cache holds window - 1 keys and values.
-    """
-
-    def __init__(self, width: int, num_heads: int, *, window: int, qk_norm: bool = True, bias: bool = True):
-        super().__init__(width, num_heads, qk_norm=qk_norm, bias=bias)
-        if window < 1:
-            raise ValueError(f"temporal_window={window} must be at least 1 frame, the present one")
-        if width // num_heads % 2:
-            raise ValueError(f"width={width} over num_heads={num_heads} is odd: rotary positions turn pairs")
-        self.window = window
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # type: ignore[override]
-        q, k, v = rearrange(self.qkv(x), "N T (three H D) -> three N H T D", three=3, H=self.num_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        past = None if cache is None else cache.get(self)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        if cache is not None:
-            first = max(k.shape[2] - (self.window - 1), 0)
-            cache[self] = (k[:, :, first:].detach().clone(), v[:, :, first:].detach().clone())
-        positions = torch.arange(k.shape[2], device=x.device)
-        q, k = rotate(q, positions[-q.shape[2] :]), rotate(k, positions)
-        mask = None
-        if q.shape[2] > 1 or k.shape[2] > self.window:
-            mask = causal_window(q.shape[2], k.shape[2], self.window, device=x.device)
-        parts = zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))
-        out = [F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts]
-        return self.out(rearrange(out[0] if len(out) == 1 else torch.cat(out), "N H T D -> N T (H D)"))
 
 
 def inflate_2d(state: Mapping[str, Tensor], module: nn.Module, *, mode: str = "last") -> list[str]:

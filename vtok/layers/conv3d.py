@@ -17,301 +17,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from einops import rearrange
 from torch import Tensor, nn
 
-from vtok.layers.causal import Axes, Cache, CausalAttention, CausalConv3d, begins, check_padding
-from vtok.layers.transformer import Attention, make_norm
+from vtok.layers.causal import Axes, Cache, CausalConv3d, begins
+from vtok.layers.conv_blocks import (
+    AdaptiveNorm,
+    Chain,
+    ChannelNorm,
+    FrameAttention,
+    ResBlock,
+    TimeAttention,
+    Upsample,
+    conv_chain,
+)
+from vtok.layers.conv_plan import SKIPS, ConvConfig, sampling_plan
 from vtok.layers.wavelet import HaarPatch
-
-CHOICES = {
-    "conv": ("full", "factorised", "separate"),
-    "sampling": ("separate", "joint"),
-    "spatial_down": ("strided", "residual"),
-    "temporal_down": ("strided", "blend", "residual"),
-    "spatial_up": ("interpolate", "residual", "depth_to_space"),
-    "temporal_up": ("interpolate", "blend", "residual", "depth_to_space"),
-    "patch": ("none", "haar"),
-    "attention": ("none", "spatial", "spatial_temporal"),
-    "norm": ("layer", "rms"),
-}
-SKIPS = {"strided": "none", "interpolate": "none", "depth_to_space": "none", "blend": "blend", "residual": "add"}
-
-
-@dataclass
-class ConvConfig:
-    """A causal convolutional backbone. The defaults are VidTok's."""
-
-    width: int = 128  # channels of the first level
-    mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # channels of each level, in widths
-    num_res_blocks: int = 2  # of each encoder level
-    decoder_res_blocks: int | None = None  # of each decoder level; empty: num_res_blocks + 1
-    mid_blocks: int = 2  # residual blocks at the lowest resolution; attention stands behind the first of them
-    conv: str = "separate"  # full (3x3x3) | factorised (1x3x3, then 3x1x1) | separate (a block of space, one of time)
-    temporal_kernel: int = 3  # frames a convolution sees; 1: an image model, every frame for itself
-    temporal_padding: str = "replicate"  # replicate | zero: what stands before the first frame
-    sampling: str = "separate"  # separate (space, then time) | joint (one convolution for both)
-    spatial_down: str = "strided"  # strided | residual (plus average pooling)
-    temporal_down: str = "blend"  # strided | blend (learned, of strided convolution and average) | residual
-    spatial_up: str = (
-        "interpolate"  # interpolate (nearest, then a convolution) | residual (plus nearest) | depth_to_space
-    )
-    temporal_up: str = "blend"  # interpolate | blend (learned, of convolution and nearest) | residual | depth_to_space
-    temporal_levels: list[int] | None = None  # levels behind which time is halved; empty: the last ones possible
-    decoder_temporal_levels: list[int] | None = None  # levels before which time is doubled; empty: temporal_levels
-    patch: str = "none"  # none | haar (wavelet bands of blocks of patch_size in time, height and width)
-    patch_size: int = 4
-    attention: str = (
-        "spatial"  # none | spatial (inside a frame) | spatial_temporal (and over past frames), in the middle
-    )
-    num_heads: int = 8
-    qk_norm: bool = True  # queries and keys are RMS-normalised per head, which keeps bfloat16 stable
-    temporal_window: int = 16  # latent frames that temporal attention sees, the present one included
-    norm: str = "layer"  # layer | rms, both over channels at each position
-    adaptive_norm: bool = False  # the decoder's levels are scaled and shifted by the code at each position
-    dropout: float = 0.0
-    checkpoint: bool = False  # recompute activations in the backward pass
-
-    def __post_init__(self) -> None:
-        self.mult = list(self.mult)
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(choices)}")
-        check_padding(self.temporal_padding)
-        counts = ("width", "num_res_blocks", "decoder_res_blocks", "mid_blocks", "temporal_kernel", "patch_size")
-        for name in (*counts, "num_heads", "temporal_window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not self.mult or min(self.mult) < 1:
-            raise ValueError(f"mult={self.mult} must hold a positive number for each level")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.attention != "none" and self.width * self.mult[-1] % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide width x mult[-1] = {self.width * self.mult[-1]}"
-            )
-        pairs = (self.temporal_down, self.spatial_down), (self.temporal_up, self.spatial_up)
-        if self.sampling == "joint" and any(time != space for time, space in pairs):
-            raise ValueError(
-                "sampling=joint is one convolution over space and time: set temporal_down like "
-                f"spatial_down={self.spatial_down} and temporal_up like spatial_up={self.spatial_up}"
-            )
-
-
-def sampling_plan(config: ConvConfig, stride: Axes) -> tuple[Axes, list[Axes], list[Axes]]:
-    """How a total stride is shared out: (Haar block, factors behind each level, the same for the decoder).
-
-    Space is halved behind the first levels, time behind the last ones or behind `temporal_levels`; entry i of the lists
-    lies between levels i and i + 1.
-    Raises: ValueError if strides are no powers of two or the levels are too few for them.
-    """
-    if len(stride) != 3 or any(n < 1 or n & (n - 1) for n in stride):
-        raise ValueError(
-            f"stride={tuple(stride)} must be three powers of two (frames, height, width), such as 4 x 8 x 8"
-        )
-    size = config.patch_size if config.patch == "haar" else 1
-    patch: Axes = (min(size, stride[0]), min(size, stride[1]), min(size, stride[2]))
-    times, rows, columns = ((n // p).bit_length() - 1 for n, p in zip(stride, patch))
-    gaps = len(config.mult) - 1
-    if max(times, rows, columns) > gaps:
-        raise ValueError(
-            f"stride={tuple(stride)} halves {max(times, rows, columns)} times after a patch of {patch}, but "
-            f"mult={config.mult} has room for {gaps}, between its levels; give mult more entries"
-        )
-    if times and config.temporal_kernel < 2:
-        raise ValueError(f"temporal_kernel=1 cannot halve time, which stride={tuple(stride)} asks for; choose 3")
-
-    def halving(levels: list[int] | None, name: str) -> set[int]:
-        chosen = list(range(gaps - times, gaps)) if levels is None else list(levels)
-        if len(chosen) != times or len(set(chosen)) != times or not set(chosen) <= set(range(gaps)):
-            raise ValueError(
-                f"{name}={chosen} must be {times} different levels below {gaps}, one for each halving of time that "
-                f"stride={tuple(stride)} needs after a patch of {patch}"
-            )
-        return set(chosen)
-
-    encoder = halving(config.temporal_levels, "temporal_levels")
-    given = config.decoder_temporal_levels
-    decoder = encoder if given is None else halving(given, "decoder_temporal_levels")
-    factors = [
-        [(1 + (i in levels), 1 + (i < rows), 1 + (i < columns)) for i in range(gaps)] for levels in (encoder, decoder)
-    ]
-    return patch, factors[0], factors[1]
-
-
-class Chain(nn.Sequential):
-    """Modules one after another, each with the cache."""
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # type: ignore[override]
-        for module in self:
-            x = module(x, cache)
-        return x
-
-
-class ChannelNorm(nn.Module):
-    """`layer` or `rms` norm over the channels of each position of [B, C, T, H, W], in the dtype of its input.
-
-    The kernels sum in float32 anyway; autocast would keep float32 copies of every activation for the backward pass.
-    """
-
-    def __init__(self, kind: str, channels: int):
-        super().__init__()
-        self.channels = channels
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels)) if kind == "layer" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if on else nullcontext():
-            tokens, weight = x.movedim(1, -1), self.weight.to(x.dtype)
-            if self.bias is None:
-                out = F.rms_norm(tokens, (self.channels,), weight, 1e-6)
-            else:
-                out = F.layer_norm(tokens, (self.channels,), weight, self.bias.to(x.dtype), 1e-6)
-        return out.movedim(-1, 1)
-
-
-class AdaptiveNorm(nn.Module):
-    """A scale and a shift of the features at each position, from the code at that position; the identity at first.
-
-    MAGVIT-v2 calls for adaptive group normalisation on the code. Open-MAGVIT2 takes the code's mean and deviation over
-    the whole clip, which lets later frames change earlier ones; here each position is conditioned on its own code.
-    """
-
-    def __init__(self, kind: str, channels: int, code_channels: int, stretch: Axes):
-        super().__init__()
-        self.norm = ChannelNorm(kind, channels)
-        self.modulation = nn.Linear(code_channels, 2 * channels)
-        self.stretch = stretch  # features a code spans: (frames, rows, columns)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        scale, shift = self.modulation(code.movedim(1, -1)).movedim(-1, 1).chunk(2, 1)
-        scale, shift = (repeat(part, self.stretch)[:, :, -x.shape[2] :] for part in (scale, shift))
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
-
-
-def repeat(x: Tensor, factor: Axes) -> Tensor:
-    """Nearest neighbours: [B, C, T, H, W] -> [B, C, ft T, fh H, fw W], in one copy."""
-    if factor == (1, 1, 1):
-        return x
-    b, c, t, h, w = x.shape
-    ft, fh, fw = factor
-    x = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(b, t, ft, h, fh, w, fw, c)
-    return x.reshape(b, t * ft, h * fh, w * fw, c).movedim(-1, 1)
-
-
-class Upsample(nn.Module):
-    """`factor` times the frames, rows and columns; of the video's first frame, one copy is made in time.
-
-    kind "depth_to_space": a convolution to more channels, which become places (the first ones of time outermost);
-    else nearest neighbours and a convolution, alone ("interpolate"), blended ("blend") or added ("residual").
-    """
-
-    def __init__(self, channels: int, kernel: Axes, *, factor: Axes, kind: str, padding: str):
-        super().__init__()
-        self.factor, self.unfold = factor, kind == "depth_to_space"
-        out = channels * factor[0] * factor[1] * factor[2] if self.unfold else channels
-        self.conv = CausalConv3d(channels, out, kernel, padding=padding, skip=SKIPS[kind], grown="repeat")
-        self.temporal_only = factor[0] > 1 and factor[1:] == (1, 1)
-
-    def begin_as_identity(self) -> None:
-        """Give back each frame `factor` times."""
-        self.conv.begin_as_identity()
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        drop = self.factor[0] - 1 if begins(self, cache) else 0
-        if not self.unfold:
-            return self.conv(repeat(x, self.factor)[:, :, drop:], cache)
-        ft, fh, fw = self.factor
-        x = rearrange(self.conv(x, cache), "B (ft fh fw C) T H W -> B (T ft) (H fh) (W fw) C", ft=ft, fh=fh, fw=fw)
-        return x[:, drop:].movedim(-1, 1)
-
-
-class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), x through a 1 x 1 x 1 convolution where channels change."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernels: list[Axes], config: ConvConfig):
-        super().__init__()
-        self.norm1 = ChannelNorm(config.norm, in_channels)
-        self.conv1 = conv_chain(in_channels, out_channels, kernels, config)
-        self.norm2 = ChannelNorm(config.norm, out_channels)
-        self.conv2 = conv_chain(out_channels, out_channels, kernels, config)
-        self.dropout = config.dropout
-        same = in_channels == out_channels
-        self.shortcut = None if same else CausalConv3d(in_channels, out_channels, (1, 1, 1))
-        self.temporal_only = same and all(kernel[0] > 1 and kernel[1:] == (1, 1) for kernel in kernels)
-
-    @torch.no_grad()
-    def begin_as_identity(self) -> None:
-        """Give back x."""
-        for parameter in self.conv2[-1].parameters():
-            parameter.zero_()
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), cache)
-        h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
-        h = self.conv2(h, cache)
-        return (x if self.shortcut is None else self.shortcut(x)) + h
-
-
-class SpatialAttention(nn.Module):
-    """x + attention(norm(x)) among the positions of each frame."""
-
-    def __init__(self, channels: int, config: ConvConfig):
-        super().__init__()
-        self.norm = make_norm(config.norm, channels)
-        self.attention = Attention(channels, config.num_heads, qk_norm=config.qk_norm)
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        tokens = rearrange(x, "B C T H W -> (B T) (H W) C")
-        out = self.attention(self.norm(tokens).to(x.dtype), None)
-        return x + rearrange(out, "(B T) (H W) C -> B C T H W", T=x.shape[2], H=x.shape[3])
-
-
-class TemporalAttention(nn.Module):
-    """x + attention(norm(x)) among the present and past frames of each position."""
-
-    temporal_only = True
-
-    def __init__(self, channels: int, config: ConvConfig):
-        super().__init__()
-        self.norm = make_norm(config.norm, channels)
-        self.attention = CausalAttention(
-            channels, config.num_heads, window=config.temporal_window, qk_norm=config.qk_norm
-        )
-
-    @torch.no_grad()
-    def begin_as_identity(self) -> None:
-        """Give back x."""
-        for parameter in self.attention.out.parameters():
-            parameter.zero_()
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        tokens = rearrange(x, "B C T H W -> (B H W) T C")
-        out = self.attention(self.norm(tokens).to(x.dtype), cache)
-        return x + rearrange(out, "(B H W) T C -> B C T H W", H=x.shape[3], W=x.shape[4])
-
-
-def conv_chain(
-    in_channels: int, out_channels: int, kernels: list[Axes], config: ConvConfig, *, grown: str = ""
-) -> Chain:
-    """Convolutions of these kernels in a row; the first one changes the channels."""
-    sizes = pairwise([in_channels] + [out_channels] * len(kernels))
-    padding = config.temporal_padding
-    return Chain(*(CausalConv3d(*io, k, padding=padding, grown=grown) for io, k in zip(sizes, kernels)))
 
 
 class _Backbone(nn.Module):
@@ -338,9 +64,9 @@ class _Backbone(nn.Module):
         for i in range(self.config.mid_blocks):
             modules[f"block{i}"] = ResBlock(channels, channels, self.kernels, self.config)
             if i == 0 and self.config.attention != "none":
-                modules["space"] = SpatialAttention(channels, self.config)
+                modules["space"] = FrameAttention(channels, self.config)
             if i == 0 and self.config.attention == "spatial_temporal":
-                modules["time"] = TemporalAttention(channels, self.config)
+                modules["time"] = TimeAttention(channels, self.config)
         return modules
 
     @torch.no_grad()
@@ -359,7 +85,7 @@ class _Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2[-1].weight)  # pyright: ignore[reportArgumentType]
-            elif isinstance(module, SpatialAttention | TemporalAttention):
+            elif isinstance(module, FrameAttention | TimeAttention):
                 nn.init.zeros_(module.attention.out.weight)
             elif isinstance(module, AdaptiveNorm):
                 nn.init.zeros_(module.modulation.weight)

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from vtok.layers.causal import Cache
 from vtok.layers.patch_embed import PatchEmbed, PatchHead
 from vtok.layers.positions import Positions
-from vtok.layers.rotary import Rotation, rotate, rotation, rotation_2d
+from vtok.layers.rotary import Rotation, rotate, rotation_2d
+from vtok.layers.temporal import TemporalAttention, rotations_of_times
 from vtok.layers.transformer import MLP, Attention, make_norm
-from vtok.layers.windows import alibi_slopes, attend, causal_window_attend, window_attend
+from vtok.layers.windows import attend, window_attend
 
 Axes = tuple[int, int, int]  # time, height, width
 
@@ -171,37 +172,6 @@ class SpatialAttention(Attention):
         return self.out(rearrange(out, "F H h w D -> F h w (H D)"))
 
 
-class TemporalAttention(Attention):
-    """Causal attention along time at each position: [N, t, D] -> [N, t, D].
-
-    Its cache holds the keys, not yet turned, and the values of the last window - 1 latent frames: [2, N, H, window - 1
-    or fewer, D]. Keys are turned at every call by their distance from the newest frame: nothing counts up in a stream.
-    """
-
-    def __init__(self, width: int, num_heads: int, *, window: int, alibi: bool, qk_norm: bool = True):
-        super().__init__(width, num_heads, qk_norm=qk_norm)
-        self.window, self.alibi = window, alibi
-
-    def forward(self, x: Tensor, times: Rotation | None, cache: Cache | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        new = x.shape[1]
-        q_NHLD, k_NHSD, v_NHSD = rearrange(self.qkv(x), "N t (three H D) -> three N H t D", three=3, H=self.num_heads)
-        q_NHLD, k_NHSD = self.q_norm(q_NHLD).to(v_NHSD.dtype), self.k_norm(k_NHSD).to(v_NHSD.dtype)
-        if cache is not None:
-            past = cache.get(self)
-            if past is not None:
-                k_NHSD, v_NHSD = torch.cat([past[0], k_NHSD], 2), torch.cat([past[1], v_NHSD], 2)
-            kept = max(k_NHSD.shape[2] - self.window + 1, 0)
-            cache[self] = torch.stack([k_NHSD[:, :, kept:], v_NHSD[:, :, kept:]]).detach()
-        if times is not None:
-            seen = k_NHSD.shape[2]
-            k_NHSD = rotate(k_NHSD, (times[0][-seen:], times[1][-seen:])).to(v_NHSD.dtype)
-            q_NHLD = rotate(q_NHLD, (times[0][-new:], times[1][-new:])).to(v_NHSD.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        slopes = alibi_slopes(self.num_heads, device=x.device, dtype=wide) if self.alibi else None
-        out = causal_window_attend(q_NHLD, k_NHSD, v_NHSD, window=self.window, slopes=slopes)
-        return self.out(rearrange(out, "N H t D -> N t (H D)"))
-
-
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,9 +271,7 @@ class SpaceTimeBlocks(nn.Module):
         batch, frames, height, width, _ = x.shape
         turns = None
         if self.rotary_time:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            times = torch.arange(1 - self.window - frames, 0, device=x.device, dtype=wide) + 1  # the newest frame is 0
-            turns = rotation(times, self.head, base=self.base)
+            turns = rotations_of_times(frames, self.window, self.head, like=x, base=self.base)
         x = rearrange(x, "B t h w D -> (B h w) t D")
         for block in self.temporal:
             x = self._run(block, x, turns) if cache is None else block(x, turns, cache)
