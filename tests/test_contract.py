@@ -13,6 +13,8 @@ import torch
 
 from vtok.config import family_names, load_family
 from vtok.layers.conv3d import ConvConfig
+from vtok.layers.masks import CrossTime
+from vtok.layers.rectified import SamplerConfig
 from vtok.layers.spacetime import SpaceTimeConfig
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip, Compressor, Streaming, Tokenizer, to_uint8
@@ -58,21 +60,56 @@ DISCRETE_FORMS = {
     "two_levels": dict(coarse=[2, 2, 2]),
     "two_levels_in_space": dict(coarse=[1, 2, 2], quantizer=QuantizerConfig(name="vq", codebook_size=32, dim=6)),
     "transformer": dict(backbone="transformer", stride=[2, 4, 4], transformer=SpaceTimeConfig(**SPACETIME)),
+    "transformer_peg": dict(
+        backbone="transformer", stride=[2, 4, 4], transformer=SpaceTimeConfig(**SPACETIME, peg=True)
+    ),
     "transformer_two_levels": dict(
         backbone="transformer", stride=[4, 8, 8], coarse=[1, 1, 2], transformer=SpaceTimeConfig(**SPACETIME)
     ),
     "lfq": dict(quantizer=QuantizerConfig(name="lfq", codebook_size=256)),
     "kl": dict(quantizer=QuantizerConfig(name="identity", dim=6, kl=1e-3)),
 }
+LATENTS = dict(
+    channels=3,
+    stride=[4, 4, 4],
+    backbone="conv",
+    conv=CONV | dict(mult=[1, 1, 2]),
+    latent_channels=6,
+    coarse=[],
+    quantizer=dict(name="identity", dim=4, kl=1e-3),
+)
+FLOW = dict(
+    num_frames=9,
+    size=[16, 16],
+    width=32,
+    head_size=16,
+    encoder_depth=2,
+    decoder_depth=2,
+    num_tokens=4,
+    sampler=SamplerConfig(steps=3),
+)
+FLOW_FORMS = {
+    "latents": dict(latents_config=LATENTS, patch=2),
+    "guided": dict(
+        latents_config=LATENTS, patch=1, sampler=SamplerConfig(steps=3, guidance=3.0, threshold=2.5, momentum=-0.5)
+    ),
+    "pixels": dict(patch=8, mask="time_block_causal", num_frames=8),
+    "images": dict(patch=4, num_frames=1),
+    "switched": dict(latents_config=LATENTS, mask="flexible", cross_time=CrossTime(p_r="none", r_r="causal")),
+    "continuous": dict(latents_config=LATENTS, quantizer=QuantizerConfig(name="identity", dim=6)),
+}
 # family: (Config values of a tiny model that sees clips of 16 x 16 pixels, {form: what it changes})
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "flexible": (FLEXIBLE, FLEXIBLE_FORMS),
     "discrete": (DISCRETE, DISCRETE_FORMS),
+    "flow": (FLOW, FLOW_FORMS),
 }
 CASES = [(family, form) for family, (_, forms) in FAMILIES.items() for form in sorted(forms)]
 # later frames never change earlier tokens
 CAUSAL = [("flexible", form) for form in ("block_causal", "block_causal_last", "block_pyramid")]
 CAUSAL += [("discrete", form) for form in DISCRETE_FORMS]
+CAUSAL += [("flow", form) for form in FLOW_FORMS]
+DRAWN = {"flow"}  # frames of a chunk are drawn together
 # the transform code computes in float32 whatever the model's precision
 TOLERANCE = {("flexible", "dct"): 1e-5}
 PRECISIONS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -256,6 +293,8 @@ def test_later_frames_never_change_earlier_tokens(case):
     assert torch.equal(tokens.embeddings[first], other.embeddings[first])
     assert not torch.equal(tokens.embeddings[~first], other.embeddings[~first])
     frames = slice(0, ends)
+    if case[0] in DRAWN:
+        return
     one, two = (model.decode(t, size=(16, 16))[:, :, frames] for t in (tokens, other))
     assert torch.equal(one, two)
 
@@ -277,7 +316,7 @@ def test_a_small_step_lowers_the_loss_and_bfloat16_stays_finite(case):
     torch.manual_seed(0)
     family, config = load_family(case[0]), make_config(*case)
     model, objective = family.Model(config), family.Objective(family.Objective.Config(), config)
-    pixels = clip(video(4, 8).float())
+    pixels = clip(video(4, min(8, getattr(model, "num_frames", 8)) if case[0] == "flow" else 8).float())
     optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], 1e-3)
     seen = []
     for step in range(12):

@@ -42,7 +42,8 @@ FORMS = {
     "windows": TINY,
     "whole": replace(TINY, encoder_spatial="tt", temporal_positions="alibi", norm="layer", mlp="swiglu", qk_norm=False),
     "learned": replace(TINY, encoder_spatial="ts", decoder_spatial="w", spatial_positions="learned", grid=[2, 3]),
-    "merged": replace(TINY, encoder_spatial="wmt", decoder_spatial="tmw", patch=[1, 8, 4]),
+    "peg": replace(TINY, peg=True),
+    "merged": replace(TINY, peg=True, encoder_spatial="wmt", decoder_spatial="tmw", patch=[1, 8, 4]),
 }
 
 
@@ -131,12 +132,13 @@ def test_patches_merged_in_time_and_space():
     torch.testing.assert_close(stream(decoder, z, [1, 3, 2])[0], decoder(z), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("form, pegs", [("windows", (0, 0)), ("peg", (3, 4))])
 @torch.no_grad()
-def test_a_stream_needs_no_more_memory_the_longer_it_is():
+def test_a_stream_needs_no_more_memory_the_longer_it_is(form, pegs):
     def held(cache: Cache) -> int:
         return sum(v.untyped_storage().nbytes() for v in cache.values() if isinstance(v, Tensor))
 
-    encoder, decoder = build()
+    encoder, decoder = build(FORMS[form])
     into, out, sizes = {}, {}, []
     decoder(encoder(video((4, 8, 8), 1), into), out)
     for step in range(1, 12):
@@ -145,7 +147,39 @@ def test_a_stream_needs_no_more_memory_the_longer_it_is():
             assert decoder(z, out).shape[2] == 4 * z.shape[2]
             sizes.append((held(into), held(out)))
     # 2 temporal blocks, keys and values, 15 positions, 2 latent frames of the past, 16 channels, 8 bytes
-    assert sizes[-1] == (2 * 2 * 15 * 2 * 16 * 8,) * 2 and len(set(sizes[1:])) == 1
+    frame = 15 * 16 * 8
+    assert sizes[-1] == tuple(2 * 2 * 2 * frame + 2 * n * frame for n in pegs) and len(set(sizes[1:])) == 1
+
+
+@torch.no_grad()
+def test_a_position_generator_sees_neighbours_of_the_frame_and_two_before():
+    encoder, _ = build(FORMS["peg"])
+    (block,) = (b for b in encoder.blocks.spatial if b.peg is not None)  # windows have none
+    assert all(b.peg is not None for b in encoder.blocks.temporal)
+    x = torch.randn(1, 6, 5, 5, 16, dtype=torch.float64)
+    for frame, row, column in ((2, 2, 2), (0, 0, 0), (5, 4, 4)):
+        changed = x.clone()
+        changed[0, frame, row, column] += 1
+        moved = (block.place(changed, None) - block.place(x, None))[0].abs().sum(-1) > 1e-9  # [t, h, w]
+        t, h, w = (torch.arange(n) for n in moved.shape)
+        near = (t - frame).clamp(-1, 2)[:, None, None] == t[:, None, None] - frame
+        near = near & (t >= frame)[:, None, None] & ((h - row).abs() <= 1)[:, None] & ((w - column).abs() <= 1)
+        assert torch.equal(moved, near)
+
+
+def test_a_position_generator_begins_as_nothing_and_images_train_its_present():
+    torch.manual_seed(0)
+    encoder = SpaceTimeEncoder(FORMS["peg"], latent_channels=LATENT, stride=(4, 8, 8))
+    plain = SpaceTimeEncoder(TINY, latent_channels=LATENT, stride=(4, 8, 8))
+    kernels = {k: v for k, v in encoder.state_dict().items() if ".peg." in k}
+    assert len(kernels) == 6 and not any(v.any() for v in kernels.values())
+    plain.load_state_dict({k: v for k, v in encoder.state_dict().items() if k not in kernels})
+    x = video((4, 8, 8), 3).float()
+    assert torch.equal(encoder(x), plain(x))
+    encoder(x[:, :, :1]).square().sum().backward()
+    for block in encoder.blocks.temporal:
+        gradient = block.peg.weight.grad
+        assert gradient[:, :, 2].abs().min() > 0 and not gradient[:, :, :2].any()
 
 
 @torch.no_grad()
@@ -352,7 +386,7 @@ def test_checkpointing_changes_memory_not_numbers(monkeypatch):
 @torch.no_grad()
 def test_inflated_from_images(patch):
     """A still video's patches have the first frame's vector; every frame of a patch is decoded as a first frame."""
-    config = replace(TINY if patch is None else FORMS["merged"], temporal_window=1, patch=patch)
+    config = replace(TINY if patch is None else FORMS["merged"], temporal_window=1, patch=patch, peg=False)
     encoder, decoder = build(config)
     encoder.inflate(), decoder.inflate()
     still = repeat(video((4, 8, 8), 1), "B C 1 H W -> B C T H W", T=9)

@@ -50,6 +50,7 @@ class CausalConv3d(nn.Conv3d):
     "none". The window is, on each axis, the last `stride` places of the kernel if stride > 1, else the present place;
     "blend" averages all of a strided kernel's places in time. The bias stands outside of the blend.
     grown: what `inflate_2d` does with channels that an image model lacks: "repeat", "bands" (zeros) or "" (an error).
+    groups: of channels that do not see each other, without a skip.
     Raises: ValueError for kernels smaller than strides in time, even spatial kernels, and unknown choices.
     """
 
@@ -63,6 +64,7 @@ class CausalConv3d(nn.Conv3d):
         padding: str = "replicate",
         skip: str = "none",
         grown: str = "",
+        groups: int = 1,
     ):
         check_padding(padding)
         if kernel[0] < stride[0]:
@@ -73,8 +75,10 @@ class CausalConv3d(nn.Conv3d):
             raise ValueError(f"skip={skip!r} is unknown; choose none, add or blend")
         if skip != "none" and in_channels != out_channels:
             raise ValueError(f"skip={skip!r} needs equal channels, not {in_channels} and {out_channels}")
+        if skip != "none" and groups != 1:
+            raise ValueError(f"skip={skip!r} is a kernel over all channels, which groups={groups} do not have")
         space = (0, kernel[1] // 2, kernel[2] // 2)
-        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=space)
+        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=space, groups=groups)
         self.temporal_padding, self.skip = padding, skip
         self.kernel, self.strides, self.space = kernel, stride, space
         self.mix = nn.Parameter(torch.zeros(1)) if skip == "blend" else None
@@ -139,12 +143,12 @@ class CausalConv3d(nn.Conv3d):
         (st, sh, sw), (_, ph, pw), kernel = self.strides, self.space, weight.shape[2:]
         if kernel[0] == 1:
             flat = x.transpose(1, 2).flatten(0, 1)  # [B T, C, H, W], a view where channels are last in memory
-            flat = F.conv2d(flat, weight[:, :, 0], self.bias, (sh, sw), (ph, pw))
+            flat = F.conv2d(flat, weight[:, :, 0], self.bias, (sh, sw), (ph, pw), groups=self.groups)
             return flat.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         if kernel[1:] == (1, 1) and (sh, sw) == (1, 1):
-            flat = F.conv2d(x.flatten(3), weight[..., 0], self.bias, (st, 1))  # [B, C, T, H W]
+            flat = F.conv2d(x.flatten(3), weight[..., 0], self.bias, (st, 1), groups=self.groups)  # [B, C, T, H W]
             return flat.unflatten(3, x.shape[3:])
-        return F.conv3d(x, weight, self.bias, self.strides, self.space)
+        return F.conv3d(x, weight, self.bias, self.strides, self.space, groups=self.groups)
 
 
 def inflate_2d(state: Mapping[str, Tensor], module: nn.Module, *, mode: str = "last") -> list[str]:

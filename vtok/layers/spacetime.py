@@ -11,8 +11,9 @@ the stride: patches are then merged between spatial blocks, which a wide stride 
 are 6144 values, and a width of 512 keeps no more than 512 of them).
 
 Temporal attention looks back over a bounded window and knows differences of times only. So any length works, and a
-stream carries the keys and values of the last `temporal_window - 1` latent frames of each temporal block and nothing
-else. Spatial attention never leaves a frame. Norms see one position at a time.
+stream carries the keys and values of the last `temporal_window - 1` latent frames of each temporal block, with `peg`
+the last two frames that each of its convolutions saw, and nothing else. Spatial attention never leaves a frame. Norms
+see one position at a time.
 
 Letters: B clips, C channels, T frames, H height, W width in pixels; t, h, w latent grid; F frames (B x t); N sequences;
 L queries, S keys; D width. In dense attention code H is the number of heads.
@@ -28,7 +29,7 @@ import torch.utils.checkpoint
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtok.layers.causal import Cache
+from vtok.layers.causal import Cache, CausalConv3d
 from vtok.layers.patch_embed import PatchEmbed, PatchHead
 from vtok.layers.positions import Positions
 from vtok.layers.rotary import Rotation, rotate, rotation_2d
@@ -54,6 +55,8 @@ class SpaceTimeConfig:
     temporal_window: int | None = None  # latent frames that a frame sees, itself included; None: of a trained clip
     spatial_positions: str = "rotary"  # rotary | learned (a table of `grid`, interpolated for other sizes)
     temporal_positions: str = "rotary"  # rotary | alibi
+    # a depthwise convolution in front of t and temporal blocks (the frame and the two before), beside either of these
+    peg: bool = False
     rotary_base: float = 100.0  # longest wavelength is about 2 pi x this, in patches or latent frames
     grid: list[int] | None = None  # (h, w) patches of a trained frame: for spatial_positions=learned only
     mlp: str = "gelu"  # gelu | swiglu
@@ -176,14 +179,28 @@ class SpatialAttention(Attention):
 
 
 class SpaceTimeBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); `attention` is a SpatialAttention or a TemporalAttention."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); `attention` is a SpatialAttention or a TemporalAttention.
 
-    def __init__(self, attention: Attention, config: SpaceTimeConfig):
+    peg: `place` adds what neighbours say of a place, a position encoding generator (Chu et al. 2021, CPVT,
+    https://arxiv.org/abs/2102.10882), here over time as well and never ahead. It begins as nothing: images train only
+    the present slice of its kernels, and a video model that goes on from them begins as that image model in each frame.
+    """
+
+    def __init__(self, attention: Attention, config: SpaceTimeConfig, *, peg: bool = False):
         super().__init__()
+        self.peg = None
+        if peg:
+            self.peg = CausalConv3d(config.width, config.width, padding="zero", groups=config.width)
+            for parameter in self.peg.parameters():
+                nn.init.zeros_(parameter)
         self.norm1 = make_norm(config.norm, config.width)
         self.attention = attention
         self.norm2 = make_norm(config.norm, config.width)
         self.mlp = MLP(config.width, ratio=config.mlp_ratio, kind=config.mlp)
+
+    def place(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """[B, t, h, w, D] -> the same shape."""
+        return x if self.peg is None else x + self.peg(x.movedim(-1, 1), cache).movedim(1, -1)
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         x = x + self.attention(self.norm1(x), *context)
@@ -218,11 +235,11 @@ class SpaceTimeBlocks(nn.Module):
                 continue
             area = None if letter == "t" else (high, wide)
             attention = SpatialAttention(width, heads, window=area, shifted=letter == "s", qk_norm=qk_norm)
-            self.spatial.append(SpaceTimeBlock(attention, config))
+            self.spatial.append(SpaceTimeBlock(attention, config, peg=config.peg and letter == "t"))
         for _ in range(temporal):
             alibi = config.temporal_positions == "alibi"
             attention = TemporalAttention(width, heads, window=window, alibi=alibi, qk_norm=qk_norm)
-            self.temporal.append(SpaceTimeBlock(attention, config))
+            self.temporal.append(SpaceTimeBlock(attention, config, peg=config.peg))
         self.norm = make_norm(config.norm, width)
         self.places = Positions(width, (1, config.grid[0], config.grid[1])) if config.grid else None
         self.rotary_space = config.spatial_positions == "rotary"
@@ -244,10 +261,10 @@ class SpaceTimeBlocks(nn.Module):
             height, width = x.shape[2:4]
             x = x + self.places((1, height, width)).view(height, width, -1).to(x.dtype)
         if self.decoder:
-            return self.norm(self._space(self._time(x, cache), first=first))
-        return self.norm(self._time(self._space(x, first=first), cache))
+            return self.norm(self._space(self._time(x, cache), cache, first=first))
+        return self.norm(self._time(self._space(x, cache, first=first), cache))
 
-    def _space(self, x: Tensor, *, first: bool) -> Tensor:
+    def _space(self, x: Tensor, cache: Cache | None, *, first: bool) -> Tensor:
         turns = self._turns(x)
         for block in self.spatial:
             if isinstance(block, PatchEmbed):
@@ -257,6 +274,8 @@ class SpaceTimeBlocks(nn.Module):
                 x = rearrange(block(x, first=first), "B D t h w -> B t h w D")
                 turns = self._turns(x)
             else:
+                assert isinstance(block, SpaceTimeBlock)
+                x = block.place(x, cache)
                 x = self._run(block, x.flatten(0, 1), turns).unflatten(0, x.shape[:2])
         return x
 
@@ -272,10 +291,15 @@ class SpaceTimeBlocks(nn.Module):
         turns = None
         if self.rotary_time:
             turns = rotations_of_times(frames, self.window, self.head, like=x, base=self.base)
-        x = rearrange(x, "B t h w D -> (B h w) t D")
+        tokens = x.permute(0, 2, 3, 1, 4)  # [B, h, w, t, D]
         for block in self.temporal:
-            x = self._run(block, x, turns) if cache is None else block(x, turns, cache)
-        return rearrange(x, "(B h w) t D -> B t h w D", B=batch, h=height, w=width)
+            assert isinstance(block, SpaceTimeBlock)
+            if block.peg is not None:
+                tokens = block.place(tokens.permute(0, 3, 1, 2, 4), cache).permute(0, 2, 3, 1, 4)
+            flat = tokens.flatten(0, 2)
+            flat = self._run(block, flat, turns) if cache is None else block(flat, turns, cache)
+            tokens = flat.view(batch, height, width, frames, -1)
+        return tokens.permute(0, 3, 1, 2, 4)
 
     def _run(self, block: nn.Module, x: Tensor, turns: Rotation | None) -> Tensor:
         if self.checkpoint and self.training:
