@@ -192,8 +192,8 @@ def test_foreign_and_newer_files():
         with pytest.raises(bitstream.ForeignFile, match="x.vtok is not a .vtok file"):
             Reader(io.BytesIO(foreign), name="x.vtok")
     newer = bytearray(data)
-    newer[8] = 2
-    with pytest.raises(bitstream.NewerVersion, match="version 2, this vtok reads up to 1"):
+    newer[8] = 3
+    with pytest.raises(bitstream.NewerVersion, match="version 3, this vtok reads up to 2"):
         Reader(io.BytesIO(bytes(newer)))
 
 
@@ -353,6 +353,44 @@ def test_factors_come_from_the_model_and_must_multiply():
     Model.index_factors = ((8, 8),)
     with pytest.raises(ValueError, match="do not multiply"):
         entropy.factors_of(Model())
+
+
+# --- lengths that were chosen group by group: version 2 ---
+
+
+@pytest.mark.parametrize("model", [None, StaticModel.uniform(index_factors=((7,), (300,)))], ids=["packed", "static"])
+@pytest.mark.parametrize("counts", [(2, 9, 1), (0, 300, 1, 1), (4, 4, 4), (70, 2, 700, 5)])
+def test_what_was_asked_and_lengths_that_differ_come_back(model, counts):
+    tokens = make_tokens(counts, (7, 300))
+    chosen = dict(asked="psnr_db", asked_value=Fraction(65, 2), look_ahead=None)
+    data = make_file([tokens, tokens], (7, 300), model=model, **chosen)
+    reader = Reader(io.BytesIO(data))
+    if model is not None:
+        reader.expect(reader.header.model_id, SHA, entropy=model)
+    got = list(reader)
+    assert data[8] == 2 and [c.counts for c in got] == [counts] * 2
+    assert all(np.array_equal(c.indices, tokens.indices[0].numpy()) for c in got)
+    assert (reader.header.asked, reader.header.asked_value, reader.header.look_ahead) == tuple(chosen.values())
+    old = make_file([tokens, tokens], (7, 300), model=model)
+    assert old[8] == 1 and [c.counts for c in Reader(io.BytesIO(old))] == [counts] * 2 if model is None else True
+    for at in range(0, len(data), 7):
+        broken = bytearray(data)
+        broken[at] ^= 16
+        with pytest.raises(bitstream.VtokFileError):
+            reader = Reader(io.BytesIO(bytes(broken)))
+            reader.expect(reader.header.model_id, SHA, entropy=model)
+            list(reader)
+    with pytest.raises(ValueError, match="asked='quality'"):
+        make_file([tokens], (7, 300), asked="quality")
+
+
+def test_lengths_take_the_bits_of_their_range():
+    counts = tuple(16 + i % 8 for i in range(400))  # 3 bits each, a byte each in version 1
+    tokens = make_tokens(counts, (7,))
+    old, new = (
+        len(make_file([tokens], (7,), **asked)) for asked in ({}, dict(asked="tokens", asked_value=Fraction(5)))
+    )
+    assert old - new == pytest.approx(400 * 5 / 8, abs=12)
 
 
 # --- the documented bytes (docs/formats.md) ---

@@ -29,6 +29,7 @@ from vtok.entropy import (
     factors_of,
     pack,
     packed_bits,
+    packed_bytes,
     real_ids,
     take_varint,
     unpack,
@@ -56,67 +57,13 @@ __all__ = [
 
 MAGIC = b"\x89VTOK\r\n\x1a"  # like PNG's: a high bit and both line endings, so that text-mode copies are noticed
 END_MAGIC = b"VTKE"
-VERSION = 1
+VERSION = 2  # files that ask for nothing new are still written as version 1
 CODINGS = ("packed", "static")
+ASKED = ("tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")  # what lengths of time blocks can be chosen for
 RECORD, FOOTER = 0x52, 0x46  # "R", "F"
 RECORD_TOKENS = 1024  # a record is closed once it holds this many tokens: about 2 kB, 10 bytes of it overhead
 MAX_RECORD = 1 << 24  # bytes; a longer record is damage, and is refused before memory is asked for
 MAX_GROUPS = 1 << 16  # groups of one record
-
-
-class VtokFileError(ValueError):
-    """A .vtok file that cannot be used."""
-
-
-class ForeignFile(VtokFileError):
-    """Not a .vtok file at all."""
-
-
-class DamagedFile(VtokFileError):
-    """A checksum, or a value that a checksum covers, is wrong."""
-
-
-class TruncatedFile(DamagedFile):
-    """The file ends before its footer does."""
-
-
-class NewerVersion(VtokFileError):
-    """Written by a later version of the format than this one reads."""
-
-
-class WrongModel(VtokFileError):
-    """Encoded with another model, or with another entropy model."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a .vtok file says before its first token.
-
-    model_id: `<family>-<hash>`. weights_sha256: 32 bytes, of the model's model.safetensors.
-    size: (height, width) in pixels of the frames that went in, and of those that come out. fps: frames per second.
-    codebook_sizes: Q sizes. coding: "packed" or "static". entropy_sha256: of the static model; b"" when packed.
-    budget: most tokens a group may hold; 0 where none was asked. tokens_per_second: Fraction(0) where none was asked.
-    """
-
-    model_id: str
-    weights_sha256: bytes
-    size: tuple[int, int]
-    fps: Fraction
-    codebook_sizes: tuple[int, ...]
-    coding: str = "packed"
-    entropy_sha256: bytes = b""
-    budget: int = 0
-    tokens_per_second: Fraction = Fraction(0)
-
-    def __post_init__(self) -> None:
-        if self.coding not in CODINGS:
-            raise ValueError(f"coding={self.coding!r} is unknown; choose one of {', '.join(CODINGS)}")
-        if len(self.weights_sha256) != 32 or len(self.entropy_sha256) != (32 if self.coding == "static" else 0):
-            raise ValueError("a sha256 has 32 bytes; entropy_sha256 goes with coding='static' only")
-        if self.size[0] < 1 or self.size[1] < 1 or self.fps <= 0 or self.tokens_per_second < 0 or self.budget < 0:
-            raise ValueError(f"size={self.size}, fps={self.fps}, budget={self.budget} must be positive")
-        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
-            raise ValueError(f"codebook_sizes={self.codebook_sizes}: continuous tokens have no .vtok form")
 
 
 @dataclass(frozen=True)
@@ -242,7 +189,12 @@ class Writer:
         frames = chunks[0].frames
         uniform = len(set(counts)) == 1
         body = b"".join(map(varint, (len(chunks), len(chunks[0].counts), 0 if frames is None else frames + 1)))
-        body += varint(counts[0] + 1) if uniform else varint(0) + b"".join(map(varint, counts))
+        if uniform:
+            body += varint(counts[0] + 1)
+        elif self.header.version == 1:
+            body += varint(0) + b"".join(map(varint, counts))
+        else:
+            body += _packed_counts(counts)
         if self._entropy is None:
             body += pack(indices, self.header.codebook_sizes)
         else:
@@ -337,6 +289,8 @@ class Reader:
         uniform, at = take_varint(body, at)
         if uniform:
             counts = [uniform - 1] * (chunks * groups)
+        elif header.version > 1:
+            counts, at = _take_counts(body, at, chunks * groups)
         else:
             counts = []
             for _ in range(chunks * groups):
@@ -421,7 +375,7 @@ class Reader:
         if version < 1:
             raise DamagedFile(f"{self._name} has format version {version}")
         with self._damage():
-            return _parse_header(body)
+            return _parse_header(body, version)
 
 
 def read_footer(file: BinaryIO, *, name: str = "this file") -> Footer:
@@ -464,47 +418,17 @@ def _check_entropy(header: Header, entropy: StaticModel | None) -> None:
             raise ValueError("header.entropy_sha256 is not the static model's sha256")
 
 
-def _header_bytes(header: Header) -> bytes:
-    name = header.model_id.encode()
-    body = bytes([CODINGS.index(header.coding)]) + varint(len(name)) + name
-    body += header.weights_sha256 + header.entropy_sha256
-    rate = header.tokens_per_second
-    numbers = (*header.size, header.fps.numerator, header.fps.denominator, header.budget)
-    body += b"".join(map(varint, (*numbers, rate.numerator, rate.denominator)))
-    body += b"".join(map(varint, (len(header.codebook_sizes), *header.codebook_sizes)))
-    return MAGIC + VERSION.to_bytes(2, "little") + len(body).to_bytes(2, "little") + body
+def _packed_counts(counts: list[int]) -> bytes:
+    """Lengths of groups that differ: 0, the least, the largest less the least, then all above the least, packed."""
+    least, span = min(counts), max(counts) - min(counts)
+    above = np.array(counts, np.int64)[:, None] - least
+    return varint(0) + varint(least) + varint(span) + pack(above, (span + 1,))
 
 
-def _parse_header(body: bytes) -> Header:
-    if body[0] >= len(CODINGS):
-        raise ValueError(f"coding {body[0]} is unknown")
-    coding = CODINGS[body[0]]
-    size, at = take_varint(body, 1)
-    model_id = body[at : at + size].decode()
-    at += size
-    weights, at = body[at : at + 32], at + 32
-    entropy = b""
-    if coding == "static":
-        entropy, at = body[at : at + 32], at + 32
-    values = []
-    for _ in range(8):
-        value, at = take_varint(body, at)
-        values.append(value)
-    height, width, num, den, budget, rate_num, rate_den, count = values
-    sizes = []
-    for _ in range(count):
-        value, at = take_varint(body, at)
-        sizes.append(value)
-    if at != len(body):
-        raise ValueError(f"the header has {len(body) - at} bytes too many")
-    return Header(
-        model_id=model_id,
-        weights_sha256=weights,
-        size=(height, width),
-        fps=Fraction(num, den),
-        codebook_sizes=tuple(sizes),
-        coding=coding,
-        entropy_sha256=entropy,
-        budget=budget,
-        tokens_per_second=Fraction(rate_num, rate_den),
-    )
+def _take_counts(body: bytes, at: int, count: int) -> tuple[list[int], int]:
+    least, at = take_varint(body, at)
+    span, at = take_varint(body, at)
+    if not 0 < span <= MAX_RECORD or least > MAX_RECORD:
+        raise ValueError(f"lengths of groups from {least} to {least + span}")
+    end = at + packed_bytes((span + 1,), count)
+    return (unpack(body[at:end], count, (span + 1,))[:, 0] + least).tolist(), end

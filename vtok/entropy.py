@@ -253,6 +253,14 @@ def packed_bits(codebook_sizes: Sequence[int], count: int) -> int:
     return (math.prod(codebook_sizes) ** count - 1).bit_length()
 
 
+def packed_bytes(codebook_sizes: Sequence[int], count: int) -> int:
+    """Bytes that `pack` makes of `count` tokens."""
+    sizes = tuple(codebook_sizes)
+    step = max(1, BLOCK // max(1, len(sizes)))
+    whole, rest = divmod(count, step)
+    return whole * _packed_bytes(sizes, step) + (_packed_bytes(sizes, rest) if rest else 0)
+
+
 def pack(indices: np.ndarray, codebook_sizes: Sequence[int]) -> bytes:
     """ids [N, Q] as bytes, at log2(V) bits an id: blocks of at most 4096 ids, each rounded up to whole bytes."""
     sizes = tuple(codebook_sizes)
