@@ -11,7 +11,7 @@ import pytest
 import torch
 from miniature import SMALL, clip, config, fingerprint, make_shards, movie, photo, stream, take, write_index, write_tar
 
-from vtok.data.buckets import DRAWS, Schedule
+from vtok.data.buckets import DRAWS, Schedule, Sizes, scaled_sizes
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.data.pipeline import TrainingStream, make_loader, training_batches
@@ -147,13 +147,55 @@ def test_without_weights_every_clip_comes_equally_often(parts):
     assert [[b.frames for b in bs] for bs in alone] == [[4, 1], [4, 4]]
 
 
+# ---- sizes
+
+SCALES = [0.5, 1.0, 1.25]
+
+
+def test_a_batch_is_of_one_size_drawn_evenly_and_apart_from_its_part():
+    sizes, schedule = Sizes((16, 24), SCALES, seed=7), Schedule([1.0, 1.0], seed=7)
+    assert sizes.sizes == [(8, 12), (16, 24), (20, 30)]
+    drawn = [(schedule.part(n), sizes.sizes.index(sizes.at(n))) for n in range(6000)]
+    counts = np.zeros((2, 3))
+    np.add.at(counts, tuple(np.transpose(drawn)), 1)
+    assert (np.abs(counts - 1000) < 4 * np.sqrt(1000 * 5 / 6)).all(), "every part comes in every size as often"
+    assert Sizes((16, 24), None, seed=7).at(3) == (16, 24)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_rank_takes_the_same_size_at_the_same_step_and_the_same_crop(parts, workers):
+    """Parts, samples, windows and crops are those of one size; only how many pixels they become changes."""
+    settings = {"view": View(num_frames=4, size=(16, 16), fps=6.0), "size_scales": SCALES}
+    sizes = Sizes((16, 16), SCALES, seed=7)
+    for rank in range(2):
+        mixed = bucketed(parts, rank=rank, world=2, **settings)
+        plain = bucketed(parts, rank=rank, world=2, view=settings["view"])
+        batches = [take(make_loader(each, num_workers=workers), 12) for each in (mixed, plain)]
+        assert [tuple(b.video.shape[3:]) for b in batches[0]] == [sizes.at(n) for n in range(12)]
+        for one, two in zip(*batches):
+            assert one.keys == two.keys and one.video.shape[:3] == two.video.shape[:3]
+            assert torch.equal(one.times, two.times)
+            assert (one.video.float().mean((1, 3, 4)) - two.video.float().mean((1, 3, 4))).abs().max() < 2
+
+
+def test_sizes_that_are_no_pixels_are_refused(parts):
+    for scales, message in (
+        ([0.3], r"data.size_scales=\[0.3\]: 0.3 times data.size=\[16, 16\] is 4.8 x 4.8, no whole pixels"),
+        ([1.0, 0.0], "0.0 times"),
+        ([], r"data.size_scales=\[\] is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ClipDataModule(settings_of(parts, size_scales=scales))
+    assert scaled_sizes((16, 16), [0.75]) == [(12, 12)]
+
+
 # ---- resume
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 1), (1, 3), (2, 0), (2, 2)])
 def test_resume_continues_with_the_very_next_batch(parts, tmp_path, world, workers):
     for rank in range(world):
-        settings = {"rank": rank, "world": world, "quarantine": tmp_path / "q.jsonl"}
+        settings = {"rank": rank, "world": world, "quarantine": tmp_path / "q.jsonl", "size_scales": SCALES}
         whole = fingerprint(take(make_loader(bucketed(parts, **settings), num_workers=workers), 18))
         for done in (5,) if workers else (1, 2, 5, 9, 13, 17):
             rest = take(make_loader(bucketed(parts, start=done, **settings), num_workers=workers), 18 - done)
@@ -212,18 +254,20 @@ def settings_of(parts: Path, **changes):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_module_resumes_and_validates_with_num_frames(parts, workers):
-    module = ClipDataModule(settings_of(parts, num_workers=workers, num_frames=3))
+    module = ClipDataModule(settings_of(parts, num_workers=workers, num_frames=3, size_scales=[1.0, 1.5]))
     loader, whole = iter(module.train_dataloader()), []
     for step in range(10):
         whole.append(next(loader))
         module.advance(whole[-1])
         if step == 4:
             state = json.loads(json.dumps(module.state_dict()))
-    other = ClipDataModule(settings_of(parts, num_workers=workers, num_frames=3))
+    other = ClipDataModule(settings_of(parts, num_workers=workers, num_frames=3, size_scales=[1.0, 1.5]))
     other.load_state_dict(state)
     assert fingerprint(take(other.train_dataloader(), 5)) == fingerprint(whole[5:])
     assert {b.video.shape[2] for b in whole} == {4, 1}
-    assert {b.video.shape[2] for b in module.val_dataloader()} == {3}
+    sizes = {tuple(b.video.shape[3:]) for b in whole}
+    assert {b.video.shape[2] for b in module.val_dataloader()} == {3} and len(sizes) == 2
+    assert {tuple(b.video.shape[3:]) for b in module.val_dataloader()} == {min(sizes)}, "validation sees data.size"
 
 
 def test_data_module_refuses_other_buckets(parts):

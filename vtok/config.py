@@ -38,6 +38,8 @@ class DataConfig:
     map: str = ""  # extension of the member that holds a dense map, such as npy; "" = the video or image
     num_frames: int = 16
     size: list[int] = field(default_factory=lambda: [64, 64])  # (height, width) in pixels
+    # factors on size, one drawn for each training batch, evenly and the same on every rank; None: size alone
+    size_scales: list[float] | None = None
     fps: float | None = 8.0  # frames are picked at this rate; None keeps the source's
     crop: str = "random"  # random | center | none (resize only, aspect not kept); validation always crops the centre
     scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # random resized crop: share of the short side

@@ -5,6 +5,8 @@
 
 Which part a batch comes from is a pure function of (seed, number of the batch, weights). Ranks that take a step
 together thus run the same shapes together, and a resume counts how many batches of each part a stream has given.
+
+With `data.size_scales` batch n is also of size `Sizes.at(n)`, likewise drawn, independently of the part.
 """
 
 from __future__ import annotations
@@ -96,10 +98,10 @@ def make_buckets(
 
 
 class Schedule:
-    """The bucket of every batch, by weight."""
+    """The bucket of every batch, by weight. purpose: schedules of different purposes draw independently."""
 
-    def __init__(self, weights: Sequence[float], *, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, weights: Sequence[float], *, seed: int, purpose: str = "buckets") -> None:
+        self.seed, self.purpose = seed, purpose
         edges = np.cumsum(np.asarray(weights, np.float64))
         self.edges = edges / edges[-1]
 
@@ -117,12 +119,48 @@ class Schedule:
         return found.tolist()
 
     def _block(self, block: int) -> np.ndarray:
-        draws = _draws(self.seed, block)
+        draws = _draws(self.purpose, self.seed, block)
         return np.searchsorted(self.edges[:-1], draws, side="right")
 
 
-@functools.lru_cache(maxsize=4)
-def _draws(seed: int, block: int) -> np.ndarray:
+class Sizes:
+    """The (height, width) of every batch: `size`, or `size` times one of `scales`, drawn evenly.
+
+    Raises: ValueError for scales that do not give whole pixels.
+    """
+
+    def __init__(self, size: tuple[int, int], scales: Sequence[float] | None, *, seed: int) -> None:
+        self.sizes = scaled_sizes(size, scales)
+        self.schedule = Schedule([1.0] * len(self.sizes), seed=seed, purpose="sizes")
+
+    def at(self, number: int) -> tuple[int, int]:
+        """Of batch `number` of a rank, counted from 0."""
+        return self.sizes[self.schedule.part(number)] if len(self.sizes) > 1 else self.sizes[0]
+
+
+def scaled_sizes(size: tuple[int, int], scales: Sequence[float] | None) -> list[tuple[int, int]]:
+    """`size` times each of the scales (None: once), in their order."""
+    if scales is None:
+        return [size]
+    if not scales:
+        raise ValueError(
+            "data.size_scales=[] is empty; give factors such as [0.5, 0.75, 1.0, 1.25], or null for one size"
+        )
+    out = []
+    for scale in scales:
+        height, width = round(size[0] * scale), round(size[1] * scale)
+        whole = abs(height - size[0] * scale) < 1e-6 and abs(width - size[1] * scale) < 1e-6
+        if not whole or min(height, width) < 1:
+            raise ValueError(
+                f"data.size_scales={list(scales)}: {scale} times data.size={list(size)} is "
+                f"{size[0] * scale:g} x {size[1] * scale:g}, no whole pixels; choose factors that give these"
+            )
+        out.append((height, width))
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(purpose: str, seed: int, block: int) -> np.ndarray:
     """[DRAWS] float64 uniform in [0, 1): from the raw output of Philox, which numpy keeps over its versions."""
-    key = int.from_bytes(blake2b(f"buckets\0{seed}\0{block}".encode(), digest_size=16).digest(), "big")
+    key = int.from_bytes(blake2b(f"{purpose}\0{seed}\0{block}".encode(), digest_size=16).digest(), "big")
     return (np.random.Philox(key=key).random_raw(DRAWS) >> np.uint64(11)).astype(np.float64) * 2.0**-53

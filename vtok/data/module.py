@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vtok.config import DataConfig
-from vtok.data.buckets import check_parts
+from vtok.data.buckets import check_parts, scaled_sizes
 from vtok.data.pipeline import TrainingStream, ValidationSet, make_loader
 from vtok.data.sources import Shard, open_sources
 from vtok.data.view import view_of
@@ -69,6 +69,7 @@ class ClipDataModule(lightning.LightningDataModule):
         if self.bucketed and config.shards:
             parts = {"part_frames": config.part_frames, "part_batch_sizes": config.part_batch_sizes}
             check_parts(len(config.shards.split("::")), shards=config.shards, **parts)
+        scaled_sizes(self.view.size, config.size_scales)
         if not 0 <= config.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction={config.max_bad_fraction} is a share of the samples, 0 to 1")
 
@@ -120,6 +121,7 @@ class ClipDataModule(lightning.LightningDataModule):
             weights=config.weights,
             part_frames=config.part_frames,
             part_batch_sizes=config.part_batch_sizes,
+            size_scales=config.size_scales,
             shuffle_buffer=config.shuffle_buffer,
             cache_dir=config.cache_dir,
             max_bad_fraction=config.max_bad_fraction,

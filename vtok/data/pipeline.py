@@ -9,13 +9,15 @@
 4. decode         a window of `num_frames` at `fps` with a random start; a clip that is shorter than the window comes
                   whole, with its length; an image is a 1-frame clip                    -> `vtok.data.view`
                   With data.map it is a window of the dense map in <key>.npy        -> `vtok.data.maps`
-5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip
+5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip. With
+                  data.size_scales the target of a batch is one of several sizes, drawn by the batch's number
 6. batch          uint8 [B, 3, T, H, W] padded with repeats of the last frame to the longest clip, `lengths`, `times`
 
 Laws. The order of samples is a pure function of (seed, epoch, rank, world, workers) and the shards; every random choice
-about one sample (start, crop, flip) of (seed, epoch, key). So a position is a number of batches, and a resume needs no
-generator state. Passes over all streams with the same epoch number hold every sample exactly once. Another number of
-ranks or workers gives another order (the same samples a pass, each seen in the same window and crop).
+about one sample (start, crop, flip) of (seed, epoch, key); part and size of a batch of (seed, its number). So a
+position is a number of batches, and a resume needs no generator state. Passes over all streams with the same epoch
+number hold every sample exactly once. Another number of ranks or workers gives another order (the same samples a pass, each seen in
+the same window and crop).
 
 A broken sample is logged, appended to the quarantine file, counted and left out, and so is a shard that cannot be read
 for the moment; a resume reads that file to count the same ones in and out. Damaged shards give their whole samples and
@@ -32,7 +34,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import accumulate, count
 from pathlib import Path
@@ -41,7 +44,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vtok.data.buckets import Bucket, Schedule, make_buckets
+from vtok.data.buckets import Bucket, Schedule, Sizes, make_buckets
 from vtok.data.health import Health
 from vtok.data.order import WHOLE_SHARD, endless, passes, seeded, whole_epochs
 from vtok.data.sample import Item, collate, load_sample
@@ -61,6 +64,7 @@ class TrainingStream(IterableDataset):
     start: batches of this rank already consumed; the stream goes on with the next one. A fresh loader asks worker 0
     first, so worker i takes the stream whose turn it is, (i + start) mod workers.
     part_frames, part_batch_sizes: with one of them every batch comes from one source (`vtok.data.buckets`).
+    size_scales: a batch is of view.size times one of them.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class TrainingStream(IterableDataset):
         weights: Sequence[float] | None = None,
         part_frames: Sequence[int] | None = None,
         part_batch_sizes: Sequence[int] | None = None,
+        size_scales: Sequence[float] | None = None,
         shuffle_buffer: int = 256,
         cache_dir: str | Path = "",
         max_bad_fraction: float = 0.01,
@@ -87,6 +92,7 @@ class TrainingStream(IterableDataset):
         parts = {"part_frames": part_frames, "part_batch_sizes": part_batch_sizes}
         self.buckets = make_buckets(sources, view=view, batch_size=batch_size, weights=weights, **parts)
         self.schedule = Schedule([bucket.weight for bucket in self.buckets], seed=seed)
+        self.sizes = Sizes(view.size, size_scales, seed=seed)
         self.seed, self.weights, self.shuffle_buffer = seed, weights, shuffle_buffer
         self.rank, self.world, self.start = rank, world, start
         self.max_bad_fraction, self.quarantine = max_bad_fraction, quarantine
@@ -113,15 +119,19 @@ class TrainingStream(IterableDataset):
         for number in count(turn + sum(given) * workers, workers):
             part = self.schedule.part(number)
             bucket, items = self.buckets[part], sources[part]
-            yield collate([next(items) for _ in range(bucket.batch_size)], frames=bucket.frames)
+            view = replace(bucket.view, size=self.sizes.at(number))
+            yield collate([items.send(view) for _ in range(bucket.batch_size)], frames=bucket.frames)
 
     def _label(self, source: int, shard: int) -> str:
         """How the quarantine calls a shard. Parts may hold the same shard, and see other windows of its clips."""
         name = self.readers[source].shards[shard].name
         return f"{source}:{name}" if len(self.buckets) > 1 else name
 
-    def _items(self, bucket: Bucket, health: Health, *, skip: int, stream: int, streams: int) -> Iterator[Any]:
-        """None once `skip` good samples are passed over, then good samples without end."""
+    def _items(
+        self, bucket: Bucket, health: Health, *, skip: int, stream: int, streams: int
+    ) -> Generator[Any, View, None]:
+        """None once `skip` good samples are passed over, then good samples without end: each seen in the view sent."""
+        view = bucket.view
         keywords: dict[str, Any] = {
             "seed": self.seed,
             "stream": stream,
@@ -148,7 +158,7 @@ class TrainingStream(IterableDataset):
         else:
             references = endless(self.readers, weights=self.weights, **keywords)
         if not skip:
-            yield None
+            view = yield None
         for source, epoch, sample in references:
             reader, shard = self.readers[source], self._label(source, sample.shard)
             if sample.passing:
@@ -166,16 +176,16 @@ class TrainingStream(IterableDataset):
                 skip -= 1
                 health.good()
                 if not skip:
-                    yield None
+                    view = yield None
                 continue
             rng = seeded(self.seed, epoch, sample.key)
             try:
-                item = load_sample(reader, sample, bucket.view, rng=rng, key=f"{epoch}:{sample.key}")
+                item = load_sample(reader, sample, view, rng=rng, key=f"{epoch}:{sample.key}")
             except (DecodeError, BrokenSample, OSError) as error:
                 health.bad(epoch, shard, sample.key, str(error))
                 continue
             health.good()
-            yield item
+            view = yield item
 
 
 class ValidationSet(IterableDataset):
