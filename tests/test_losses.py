@@ -15,19 +15,22 @@ from torch import nn
 
 from vtok import losses, strategy
 from vtok.layers.discriminator import PatchDiscriminator2d, PatchDiscriminator3d, TransformerDiscriminator
+from vtok.layers.stylegan import StyleGANDiscriminator
 from vtok.losses import Adversarial, AdversarialConfig, LogVariance, codebook_report
 from vtok.losses.codebook import MOST_BINS, bins_of
 from vtok.losses.pixels import draw_frames
 
 ROOT = Path(__file__).parent.parent
 SIZE = (32, 32)
-KINDS = ("conv3d", "conv2d", "both", "transformer")
+KINDS = ("conv3d", "conv2d", "both", "stylegan", "transformer")
 
 
 def adversary(discriminator: str = "conv3d", *, size: tuple[int, int] = SIZE, **settings) -> Adversarial:
     torch.manual_seed(0)
     extra = {"patch": [2, 8, 8], "num_heads": 1, "width": 16} if discriminator == "transformer" else {"width": 8}
-    config = AdversarialConfig(weight=0.3, discriminator=discriminator, **{"depth": 2, **extra, **settings})
+    if discriminator != "stylegan":
+        extra["depth"] = 2
+    config = AdversarialConfig(weight=0.3, discriminator=discriminator, **{**extra, **settings})
     return Adversarial(config, channels=3, frames=5, size=size).double()
 
 
@@ -57,7 +60,9 @@ def nets(adversarial: Adversarial) -> list[nn.Module]:
 
 
 def seen(net: nn.Module, video: torch.Tensor) -> torch.Tensor:
-    return video.transpose(1, 2).flatten(0, 1) if isinstance(net, PatchDiscriminator2d) else video
+    return (
+        video.transpose(1, 2).flatten(0, 1) if isinstance(net, PatchDiscriminator2d | StyleGANDiscriminator) else video
+    )
 
 
 # both players
@@ -216,13 +221,14 @@ def test_averages_are_float32_buffers_that_move_under_bfloat16():
     "settings, words",
     [
         (dict(kind="hinges"), "objective.adversarial.kind='hinges'.*hinge, nonsaturating, wgan"),
-        (dict(discriminator="conv4d"), "discriminator='conv4d'.*conv3d, conv2d, both, transformer"),
+        (dict(discriminator="conv4d"), "discriminator='conv4d'.*conv3d, conv2d, both, stylegan, transformer"),
         (dict(generator="hinge"), "generator='hinge'.*linear or nonsaturating"),
         (dict(kind="wgan"), "kind=wgan has no bound.*r1 or lecam"),
         (dict(smoothing=0.1), "smoothing=0.1 has no effect without kind=nonsaturating"),
         (dict(lecam_decay=0.9), "lecam_decay=0.9 has no effect without lecam above 0"),
         (dict(r1_every=1), "r1_every=1 has no effect without r1"),
-        (dict(frames=1), "frames=1 has no effect without discriminator=conv2d or both"),
+        (dict(frames=1), "frames=1 has no effect without discriminator=conv2d or both or stylegan"),
+        (dict(discriminator="stylegan", depth=2), "depth=2 has no effect without another discriminator than stylegan"),
         (dict(patch=[1, 8, 8]), "patch=.*without discriminator=transformer"),
         (dict(discriminator="transformer", patch=[8, 8]), "three sizes"),
         (dict(every=0), "every=0 must be 1"),
@@ -239,6 +245,8 @@ def test_adversarial_settings_that_cannot_be_honoured_are_refused(settings, word
 def test_images_too_small_for_frames_name_another_discriminator():
     with pytest.raises(ValueError, match="4x4; choose discriminator=conv3d"):
         adversary("conv2d", size=(4, 4), depth=1)
+    with pytest.raises(ValueError, match="frames of 7x32 are too small; choose discriminator=conv3d"):
+        adversary("stylegan", size=(7, 32))
 
 
 SCRIPT = """
@@ -298,6 +306,9 @@ def test_zero_3_plays_the_same_game_and_refuses_a_gradient_penalty(tmp_path):
 
 def test_features_end_in_the_logits():
     video = clips().float()
+    frames = video.transpose(1, 2).flatten(0, 1)
+    of_frames = StyleGANDiscriminator(width=8, size=SIZE)
+    assert torch.equal(of_frames.features(frames)[-1], of_frames(frames)) and len(of_frames.features(frames)) == 4
     nets = PatchDiscriminator3d(width=8), TransformerDiscriminator(channels=3, frames=5, size=SIZE, width=16, depth=2)
     for net in nets:
         features = net.features(video)

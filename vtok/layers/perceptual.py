@@ -1,4 +1,5 @@
-"""Perceptual distances as losses and metrics, their weights from files: LPIPS, and ConvNeXt-S (`vtok.layers.convnext`).
+"""Perceptual distances as losses and metrics, their weights from files: LPIPS, and what `vtok.layers.vgg` and
+`vtok.layers.convnext` hold.
 
 Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric,
 https://arxiv.org/abs/1801.03924. An ImageNet classifier's features at five depths, unit-normalised over channels; the
@@ -11,12 +12,11 @@ A file of LPIPS weights holds, under one set of names,
     lin{k}.model.1.weight                     the five heads, k = 0..4, [1, channels, 1, 1]
 as safetensors, or as a `torch.save`d state dict (read with weights_only=True). The state dict of the `lpips` package
 (`net.slice{s}.{i}.*`, which keeps torchvision's numbering) is read too; a classifier's `classifier.*` is passed over.
-A file of ConvNeXt-S weights is the state dict of torchvision's `convnext_small`, saved in either way.
+A file of VGG-19 or ConvNeXt-S weights is the state dict of torchvision's `vgg19` or `convnext_small`, saved either way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -24,8 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from vtok.layers.convnext import SIDE, ConvNeXt, ConvNeXtDistance
+from vtok.layers.vgg import VGG19Distance, of_state
+from vtok.layers.weights import file_sha256, fill_weights, read_weights
 
-PERCEPTUAL_NETS = ("lpips", "convnext_s")
+__all__ = ["LPIPS", "PERCEPTUAL_NETS", "file_sha256", "load_lpips", "load_perceptual"]
+
+PERCEPTUAL_NETS = ("lpips", "convnext_s", "vgg19")
 
 # (features up to and with this ReLU feed head k, its channels), by torchvision's numbering
 _TAPS = {
@@ -83,6 +87,7 @@ class LPIPS(nn.Module):
         if net not in _TAPS:
             raise ValueError(f"net={net!r} is not an LPIPS backbone; choose one of {sorted(_TAPS)}")
         self.net = net
+        self.tap_weights = (1 / len(_TAPS[net]),) * len(_TAPS[net])  # of Gram matrices
         self.features = _alexnet() if net == "alex" else _vgg16()
         for k, (_, channels) in enumerate(_TAPS[net]):
             self.add_module(f"lin{k}", _Head(channels))
@@ -128,12 +133,6 @@ class LPIPS(nn.Module):
         return total
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, value in state.items():
@@ -141,35 +140,6 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         out[re.sub(r"^net\.slice\d+\.", "features.", name)] = value
     return out
-
-
-def _read(path: str | Path, sha256: str, what: str) -> dict[str, Tensor]:
-    """The state dict of a file; `what` names the weights in errors."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {what} weights at {path}; give the path of a file, or leave it empty to go without"
-        )
-    if sha256 and (found := file_sha256(path)) != sha256.lower():
-        raise ValueError(
-            f"{path} has sha256 {found}, expected {sha256}: these are other weights, so the numbers would not compare"
-        )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors")
-    return state
-
-
-def _fill(net: nn.Module, state: dict[str, Tensor], path: str | Path, what: str, *, assign: bool = False) -> None:
-    try:
-        net.load_state_dict(state, strict=True, assign=assign)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {what}: {error}") from error
 
 
 def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
@@ -180,7 +150,7 @@ def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
         sha256: expected hash of the file; "" skips the comparison.
     Raises: FileNotFoundError; ValueError on another hash, an unknown backbone, missing or superfluous names.
     """
-    state = _plain_names(_read(path, sha256, "LPIPS"))
+    state = _plain_names(read_weights(path, sha256, "LPIPS"))
     first = state.get("features.0.weight")
     by_kernel = {11: "alex", 3: "vgg"}
     if first is None or first.ndim != 4 or first.shape[-1] not in by_kernel:
@@ -189,15 +159,17 @@ def load_lpips(path: str | Path, sha256: str = "") -> LPIPS:
             f"lin0.model.1.weight ... lin4.model.1.weight; it holds {', '.join(sorted(state)[:5]) or 'nothing'} ..."
         )
     net = LPIPS(by_kernel[int(first.shape[-1])])
-    _fill(net, state, path, f"LPIPS with net={net.net!r}")
+    fill_weights(net, state, path, f"LPIPS with net={net.net!r}")
     return net
 
 
-def load_perceptual(net: str, path: str | Path, *, sha256: str = "", side: int = SIDE) -> LPIPS | ConvNeXtDistance:
+def load_perceptual(
+    net: str, path: str | Path, *, sha256: str = "", side: int = SIDE
+) -> LPIPS | VGG19Distance | ConvNeXtDistance:
     """The distance `net` names, frozen, with the weights of a file: both take two [N, 3, H, W] in [-1, 1] to [N].
 
     Args:
-        net: "lpips" or "convnext_s".
+        net: "lpips", "convnext_s" or "vgg19" (as wide as the file's).
         sha256: expected hash of the file; "" skips the comparison.
         side: convnext_s alone: pixels a side at which it sees both images.
     Raises: FileNotFoundError; ValueError on an unknown net, another hash, missing or superfluous names.
@@ -206,9 +178,19 @@ def load_perceptual(net: str, path: str | Path, *, sha256: str = "", side: int =
         raise ValueError(f"objective.perceptual_net={net!r} is unknown; choose {' or '.join(PERCEPTUAL_NETS)}")
     if net == "lpips":
         return load_lpips(path, sha256)
+    if net == "vgg19":
+        state = read_weights(path, sha256, "VGG-19")
+        found = of_state(state)
+        if found is None:
+            raise ValueError(
+                f"{path} is not the state dict of torchvision's vgg19 (features.0.weight ... features.34.bias); it "
+                f"holds {', '.join(sorted(state)[:5]) or 'nothing'} ..."
+            )
+        fill_weights(*found, path, "torchvision's vgg19")
+        return found[0]
     with torch.device("meta"):  # fifty million random numbers would take seconds
         network = ConvNeXt()
     distance = ConvNeXtDistance(network, side=side)
-    state = {name: value.float() for name, value in _read(path, sha256, "ConvNeXt-S").items()}
-    _fill(network, state, path, "torchvision's convnext_small", assign=True)
+    state = {name: value.float() for name, value in read_weights(path, sha256, "ConvNeXt-S").items()}
+    fill_weights(network, state, path, "torchvision's convnext_small", assign=True)
     return distance.requires_grad_(False)

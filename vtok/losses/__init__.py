@@ -1,6 +1,6 @@
 """Losses: plain functions and small modules. Videos are [B, C, T, H, W] in [-1, 1]; results are scalars unless stated.
 
-pixels.py       reconstruction, perceptual distance, learned variance
+pixels.py       reconstruction, perceptual distances of frames and clips, Gram matrices, optical flow, learned variance
 adversarial.py  discriminators' and generators' losses, and both players in one backward
 codebook.py     what a step reports of its ids
 objective.py    what objectives of families that return to pixels share
@@ -21,7 +21,15 @@ from vtok.losses.adversarial import (
 )
 from vtok.losses.codebook import codebook_report
 from vtok.losses.objective import PixelConfig, PixelObjective
-from vtok.losses.pixels import LogVariance, frame_mask, perceptual, reconstruction
+from vtok.losses.pixels import (
+    LogVariance,
+    flow_distance,
+    frame_mask,
+    gram,
+    perceptual,
+    reconstruction,
+    video_perceptual,
+)
 
 __all__ = [
     "Adversarial",
@@ -35,11 +43,14 @@ __all__ = [
     "discriminator_nonsaturating",
     "discriminator_wgan",
     "feature_matching",
+    "flow_distance",
     "frame_mask",
     "generator_adversarial",
     "generator_nonsaturating",
     "gradient_penalty",
+    "gram",
     "lecam",
     "perceptual",
     "reconstruction",
+    "video_perceptual",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtok.layers.discriminator import PatchDiscriminator2d, PatchDiscriminator3d, TransformerDiscriminator
+from vtok.layers.stylegan import StyleGANDiscriminator
 from vtok.losses.pixels import draw_frames
 
 
@@ -103,7 +104,8 @@ def adaptive_weight(loss: Tensor, adversarial: Tensor, wrt: Tensor, *, limit: fl
     return (of_loss / (of_adversarial + 1e-4)).clamp(0, limit).detach()
 
 
-DISCRIMINATORS = ("conv3d", "conv2d", "both", "transformer")
+DISCRIMINATORS = ("conv3d", "conv2d", "both", "stylegan", "transformer")
+OF_FRAMES = (PatchDiscriminator2d, StyleGANDiscriminator)  # see images, not videos
 KINDS = ("hinge", "nonsaturating", "wgan")
 
 
@@ -122,10 +124,12 @@ class AdversarialConfig:
     lecam_decay: float = 0.999  # of its averages
     r1: float = 0.0  # weight of the gradient penalty at real clips
     r1_every: int = 16  # steps between penalties, each of them so much heavier
-    discriminator: str = "conv3d"  # conv3d | conv2d (a frame at a time) | both | transformer
-    frames: int = 0  # conv2d, both: random frames of each clip and step that the conv2d sees; 0 = all
+    discriminator: str = (
+        "conv3d"  # conv3d | conv2d, stylegan (StyleGAN2's; both a frame at a time) | both | transformer
+    )
+    frames: int = 0  # conv2d, both, stylegan: random frames of each clip and step that it sees; 0 = all
     width: int = 64
-    depth: int = 3
+    depth: int = 3  # not of stylegan, which halves frames down to 4 x 4
     num_heads: int = 8  # transformer only
     patch: list[int] = field(default_factory=lambda: [4, 8, 8])  # transformer only
 
@@ -155,7 +159,8 @@ def check(config: AdversarialConfig) -> None:
         "smoothing": (c.kind == "nonsaturating", "kind=nonsaturating"),
         "lecam_decay": (c.lecam > 0, "lecam above 0"),
         "r1_every": (c.r1 > 0, "r1 above 0"),
-        "frames": (c.discriminator in ("conv2d", "both"), "discriminator=conv2d or both"),
+        "frames": (c.discriminator in ("conv2d", "both", "stylegan"), "discriminator=conv2d or both or stylegan"),
+        "depth": (c.discriminator != "stylegan", "another discriminator than stylegan"),
         "patch": (c.discriminator == "transformer", "discriminator=transformer"),
     }
     for key, (used, need) in idle.items():
@@ -187,6 +192,8 @@ class Adversarial(nn.Module):
             nets["conv3d"] = PatchDiscriminator3d(channels=channels, width=c.width, num_layers=c.depth)
         if c.discriminator in ("conv2d", "both"):
             nets["conv2d"] = PatchDiscriminator2d(channels=channels, width=c.width, num_layers=c.depth, size=size)
+        if c.discriminator == "stylegan":
+            nets["stylegan"] = StyleGANDiscriminator(channels=channels, width=c.width, size=size)
         if c.discriminator == "transformer":
             nets["transformer"] = TransformerDiscriminator(
                 channels=channels,
@@ -220,11 +227,11 @@ class Adversarial(nn.Module):
         return step >= self.config.start + self.config.warmup
 
     def players(self, video: Tensor, recon: Tensor, mask: Tensor | None) -> list[tuple[nn.Module, Tensor, Tensor]]:
-        """(discriminator, what it sees of the video, what of the reconstruction); images for a conv2d."""
+        """(discriminator, what it sees of the video, what of the reconstruction); images for those of frames."""
         nets = list(self.discriminator.values()) if isinstance(self.discriminator, nn.ModuleDict) else []
         out = []
         for net in nets or [self.discriminator]:
-            if isinstance(net, PatchDiscriminator2d):
+            if isinstance(net, OF_FRAMES):
                 clip, frame = draw_frames(video, count=self.config.frames, mask=mask)
                 out.append((net, video[clip, :, frame], recon[clip, :, frame]))
             elif mask is not None:  # padding must not tell the reconstruction from the video

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from vtok.layers.flow import load_flow
+from vtok.layers.i3d import load_i3d_distance
 from vtok.layers.perceptual import load_perceptual
 from vtok.losses.adversarial import Adversarial, AdversarialConfig
-from vtok.losses.pixels import LogVariance, gram, perceptual, reconstruction
+from vtok.losses.pixels import LogVariance, flow_distance, gram, perceptual, reconstruction, video_perceptual
 
 
 @dataclass(kw_only=True)
@@ -17,15 +22,48 @@ class PixelConfig:
     l2: float = 0.0
     log_l2: float = 0.0  # mean over clips of log(mean squared error): PSNR's own average
     perceptual: float = 0.0  # weight of a perceptual distance per frame
-    perceptual_net: str = "lpips"  # lpips | convnext_s (logits of a classifier; TiTok)
+    perceptual_net: str = "lpips"  # lpips | convnext_s (logits of a classifier; TiTok) | vgg19 (L1 of features; Cosmos)
     perceptual_weights: str = ""  # path of that network's weights
     perceptual_sha256: str = ""
     perceptual_side: int = 224  # convnext_s: pixels a side at which it sees frames
     perceptual_frames: int = 0  # random frames of each clip and step that it sees; 0 = all
-    gram: float = 0.0  # weight of a distance of Gram matrices of that network's features (lpips alone; Cosmos)
+    gram: float = 0.0  # weight of a distance of Gram matrices of that network's features (lpips, vgg19; Cosmos)
+    video_perceptual: float = 0.0  # weight of a distance of I3D's features of whole clips (C-ViViT); images have none
+    video_perceptual_weights: str = ""  # path of I3D's weights
+    video_perceptual_sha256: str = ""
+    flow: float = 0.0  # weight of the difference of optical flows, in pixels (Cosmos); images have none
+    flow_weights: str = ""  # path of RAFT's weights (torchvision's raft_large or raft_small)
+    flow_sha256: str = ""
+    flow_scale: float = 1.0  # RAFT sees frames at 1 / scale of their sides, but at 128 pixels at least
+    flow_pairs: int = 0  # random pairs of neighbouring frames of each clip and step that it sees; 0 = all
     log_variance: str = "none"  # none | mean | sum (over a clip's values, VidTok): learned, divides the distances above
     quantizer: float = 1.0  # weight of the quantizer's own loss: commitment, entropy, KL
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    init_from: str = (
+        ""  # run (its last checkpoint) or checkpoint whose parts of these losses go on; "" = all begin anew
+    )
+    init_without: list[str] = field(
+        default_factory=list
+    )  # those that begin anew all the same: adversarial, log_variance
+
+
+PARTS = ("adversarial", "log_variance")  # what learns beside the model
+
+
+def _objective_of(source: str | Path) -> dict[str, Tensor]:
+    """The `objective.*` tensors of a run's last checkpoint, or of a checkpoint, without that prefix."""
+    path = Path(source)
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if path.is_dir():
+        raise ValueError(
+            f"objective.init_from={str(source)!r}: {path} is a folder of DeepSpeed shards. Make a file of it once: "
+            'torch.save({"state_dict": vtok.strategy.consolidate(FOLDER)}, "whole.ckpt"), and give that'
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"objective.init_from={str(source)!r}: there is no checkpoint at {path}")
+    state = torch.load(path, map_location="cpu", weights_only=True).get("state_dict", {})
+    return {k.removeprefix("objective."): v for k, v in state.items() if k.startswith("objective.")}
 
 
 class PixelObjective(nn.Module):
@@ -41,12 +79,38 @@ class PixelObjective(nn.Module):
     ):
         super().__init__()
         self.config = c = config
-        self.perceptual = self.log_variance = self.adversarial = None
-        for key, value in (("perceptual", c.perceptual), ("gram", c.gram)):
-            if value < 0:
-                raise ValueError(f"objective.{key}={value} must be 0 or above")
-        if c.gram and c.perceptual_net != "lpips":
-            raise ValueError(f"objective.gram={c.gram} reads features of perceptual_net=lpips, not {c.perceptual_net}")
+        self.perceptual = self.video_perceptual = self.flow = self.log_variance = self.adversarial = None
+        for key in ("perceptual", "gram", "video_perceptual", "flow", "perceptual_frames", "flow_pairs"):
+            if getattr(c, key) < 0:
+                raise ValueError(f"objective.{key}={getattr(c, key)} must be 0 or above")
+        if c.gram and c.perceptual_net not in ("lpips", "vgg19"):
+            raise ValueError(
+                f"objective.gram={c.gram} reads features of perceptual_net=lpips or vgg19, not {c.perceptual_net}"
+            )
+        for key, weight, path in (
+            ("video_perceptual", c.video_perceptual, c.video_perceptual_weights),
+            ("flow", c.flow, c.flow_weights),
+        ):
+            if not weight:
+                continue
+            if not path:
+                network = "I3D" if key == "video_perceptual" else "RAFT"
+                raise ValueError(
+                    f"objective.{key}={weight} needs objective.{key}_weights, a file of {network} weights (see "
+                    "docs/formats.md)"
+                )
+            if channels != 3:
+                raise ValueError(
+                    f"objective.{key}={weight} sees RGB frames: set it to 0 where model.channels={channels}"
+                )
+            if frames < 2:
+                raise ValueError(
+                    f"objective.{key}={weight} compares videos: set it to 0 where data.num_frames={frames}"
+                )
+        if c.video_perceptual:
+            self.video_perceptual = load_i3d_distance(c.video_perceptual_weights, c.video_perceptual_sha256)
+        if c.flow:
+            self.flow = load_flow(c.flow_weights, c.flow_sha256, scale=c.flow_scale)
         if c.perceptual or c.gram or distances:
             if not c.perceptual_weights:
                 raise ValueError(
@@ -68,6 +132,36 @@ class PixelObjective(nn.Module):
             self.log_variance = LogVariance(values=values if c.log_variance == "sum" else 1)
         if c.adversarial.weight:
             self.adversarial = Adversarial(c.adversarial, channels=channels, frames=frames, size=size)
+        self.begin(c.init_from, without=c.init_without)
+
+    def begin(self, source: str | Path, *, without: Sequence[str] = ()) -> None:
+        """Take over what another run's losses have learned: the discriminator with LeCam's averages, the learned
+        variance. Moments of the optimizer begin anew. (`init_from` of the run is about the model alone: exports hold no
+        losses.)
+
+        Args:
+            source: its folder, or a checkpoint; "" does nothing. without: parts that keep their initial weights.
+        Raises: FileNotFoundError; ValueError for parts that are unknown, missing or of another shape there.
+        """
+        unknown = sorted(set(without) - set(PARTS))
+        if unknown or (without and not source):
+            why = f"choose from {', '.join(PARTS)}" if unknown else "has no effect without objective.init_from"
+            raise ValueError(f"objective.init_without={list(without)}: {why}")
+        if not source:
+            return
+        state = _objective_of(source)
+        for part in PARTS:
+            module = getattr(self, part)
+            if module is None or part in without:
+                continue
+            found = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+            try:
+                module.load_state_dict(found, strict=True)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"objective.init_from={str(source)!r} does not fit objective.{part}: {error}. Give both runs the "
+                    f"same settings, or let it begin anew with objective.init_without=[{part}]"
+                ) from error
 
     def idle(self, step: int) -> tuple[str, ...]:
         """Parameter prefixes that rest at this step: learning rate 0, or weight decay would still move them."""
@@ -90,6 +184,14 @@ class PixelObjective(nn.Module):
         if self.perceptual is not None and c.gram:
             terms["gram"] = gram(self.perceptual, recon, video, mask=mask, frames=c.perceptual_frames)
             total = total + c.gram * terms["gram"]
+        of_clips = {
+            "video_perceptual": (self.video_perceptual, video_perceptual, {}),
+            "flow": (self.flow, flow_distance, {"pairs": c.flow_pairs}),
+        }
+        for name, (net, distance, settings) in of_clips.items():
+            if net is not None:  # reported of images too, as 0: ranks report the same names
+                terms[name] = distance(net, recon, video, mask=mask, **settings)
+                total = total + getattr(c, name) * terms[name]
         if self.log_variance is not None:
             total, told = self.log_variance(total)
             terms |= told

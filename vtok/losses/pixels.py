@@ -62,16 +62,21 @@ def perceptual(net: nn.Module, recon: Tensor, target: Tensor, *, mask: Tensor | 
 
 
 def gram(net: nn.Module, recon: Tensor, target: Tensor, *, mask: Tensor | None = None, frames: int = 0) -> Tensor:
-    """Mean over real frames and layers of the mean absolute difference of Gram matrices: products of features, averaged
+    """Mean over real frames of the weighted mean absolute differences of Gram matrices: products of features, averaged
     over places, which tell the texture of a frame and not where it is (Gatys et al. 2015,
-    https://arxiv.org/abs/1508.06576; Cosmos, Agarwal et al. 2025, https://arxiv.org/abs/2501.03575, trains with it).
+    https://arxiv.org/abs/1508.06576; Cosmos, Agarwal et al. 2025, https://arxiv.org/abs/2501.03575, trains with it. Its
+    post-training code squares the differences, and takes the products over all frames of a clip).
 
     Args:
-        net: has `taps`, which takes [N, 3, H, W] to a list of features [N, C, h, w]. mask, frames: as `perceptual`.
+        net: has `taps`, which takes [N, 3, H, W] to a list of features [N, C, h, w], and `tap_weights`, one a feature.
+        mask, frames: as `perceptual`.
     """
     clip, frame = draw_frames(recon, count=frames, mask=mask)
-    pairs = zip(net.taps(recon[clip, :, frame]), net.taps(target[clip, :, frame]))  # pyright: ignore[reportCallIssue]
-    return torch.stack([(_products(a) - _products(b)).abs().mean() for a, b in pairs]).mean()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+        wanted = [_products(x) for x in net.taps(target[clip, :, frame])]  # pyright: ignore[reportCallIssue]
+    found = [_products(x) for x in net.taps(recon[clip, :, frame])]  # pyright: ignore[reportCallIssue]
+    weights: tuple[float, ...] = net.tap_weights  # pyright: ignore[reportAssignmentType]
+    return torch.stack([w * (a - b).abs().mean() for w, a, b in zip(weights, found, wanted)]).sum()
 
 
 def _products(features: Tensor) -> Tensor:
@@ -79,6 +84,50 @@ def _products(features: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         flat = features.float().flatten(2)
         return flat @ flat.mT / flat.shape[2]
+
+
+def flow_distance(
+    net: nn.Module, recon: Tensor, target: Tensor, *, mask: Tensor | None = None, pairs: int = 0
+) -> Tensor:
+    """Mean absolute difference, in pixels, of the optical flows inside both videos, from each frame to the next and
+    back (Cosmos, Agarwal et al. 2025, https://arxiv.org/abs/2501.03575).
+
+    Args:
+        net: takes two [N, 3, H, W] to the flow [N, 2, h, w] from the first to the second.
+        mask: [B, T] bool, real frames (the first ones); None = all.
+        pairs: random pairs of neighbouring frames of each clip to look at, drawn anew at each call; 0 looks at all.
+    Returns: a scalar, 0 where there is no pair: images do not move.
+    """
+    later = None if mask is None else mask[:, 1:]
+    clip, frame = draw_frames(recon[:, :, 1:], count=pairs, mask=later)
+    if not len(clip):
+        return recon.new_zeros(())
+
+    def flows(video: Tensor) -> Tensor:
+        first, second = video[clip, :, frame], video[clip, :, frame + 1]
+        return net(torch.cat([first, second]), torch.cat([second, first]))
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+        wanted = flows(target)
+    return (flows(recon) - wanted).abs().mean()
+
+
+def video_perceptual(net: nn.Module, recon: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean over clips of a perceptual distance of whole clips (C-ViViT, Villegas et al. 2022,
+    https://arxiv.org/abs/2210.02399).
+
+    Args:
+        net: takes two [N, 3, T, H, W] and returns [N].
+        mask: [B, T] bool, real frames (the first ones); None = all. Clips are cut to them, length by length.
+    Returns: a scalar, 0 where no clip has two frames: images are left to `perceptual`.
+    """
+    if mask is None:
+        return net(recon, target).mean() if recon.shape[2] > 1 else recon.new_zeros(())
+    found, lengths = [], mask.sum(1)
+    for length in sorted(set(lengths.tolist()) - {0, 1}):
+        rows = lengths == length
+        found.append(net(recon[rows, :, :length], target[rows, :, :length]))
+    return torch.cat(found).mean() if found else recon.new_zeros(())
 
 
 class LogVariance(nn.Module):
