@@ -102,7 +102,7 @@ def _check_grid(model: Any, size: tuple[int, int], *, budget: int | None, tokens
     if not hasattr(model, "levels") or (budget is None and tokens_per_second is None):
         return
     given = f"budget={budget}" if tokens_per_second is None else f"tokens_per_second={float(tokens_per_second):g}"
-    coarse = [level.height * level.width for level in model.levels(size)[:-1]]
+    coarse = model.token_counts(1, size)[:-1]
     if budget not in coarse:
         choice = f"ask for budget={coarse[0]} (the coarse level alone) or leave it out" if coarse else "leave it out"
         raise ValueError(f"{given}: the tokens of this model are a grid over frames of {size[0]}x{size[1]}; {choice}")

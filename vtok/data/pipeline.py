@@ -16,8 +16,8 @@
 Laws. The order of samples is a pure function of (seed, epoch, rank, world, workers) and the shards; every random choice
 about one sample (start, crop, flip) of (seed, epoch, key); part and size of a batch of (seed, its number). So a
 position is a number of batches, and a resume needs no generator state. Passes over all streams with the same epoch
-number hold every sample exactly once. Another number of ranks or workers gives another order (the same samples a pass, each seen in
-the same window and crop).
+number hold every sample exactly once. Another number of ranks or workers gives another order (the same samples a pass,
+each seen in the same window and crop).
 
 A broken sample is logged, appended to the quarantine file, counted and left out, and so is a shard that cannot be read
 for the moment; a resume reads that file to count the same ones in and out. Damaged shards give their whole samples and

@@ -4,7 +4,8 @@
 
 The first group is one frame (an image is a video of one frame), every later group holds `group_frames` frames. Where a
 model has two levels, a group begins with its coarse tokens, followed by the finer ones of the same stretch of time, so
-that dropping the end of every group leaves what the coarse level alone says.
+that dropping the end of every group leaves what the coarse level alone says. Or the first frame has a grid of its own,
+finer than that of the others, which all of them lean on.
 
 A model is causal in time and keeps what it needs of the past in a cache (`vtok.layers.causal`): a long video is coded
 in pieces with the result of the whole, in constant memory.
@@ -31,13 +32,14 @@ from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens
 class Level:
     """Tokens of one resolution: latent frames a group, and the grid of one of them."""
 
-    frames: int  # of every group but the first, which has one
+    frames: int  # of every group but the first
     height: int
     width: int
+    first: int = 1  # of the first group
 
     def count(self, groups: int, *, begins: bool) -> int:
-        """Latent frames of so many groups."""
-        return 1 + (groups - 1) * self.frames if begins else groups * self.frames
+        """Latent frames of so many groups, 1 or more."""
+        return self.first + (groups - 1) * self.frames if begins else groups * self.frames
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,18 @@ class Layout:
     @classmethod
     def of(cls, levels: Sequence[Level], groups: int, *, begins: bool, device: torch.device | None = None) -> Layout:
         every, places, shapes = [], [], []
+        apart = any(level.first == 0 for level in levels)  # levels then share one axis of time
+        longest = max(level.frames for level in levels)
         for level in levels:
             count = level.count(groups, begins=begins)
-            frame = torch.arange(count)
-            of_group = (frame + level.frames - 1) // level.frames if begins else frame // level.frames
+            each = torch.full((groups,), level.frames)
+            each[0] = level.first if begins else level.frames
             shapes.append((count, level.height, level.width))
-            every.append(of_group.repeat_interleave(level.height * level.width))
-            axes = [(torch.arange(n) + 0.5) / n for n in shapes[-1]]
+            every.append(torch.arange(groups).repeat_interleave(each * level.height * level.width))
+            frames = begins + (groups - begins) * longest if apart else count
+            late = begins - level.first if begins else 0
+            axes = [(torch.arange(late, late + count) + 0.5) / frames]
+            axes += [(torch.arange(n) + 0.5) / n for n in shapes[-1][1:]]
             places.append(torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3))
         group = torch.cat(every)
         order = torch.argsort(group, stable=True)
@@ -95,6 +102,7 @@ class GridTokenizer(StreamedTokenizer):
     Args:
         stride: (t, h, w) pixels a token of the finest level stands for.
         levels: (t, h, w) of each level in units of the finest, coarse to fine; ((1, 1, 1),) for one level.
+        first_apart: the first frame alone is on the first of two levels, and on no other.
         num_frames, size: of the clips it is trained at; other lengths and sizes work too.
     """
 
@@ -109,8 +117,10 @@ class GridTokenizer(StreamedTokenizer):
         embedding_dim: int,
         codebook_sizes: tuple[int, ...],
         index_factors: tuple[tuple[int, ...], ...],
+        first_apart: bool = False,
     ):
         super().__init__()
+        self.first_apart = first_apart
         self.channels, self.stride, self.level_strides = channels, stride, levels
         self.num_frames, self.trained_size = num_frames, size
         self.group_frames = stride[0] * max(level[0] for level in levels)
@@ -148,22 +158,32 @@ class GridTokenizer(StreamedTokenizer):
         """The levels of frames of (H, W) = size."""
         cells = [-(-length // cell) for length, cell in zip(size, self.cell)]
         out = []
-        for t, h, w in self.level_strides:
+        for number, (_, h, w) in enumerate(self.level_strides):
             grid = [
                 count * cell // (stride * coarse)
                 for count, cell, stride, coarse in zip(cells, self.cell, self.stride[1:], (h, w))
             ]
-            out.append(Level(self.group_frames // (self.stride[0] * t), *grid))
+            frames, first = self.latent_frames(number)
+            out.append(Level(frames, *grid, first=first))
         return tuple(out)
 
+    def latent_frames(self, level: int) -> tuple[int, int]:
+        """Latent frames that a level has of every group but the first, and of the first."""
+        if self.first_apart and level == 0:
+            return 0, 1
+        frames = self.group_frames // (self.stride[0] * self.level_strides[level][0])
+        return frames, 0 if self.first_apart else 1
+
     def token_counts(self, frames: int, size: tuple[int, int]) -> list[int]:
-        """Tokens of a clip with the first level, the first two, ... and all of them: the budgets that can be met."""
+        """Tokens of a clip with the first level, the first two, ... and all of them: the budgets that can be met.
+
+        With the first frame apart there is no clip without either level, and one budget."""
         groups = 1 + -(-(frames - 1) // self.group_frames)
         counts, total = [], 0
         for level in self.levels(size):
             total += level.count(groups, begins=True) * level.height * level.width
             counts.append(total)
-        return counts
+        return counts[-1:] if self.first_apart else counts
 
     def layout(self, groups: int, size: tuple[int, int], *, begins: bool, device: torch.device) -> Layout:
         return Layout.of(self.levels(size), groups, begins=begins, device=device)
@@ -206,9 +226,10 @@ class GridTokenizer(StreamedTokenizer):
         return list(zip([0, *ends], [*ends, groups]))
 
     @staticmethod
-    def _edge(group: int, frames: int, begins: bool) -> int:
-        """Frames (or latent frames) before a group, where groups hold `frames` of them and the first of a video one."""
-        return group * frames - (frames - 1) * (begins and group > 0)
+    def _edge(group: int, frames: int, begins: bool, first: int = 1) -> int:
+        """Frames (or latent frames) before a group, where groups hold `frames` of them and the first of a video
+        `first`."""
+        return group * frames - (frames - first) * (begins and group > 0)
 
     def _code(
         self, video: Tensor, valid: Tensor, *, begins: bool = True, cache: dict[nn.Module, Any] | None = None
@@ -236,10 +257,10 @@ class GridTokenizer(StreamedTokenizer):
         if len(pieces) == 1:
             return self.decode_grid(codes, keep, cache)
         cache = {} if cache is None else cache
-        spans = [self.group_frames // (self.stride[0] * level[0]) for level in self.level_strides]
+        spans = [self.latent_frames(level) for level in range(len(self.level_strides))]
         out = []
         for piece in pieces:
-            edges = [[self._edge(group, span, begins) for group in piece] for span in spans]
+            edges = [[self._edge(group, span, begins, first) for group in piece] for span, first in spans]
             part = [[value[:, a:b] for value, (a, b) in zip(values, edges)] for values in (codes, keep)]
             out.append(self.decode_grid(part[0], part[1], cache))
         return torch.cat(out, 2)
@@ -267,10 +288,10 @@ class GridTokenizer(StreamedTokenizer):
         counts = [self.token_counts(int(frames), size) for frames in lengths]
         if isinstance(budget, Tensor):
             raise ValueError("the tokens of this model are a grid: a budget is an int, one of model.token_counts")
-        for level in range(len(self.level_strides)):
+        for level in range(len(counts[0])):
             if all(budget == each[level] for each in counts):
                 per_group = [lev.height * lev.width * lev.frames for lev in self.levels(size)[: level + 1]]
-                whole = level == len(self.level_strides) - 1
+                whole = level == len(counts[0]) - 1
                 return tokens if whole else tokens.select(tokens.mask & (tokens.rank < sum(per_group)))
         choices = sorted({count for each in counts for count in each})
         raise ValueError(
@@ -315,20 +336,23 @@ class GridTokenizer(StreamedTokenizer):
         frames = int(tokens.frames.max())
         groups = self.groups(tokens.frames)
         codes, keep = self._grids(tokens, int(groups.max()), size, begins=True)
-        self._check_filled(keep[0], groups)
+        self._check_filled(keep, groups, begins=True)
         video = self._decode(codes, keep, int(groups.max()))[:, :, :frames, : size[0], : size[1]].clamp(-1, 1)
         last = torch.minimum(torch.arange(frames, device=video.device), tokens.frames[:, None] - 1)
         return video.gather(2, last[:, None, :, None, None].expand_as(video))
 
-    def _check_filled(self, keep: Tensor, groups: Tensor) -> None:
-        if len(self.level_strides) > 1 and keep.shape[1] != int(groups.max()):
-            raise AssertionError("the coarse level has one latent frame a group")
-        real = torch.arange(keep.shape[1], device=keep.device) < groups.to(keep.device)[:, None]
-        if not bool((keep | ~real[:, :, None, None]).all()):
-            raise ShapeError(
-                f"tokens are missing: {int(keep.sum())} of {int(real.sum()) * keep.shape[2] * keep.shape[3]} on the "
-                "grid are there, and this model reads all of them (of its first level)"
-            )
+    def _check_filled(self, keep: list[Tensor], groups: Tensor, *, begins: bool) -> None:
+        """Raises: ShapeError where tokens lack of the levels that every clip has: the first, or both of two apart."""
+        for level in range(2 if self.first_apart else 1):
+            frames, first = self.latent_frames(level)
+            counts = first + (groups - 1) * frames if begins else groups * frames
+            have = keep[level]
+            real = torch.arange(have.shape[1], device=have.device) < counts.to(have.device)[:, None]
+            if not bool((have | ~real[:, :, None, None]).all()):
+                raise ShapeError(
+                    f"tokens are missing: {int(have.sum())} of {int(real.sum()) * have.shape[2] * have.shape[3]} on "
+                    "the grid are there, and this model reads all of them (of its first level)"
+                )
 
     # ---- streaming: a step's Tokens count their groups from 0, `state.done` groups came before
 
@@ -366,7 +390,7 @@ class GridTokenizer(StreamedTokenizer):
         begins = state.done == 0
         groups = begins + -(-(frames - begins) // self.group_frames)
         codes, keep = self._grids(tokens, groups, state.size, begins=begins)
-        self._check_filled(keep[0], torch.full((state.batch,), keep[0].shape[1]))
+        self._check_filled(keep, torch.full((state.batch,), groups), begins=begins)
         past = state.cache.setdefault("past", {})
         video = self._decode(codes, keep, groups, begins=begins, cache=past)
         state.done += groups
