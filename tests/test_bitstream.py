@@ -192,8 +192,8 @@ def test_foreign_and_newer_files():
         with pytest.raises(bitstream.ForeignFile, match="x.vtok is not a .vtok file"):
             Reader(io.BytesIO(foreign), name="x.vtok")
     newer = bytearray(data)
-    newer[8] = 3
-    with pytest.raises(bitstream.NewerVersion, match="version 3, this vtok reads up to 2"):
+    newer[8] = 4
+    with pytest.raises(bitstream.NewerVersion, match="version 4, this vtok reads up to 3"):
         Reader(io.BytesIO(bytes(newer)))
 
 

@@ -3,7 +3,8 @@
     header | record | record | ... | footer          docs/formats.md describes every byte
 
 Each record holds the ids of some steps of a stream and a checksum that continues the one before it; the footer holds
-the totals and a sha256 of all that precedes it. How ids become bytes is `vtok.entropy`'s business.
+the totals and a sha256 of all that precedes it. How ids become bytes is the business of `vtok.entropy` and
+`vtok.prior_coding`; the header is in `vtok.stream_header`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import BinaryIO
 
 import numpy as np
@@ -35,15 +35,38 @@ from vtok.entropy import (
     unpack,
     varint,
 )
+from vtok.prior_coding import PriorModel, PriorStream
+from vtok.stream_header import (
+    ASKED,
+    CODINGS,
+    MAGIC,
+    MODELS,
+    VERSION,
+    DamagedFile,
+    ForeignFile,
+    Header,
+    NewerVersion,
+    OtherBuild,
+    TruncatedFile,
+    VtokFileError,
+    WrongModel,
+    header_bytes,
+    parse_header,
+)
 from vtok.types import Tokens
 
 __all__ = [
+    "ASKED",
+    "CODINGS",
     "Chunk",
     "DamagedFile",
     "Footer",
     "ForeignFile",
     "Header",
+    "MAGIC",
     "NewerVersion",
+    "OtherBuild",
+    "PriorModel",
     "Reader",
     "StaticModel",
     "TruncatedFile",
@@ -55,15 +78,14 @@ __all__ = [
     "read_footer",
 ]
 
-MAGIC = b"\x89VTOK\r\n\x1a"  # like PNG's: a high bit and both line endings, so that text-mode copies are noticed
 END_MAGIC = b"VTKE"
-VERSION = 2  # files that ask for nothing new are still written as version 1
-CODINGS = ("packed", "static")
-ASKED = ("tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")  # what lengths of time blocks can be chosen for
 RECORD, FOOTER = 0x52, 0x46  # "R", "F"
 RECORD_TOKENS = 1024  # a record is closed once it holds this many tokens: about 2 kB, 10 bytes of it overhead
 MAX_RECORD = 1 << 24  # bytes; a longer record is damage, and is refused before memory is asked for
 MAX_GROUPS = 1 << 16  # groups of one record
+EntropyModel = StaticModel | PriorModel
+KINDS = {"static": StaticModel, "ar": PriorModel}
+FILES = {"static": "entropy.safetensors", "ar": "prior.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -142,16 +164,16 @@ class Writer:
     """Writes a .vtok file front to back (the file needs no seek): `write` each step's tokens, then `close`.
 
     Memory is that of one record (1024 tokens or a little more), whatever the length of the video.
-    Raises: ValueError where the static model is missing or does not fit the header.
+    Raises: ValueError where the static model or the prior is missing or does not fit the header.
     """
 
-    def __init__(self, file: BinaryIO, header: Header, *, entropy: StaticModel | None = None) -> None:
+    def __init__(self, file: BinaryIO, header: Header, *, entropy: EntropyModel | None = None) -> None:
         _check_entropy(header, entropy)
-        self.header, self._file, self._entropy = header, file, entropy
+        self.header, self._file, self._coder = header, file, _coder(header, entropy)
         self._sha, self._crc = hashlib.sha256(), 0
         self._pending: list[Chunk] = []
         self._totals = {"frames": 0, "groups": 0, "tokens": 0, "records": 0}
-        self._put(_header_bytes(header))
+        self._put(header_bytes(header))
 
     def write(self, tokens: Tokens | Chunk) -> None:
         """Add the tokens of one clip's next step, their groups numbered from 0."""
@@ -195,11 +217,7 @@ class Writer:
             body += varint(0) + b"".join(map(varint, counts))
         else:
             body += _packed_counts(counts)
-        if self._entropy is None:
-            body += pack(indices, self.header.codebook_sizes)
-        else:
-            ranks = np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
-            body += encode_static(indices, ranks, self._entropy)
+        body += self._coder.encode(indices, counts)
         if len(body) > MAX_RECORD:
             raise ValueError(f"a step of {len(indices)} tokens needs {len(body)} bytes, a record holds {MAX_RECORD}")
         frame = bytes([RECORD]) + varint(len(body)) + body
@@ -220,19 +238,23 @@ class Reader:
     """Reads a .vtok file front to back (the file needs no seek): `header` at once, then iterate over its chunks.
 
     A record is checked before any of its ids is given out; the end of the iteration has checked the whole file, and
-    `footer` is set. Call `expect` before the first chunk when the file is static-coded.
+    `footer` is set. Call `expect` before the first chunk where the coding needs a model.
     Raises: ForeignFile, NewerVersion, TruncatedFile, DamagedFile; WrongModel from `expect`.
     """
 
     def __init__(self, file: BinaryIO, *, name: str = "this file") -> None:
         self._file, self._name = file, name
         self._sha, self._crc = hashlib.sha256(), 0
-        self._entropy: StaticModel | None = None
+        self._entropy: EntropyModel | None = None
         self.footer: Footer | None = None
         self.header = self._read_header()
 
-    def expect(self, model_id: str, weights_sha256: bytes, *, entropy: StaticModel | None = None) -> None:
-        """Require that the file was made with this model (and static model). Raises: WrongModel naming both."""
+    def expect(self, model_id: str, weights_sha256: bytes, *, entropy: EntropyModel | None = None) -> None:
+        """Require that the file was made with this model, and with `entropy`: the static model or the prior, whichever
+        its coding needs.
+
+        Raises: WrongModel naming both; OtherBuild where the prior's probabilities come out otherwise here.
+        """
         header = self.header
         if (header.model_id, header.weights_sha256) != (model_id, weights_sha256):
             raise WrongModel(
@@ -240,21 +262,36 @@ class Reader:
                 f"{header.weights_sha256.hex()[:16]}...), but this is {model_id} ({weights_sha256.hex()[:16]}...); "
                 "decode it with the model that encoded it"
             )
-        if header.coding == "static":
-            if entropy is None:
-                raise WrongModel(
-                    f"{self._name} is coded with the static entropy model of {header.model_id}, which this copy of the "
-                    "model lacks (entropy.safetensors in the export)"
-                )
-            if entropy.sha256 != header.entropy_sha256:
-                raise WrongModel(
-                    f"{self._name} was coded with the static entropy model {header.entropy_sha256.hex()[:16]}..., but "
-                    f"this copy of {model_id} has {entropy.sha256.hex()[:16]}...; use the export that encoded it"
-                )
-            self._entropy = entropy
+        if header.coding == "packed":
+            return
+        kind = MODELS[header.coding]
+        if entropy is None or not isinstance(entropy, KINDS[header.coding]):
+            raise WrongModel(
+                f"{self._name} is coded with {kind} of {header.model_id}, which this copy of the model lacks "
+                f"({FILES[header.coding]} in the export)"
+            )
+        if entropy.sha256 != header.entropy_sha256:
+            raise WrongModel(
+                f"{self._name} was coded with {kind} {header.entropy_sha256.hex()[:16]}..., but "
+                f"this copy of {model_id} has {entropy.sha256.hex()[:16]}...; use the export that encoded it"
+            )
+        if isinstance(entropy, PriorModel) and entropy.fingerprint != header.fingerprint:
+            raise OtherBuild(
+                f"{self._name} was coded where the prior's probabilities are {header.fingerprint.hex()} "
+                f"({header.build or 'an unnamed build'}); on this machine they are {entropy.fingerprint.hex()} "
+                f"({entropy.build}), which would decode to other ids. Decode it on a build like the first, or encode "
+                "the video again with coding 'static'"
+            )
+        self._entropy = entropy
 
     def __iter__(self) -> Iterator[Chunk]:
+        if self.header.coding in MODELS and self._entropy is None:
+            raise WrongModel(
+                f"{self._name} is {self.header.coding}-coded: it can only be read with {self.header.model_id}'s own "
+                f"model ({FILES[self.header.coding]}); call expect() first"
+            )
         groups = tokens = records = 0
+        coder = _coder(self.header, self._entropy)
         while True:
             with self._damage():
                 tag, body, frame = self._read_frame()
@@ -262,7 +299,7 @@ class Reader:
                     self.footer = self._check_footer(frame, body, groups=groups, tokens=tokens, records=records)
                     return
                 self._sha.update(frame)
-                chunks = self._chunks(body)
+                chunks = self._chunks(body, coder)
             for chunk in chunks:
                 groups += len(chunk.counts)
                 tokens += len(chunk.indices)
@@ -279,7 +316,7 @@ class Reader:
         except (ValueError, ZeroDivisionError, IndexError, OverflowError) as error:
             raise DamagedFile(f"{self._name} is damaged: {error}") from error
 
-    def _chunks(self, body: bytes) -> list[Chunk]:
+    def _chunks(self, body: bytes, coder: _Packed | _Static | PriorStream) -> list[Chunk]:
         header = self.header
         chunks, at = take_varint(body, 0)
         groups, at = take_varint(body, at)
@@ -299,15 +336,7 @@ class Reader:
         # An id costs at least 2**-22 of a bit, so no count can be checked by the bytes alone: bound it first.
         if sum(counts) > MAX_RECORD or (header.budget and max(counts) > header.budget):
             raise DamagedFile(f"{self._name}: a record of {sum(counts)} tokens")
-        if header.coding == "packed":
-            indices = unpack(body[at:], sum(counts), header.codebook_sizes)
-        else:
-            if self._entropy is None:
-                raise WrongModel(
-                    f"{self._name} is static-coded: it can only be read with {header.model_id}'s own model"
-                )
-            ranks = np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
-            indices = decode_static(body[at:], ranks, self._entropy)
+        indices = coder.decode(body[at:], counts)
         out, cursor = [], 0
         for c in range(chunks):
             here = tuple(counts[c * groups : (c + 1) * groups])
@@ -375,7 +404,7 @@ class Reader:
         if version < 1:
             raise DamagedFile(f"{self._name} has format version {version}")
         with self._damage():
-            return _parse_header(body, version)
+            return parse_header(body, version)
 
 
 def read_footer(file: BinaryIO, *, name: str = "this file") -> Footer:
@@ -406,16 +435,54 @@ def _parse_footer(body: bytes) -> tuple[Footer, bytes]:
     return Footer(*values), body[at:]
 
 
-def _check_entropy(header: Header, entropy: StaticModel | None) -> None:
-    if (header.coding == "static") != (entropy is not None):
-        raise ValueError(f"coding={header.coding!r} {'needs' if entropy is None else 'takes no'} static model")
+class _Packed:
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+
+    def encode(self, ids: np.ndarray, counts: list[int]) -> bytes:
+        return pack(ids, self.sizes)
+
+    def decode(self, data: bytes, counts: list[int]) -> np.ndarray:
+        return unpack(data, sum(counts), self.sizes)
+
+
+class _Static:
+    def __init__(self, model: StaticModel) -> None:
+        self.model = model
+
+    def encode(self, ids: np.ndarray, counts: list[int]) -> bytes:
+        return encode_static(ids, _ranks(counts), self.model)
+
+    def decode(self, data: bytes, counts: list[int]) -> np.ndarray:
+        return decode_static(data, _ranks(counts), self.model)
+
+
+def _ranks(counts: list[int]) -> np.ndarray:
+    return np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
+
+
+def _coder(header: Header, entropy: EntropyModel | None) -> _Packed | _Static | PriorStream:
+    """How the ids of a file's records become bytes and back, record after record."""
+    if isinstance(entropy, PriorModel):
+        return PriorStream(entropy)
+    return _Packed(header.codebook_sizes) if entropy is None else _Static(entropy)
+
+
+def _check_entropy(header: Header, entropy: EntropyModel | None) -> None:
+    kind = KINDS.get(header.coding, type(None))
+    if not isinstance(entropy, kind):
+        needs = f"needs {MODELS[header.coding]}" if header.coding in MODELS else "takes no entropy model"
+        raise ValueError(f"coding={header.coding!r} {needs}, got {type(entropy).__name__}")
     if entropy is not None:
         if entropy.codebook_sizes != header.codebook_sizes:
             raise ValueError(
-                f"the static model is for codebooks {entropy.codebook_sizes}, the tokens have {header.codebook_sizes}"
+                f"{MODELS[header.coding]} is for codebooks {entropy.codebook_sizes}, the tokens have "
+                f"{header.codebook_sizes}"
             )
         if entropy.sha256 != header.entropy_sha256:
-            raise ValueError("header.entropy_sha256 is not the static model's sha256")
+            raise ValueError(f"header.entropy_sha256 is not the sha256 of {MODELS[header.coding]}")
+    if isinstance(entropy, PriorModel) and entropy.fingerprint != header.fingerprint:
+        raise ValueError("header.fingerprint is not the prior's on this machine")
 
 
 def _packed_counts(counts: list[int]) -> bytes:
