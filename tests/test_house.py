@@ -15,10 +15,11 @@ from vtok.config import RunConfig, load
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"budget", "layers", "quantize", "losses", "vision", "llm", "reducers", "metrics", "data"}
-PLUMBING = {"charts", "entropy", "bitstream"}  # no tensor rooms: they may import one another only
-READS_LAYERS = {"losses", "metrics", "quantize", "vision"}
+# no tensor rooms: they may import one another only
+PLUMBING = {"charts", "entropy", "bitstream", "stream_header", "prior_coding"}
+READS_LAYERS = {"losses", "metrics", "quantize", "vision", "prior_coding"}
 LIGHTNING = {"vtok.strategy", "vtok.lit", "vtok.loop", "vtok.train", "vtok.evaluate", "vtok.data.module"}
-HUGGING = {"vtok.llm", "vtok.vision", "vtok.hf", "vtok.families.language"}
+HUGGING = {"vtok.llm", "vtok.vision.load", "vtok.vision.preprocess", "vtok.hf", "vtok.families.language"}
 LIBRARIES = {"lightning": LIGHTNING, "transformers": HUGGING, "timm": HUGGING, "deepspeed": {"vtok.strategy"}}
 
 
@@ -59,7 +60,7 @@ def allowed(module: str, other: str) -> bool:
     if its in ("types", room) and room != "families":
         return True
     if room in PLUMBING:
-        return its in PLUMBING
+        return its in PLUMBING or (its == "layers" and room in READS_LAYERS)
     if room in LEAVES:
         return (its == "layers" and room in READS_LAYERS) or (module == "vtok.data.module" and its == "config")
     if room == "families":

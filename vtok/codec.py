@@ -3,9 +3,8 @@
     video file -> frames -> (size, fps) -> step/flush -> truncate to the block's budget -> .vtok
     .vtok -> ids -> lookup -> decode_step/decode_flush -> uint8 frames -> video file (FFV1 unless asked otherwise)
 
-The budget is per time block (a group): `budget=K` keeps the K most important tokens of every block, and
-`tokens_per_second=R` lets the tokens written by the end of each block be at most R x its end time, at least one a
-block. Frames keep the video's own size and rate unless told otherwise, and the decoded video has exactly the frames
+How many tokens each time block (a group) keeps is `vtok.rate_control`'s business: K tokens, a rate, a wanted quality, or a
+budget of tokens or bytes for the whole video. Frames keep the video's own size and rate unless told otherwise, and the decoded video has exactly the frames
 that went in.
 
 Letters: T frames, H height, W width, K tokens, G groups, Q ids per token.
@@ -18,7 +17,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,10 @@ from vtok.bitstream import CODINGS, Chunk, DamagedFile, Footer, Header, Reader, 
 from vtok.data.decode import VideoReader, probe
 from vtok.data.encode import write_video
 from vtok.data.view import View, fit
+from vtok.layers.perceptual import LPIPS, load_lpips
 from vtok.loading import identify, load_any
-from vtok.rate_control import Lengths, as_fraction
+from vtok.prior_coding import PriorModel
+from vtok.rate_control import Asked, Step, as_fraction, cut, shared_policy, simple_policy
 from vtok.types import Clip, Streaming, Tokens, to_uint8
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,20 @@ def stream_tokens(
 
     Raises: ValueError for a model without `Streaming`, a bad budget, or frames that change their size.
     """
+    asked = Asked(budget=budget, tokens_per_second=tokens_per_second)
+    policy = simple_policy(model, asked, fps=Fraction(fps))
+    assert policy is not None
+    for tokens, lengths in cut(policy, stream_steps(model, frames), hold=lambda tokens: tokens):
+        yield tokens.truncate(lengths)
+
+
+def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
+    """Every token of a stream of frames uint8 [H, W, 3], step by step, each with the frames it stands for."""
     _check_model(model)
     piece = int(getattr(model.config, "num_frames", 16))
-    shares = Lengths(model, budget=budget, tokens_per_second=tokens_per_second, fps=Fraction(fps))
     device = next(iter(model.parameters())).device
     held: list[np.ndarray] = []
+    given: list[np.ndarray] = []  # to the model, not yet coded
     state: Any = None
 
     def advance() -> Tokens | None:
@@ -62,9 +72,16 @@ def stream_tokens(
         if state is None:
             state = model.init_state(1, held[0].shape[:2])
         video = torch.from_numpy(np.stack(held)).permute(3, 0, 1, 2)[None].to(device)  # [1, 3, T, H, W]
+        given.extend(held)
         held = []
         tokens, state = model.step(Clip(keys=["stream"], video=video), state)
         return tokens
+
+    def step(tokens: Tokens) -> Step:
+        count = len(given) if tokens.frames is None else int(tokens.frames[0])
+        here = np.stack(given[:count])
+        del given[:count]
+        return Step(tokens, here)
 
     with torch.inference_mode():
         size = None
@@ -76,11 +93,11 @@ def stream_tokens(
                 )
             held.append(frame)
             if len(held) == piece and (tokens := advance()) is not None:
-                yield shares.cut(tokens)
+                yield step(tokens)
         if held and (tokens := advance()) is not None:
-            yield shares.cut(tokens)
+            yield step(tokens)
         if state is not None and (tokens := model.flush(state)) is not None:
-            yield shares.cut(tokens)
+            yield step(tokens)
 
 
 def stream_frames(model: Any, tokens: Iterable[Tokens], *, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -97,13 +114,13 @@ def stream_frames(model: Any, tokens: Iterable[Tokens], *, size: tuple[int, int]
             yield from to_uint8(video)[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
-def _check_grid(model: Any, size: tuple[int, int], *, budget: int | None, tokens_per_second: Any) -> None:
+def _check_grid(model: Any, size: tuple[int, int], asked: Asked) -> None:
     """Raises: ValueError for a budget that tokens on a grid cannot meet."""
-    if not hasattr(model, "levels") or (budget is None and tokens_per_second is None):
+    if not hasattr(model, "levels") or not asked.name:
         return
-    given = f"budget={budget}" if tokens_per_second is None else f"tokens_per_second={float(tokens_per_second):g}"
+    given = f"{asked.name}={float(getattr(asked, asked.name)):g}"
     coarse = model.token_counts(1, size)[:-1]
-    if budget not in coarse:
+    if asked.budget not in coarse:
         choice = f"ask for budget={coarse[0]} (the coarse level alone) or leave it out" if coarse else "leave it out"
         raise ValueError(f"{given}: the tokens of this model are a grid over frames of {size[0]}x{size[1]}; {choice}")
 
@@ -117,7 +134,7 @@ def _check_model(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_file` wrote. size: (height, width). bytes: of the file."""
+    """What `encode_file` wrote. size: (height, width). bytes: of the file. note: what the choice of lengths says."""
 
     frames: int
     groups: int
@@ -125,6 +142,7 @@ class Encoded:
     bytes: int
     size: tuple[int, int]
     fps: float
+    note: str = ""
 
     @property
     def duration_s(self) -> float:
@@ -150,6 +168,8 @@ def encode_file(
     *,
     budget: int | None = None,
     tokens_per_second: Fraction | float | None = None,
+    asked: Asked | None = None,
+    lpips: LPIPS | None = None,
     coding: str = "packed",
     size: tuple[int, int] | None = None,
     fps: Fraction | float | None = None,
@@ -159,33 +179,40 @@ def encode_file(
 
     Args:
         budget: tokens kept of each time block. tokens_per_second: the same as a rate, never passed. None keeps all.
-        coding: "packed" (log2 of the codebook size a token) or "static" (entropy-coded with the model's static model).
+        asked: other ways to choose lengths (`vtok.rate_control.Asked`), instead of these two. lpips: the network with
+            its weights, for `asked.lpips`.
+        coding: "packed" (log2 of the codebook size a token), "static" (entropy-coded with the model's static model) or
+            "ar" (with its prior).
         size: (height, width): the centre is cropped to this aspect and resized (antialiased), as in validation; None
             keeps the video's own.
         fps: pick frames at this rate; None keeps every frame, at the video's mean rate.
         progress: show a bar on stderr.
-    Raises: ValueError for a bad setting or a model that cannot; vtok.data.decode.DecodeError for a video that does not
+    Raises: ValueError for a bad setting, a budget that the video cannot meet, or a model that cannot; vtok.data.decode.DecodeError for a video that does not
         decode without damage.
     """
     _check_model(model)
     out = Path(out)
     who = identify(model)
-    entropy = None
-    if coding == "static":
-        entropy = who.entropy
-        if entropy is None:
-            raise ValueError(
-                "coding='static' needs the static entropy model of an export (entropy.safetensors); export the run "
-                "again with its training shards at hand, or use coding='packed'"
-            )
+    entropy = who.coder(coding)
+    if coding == "static" and entropy is None:
+        raise ValueError(
+            "coding='static' needs the static entropy model of an export (entropy.safetensors); export the run "
+            "again with its training shards at hand, or use coding='packed'"
+        )
+    if coding == "ar" and entropy is None:
+        raise ValueError(
+            "coding='ar' needs a prior in the export (prior.safetensors): train one with `vtok tokenize` and "
+            "`vtok prior`, or use coding='packed'"
+        )
     info = probe(video_path)
     own = as_fraction(info.fps) if info.fps > 0 else Fraction(1)  # a still image: one frame
     rate = own if fps is None else as_fraction(fps)
     if rate <= 0:
         raise ValueError(f"fps={fps} must be above 0")
-    Lengths(model, budget=budget, tokens_per_second=tokens_per_second, fps=rate)  # a bad setting fails before any work
+    asked = asked or Asked(budget=budget, tokens_per_second=tokens_per_second)
     shape = size or (info.height, info.width)
-    _check_grid(model, shape, budget=budget, tokens_per_second=tokens_per_second)
+    policy = simple_policy(model, asked, fps=rate, size=shape, lpips=lpips)  # a bad setting fails before any work
+    _check_grid(model, shape, asked)
     _warn_if_far(model, shape)
     header = Header(
         model_id=who.model_id,
@@ -195,8 +222,12 @@ def encode_file(
         codebook_sizes=tuple(model.codebook_sizes),
         coding=coding,
         entropy_sha256=entropy.sha256 if entropy is not None else b"",
-        budget=budget or 0,
-        tokens_per_second=as_fraction(tokens_per_second) if tokens_per_second is not None else Fraction(0),
+        **_build_of(entropy),
+        budget=asked.budget or 0,
+        tokens_per_second=Fraction(0) if asked.tokens_per_second is None else as_fraction(asked.tokens_per_second),
+        asked=asked.name if asked.own_lengths else "",
+        asked_value=as_fraction(getattr(asked, asked.name)) if asked.own_lengths else Fraction(0),
+        look_ahead=asked.look_ahead if asked.name in ("tokens", "bytes") else 0,
     )
     total = int(info.duration_s * rate) if fps is not None else info.frames
     count = 0
@@ -207,18 +238,31 @@ def encode_file(
             count += 1
             yield frame
 
-    source = _resized(_source(video_path, None if fps is None else rate), size)
+    def source() -> Iterator[np.ndarray]:
+        return _resized(_source(video_path, None if fps is None else rate), size)
+
     with _aside(out) as part, _bar(f"encode {Path(video_path).name}", total, progress) as source_bar:
         with open(part, "wb") as file:
             writer = Writer(file, header, entropy=entropy)
-            frames = counted(source_bar(source))
-            for tokens in stream_tokens(model, frames, budget=budget, tokens_per_second=tokens_per_second, fps=rate):
-                writer.write(tokens)
+            if policy is None:
+                policy = shared_policy(
+                    model,
+                    asked,
+                    header=header,
+                    entropy=entropy,
+                    written=file.tell,
+                    frames=total,
+                    again=source,
+                )
+            steps = stream_steps(model, counted(source_bar(source())))
+            for chunk, lengths in cut(policy, steps, hold=Chunk.from_tokens):
+                writer.write(chunk.truncate(lengths[0].tolist()))
             footer = writer.close(frames=count)
             size_bytes = file.tell()
             file.flush()
             os.fsync(file.fileno())
-    return Encoded(footer.frames, footer.groups, footer.tokens, size_bytes, shape, float(rate))
+    assert asked.bytes is None or size_bytes <= asked.bytes, (size_bytes, asked)
+    return Encoded(footer.frames, footer.groups, footer.tokens, size_bytes, shape, float(rate), policy.report())
 
 
 def decode_frames(model: Any, vtok_path: str | Path) -> Iterator[np.ndarray]:
@@ -231,11 +275,12 @@ def decode_frames(model: Any, vtok_path: str | Path) -> Iterator[np.ndarray]:
     _check_model(model)
     name, who = str(vtok_path), identify(model)
     with open(vtok_path, "rb") as file:
-        Reader(file, name=name).expect(who.model_id, who.weights_sha256, entropy=who.entropy)
+        first = Reader(file, name=name)
+        first.expect(who.model_id, who.weights_sha256, entropy=who.coder(first.header.coding))
         total = read_footer(file, name=name).frames
         file.seek(0)
         reader = Reader(file, name=name)
-        reader.expect(who.model_id, who.weights_sha256, entropy=who.entropy)
+        reader.expect(who.model_id, who.weights_sha256, entropy=who.coder(reader.header.coding))
         tokens = (_as_tokens(chunk, model) for chunk in reader)
         count = 0
         for frame in stream_frames(model, tokens, size=reader.header.size):
@@ -272,6 +317,12 @@ def decode_file(
         )
     assert written == footer.frames, (written, footer)
     return footer
+
+
+def _build_of(entropy: Any) -> dict[str, Any]:
+    """What the header says of the machine that codes, where its arithmetic matters."""
+    prior = isinstance(entropy, PriorModel)
+    return {"fingerprint": entropy.fingerprint, "build": entropy.build} if prior else {}
 
 
 def _as_tokens(chunk: Chunk, model: Any) -> Tokens:
@@ -355,7 +406,7 @@ def _bar(title: str, total: int | None, shown: bool) -> Iterator[Any]:
 
 
 def main_encode(argv: list[str] | None = None) -> None:
-    """`vtok encode MODEL VIDEO --out FILE.vtok [--budget K | --tokens-per-second R]`."""
+    """`vtok encode MODEL VIDEO --out FILE.vtok [--budget K | --tokens-per-second R | --psnr D | --bytes N | ...]`."""
     parser = argparse.ArgumentParser(prog="vtok encode", description=(main_encode.__doc__ or "").strip("`."))
     parser.add_argument("model", help="export folder, Hub repository or run directory")
     parser.add_argument("video")
@@ -364,18 +415,41 @@ def main_encode(argv: list[str] | None = None) -> None:
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--budget", type=int, help="tokens kept of each time block (default: all)")
     limit.add_argument("--tokens-per-second", type=Fraction, help="the same as a rate, never passed")
+    limit.add_argument(
+        "--psnr", type=float, dest="psnr_db", metavar="DB", help="fewest tokens of each block that reach it"
+    )
+    limit.add_argument("--lpips", type=float, metavar="D", help="the same for LPIPS; needs --lpips-weights")
+    limit.add_argument("--bytes", type=int, metavar="N", help="of the file, never passed, shared out for least error")
+    limit.add_argument("--tokens", type=int, metavar="N", help="of the whole video, shared out for least error")
+    limit.add_argument(
+        "--predict-psnr",
+        type=float,
+        dest="predicted_psnr_db",
+        metavar="DB",
+        help="by the model's halting head, in one pass",
+    )
+    parser.add_argument(
+        "--look-ahead", type=int, metavar="N", help="--bytes, --tokens: decide while streaming, N blocks ahead"
+    )
+    parser.add_argument(
+        "--predicted", action="store_true", help="--bytes, --tokens: by the model's scorer, not by decoding"
+    )
+    parser.add_argument("--lpips-weights", help="file of LPIPS weights")
+    parser.add_argument("--lpips-sha256", default="", help="their hash")
     parser.add_argument("--coding", choices=CODINGS, default="packed", help="static: entropy-coded (default: packed)")
     parser.add_argument("--size", help="HxW, or `model` for the size it was trained at (default: the video's own)")
     parser.add_argument("--fps", type=Fraction, help="frames per second to keep (default: every frame)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    asked = Asked(**{each.name: getattr(args, each.name) for each in fields(Asked)})
+    lpips = load_lpips(args.lpips_weights, args.lpips_sha256).to(args.device) if args.lpips_weights else None
     model = load_any(args.model, revision=args.revision).to(args.device)
     done = encode_file(
         model,
         args.video,
         args.out,
-        budget=args.budget,
-        tokens_per_second=args.tokens_per_second,
+        asked=asked,
+        lpips=lpips,
         coding=args.coding,
         size=parse_size(args.size, model),
         fps=args.fps,
@@ -384,7 +458,7 @@ def main_encode(argv: list[str] | None = None) -> None:
     print(
         f"{args.out}: {done.frames} frames ({done.duration_s:.2f} s) of {done.size[1]}x{done.size[0]} in {done.tokens} "
         f"tokens, {done.bytes} bytes: {done.tokens_per_second:.1f} tokens/s, {done.bits_per_second / 1000:.2f} kbit/s, "
-        f"{done.bits_per_pixel:.5f} bits/pixel"
+        f"{done.bits_per_pixel:.5f} bits/pixel" + (f"; {done.note}" if done.note else "")
     )
 
 

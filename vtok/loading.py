@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from vtok.config import RunConfig, from_dict, load_family, to_dict
 from vtok.config import load as load_config
 from vtok.entropy import StaticModel
+from vtok.layers.token_prior import TokenPriorConfig
+from vtok.prior_coding import PriorModel
 
 FORMAT = 1  # of config.json
 WEIGHTS, ENTROPY, CODE = "model.safetensors", "entropy.safetensors", "modeling_vtok.py"
+PRIOR, PRIOR_CONFIG = "prior.safetensors", "prior.json"
 PREFIX = "model."  # of the names in model.safetensors: the module's name inside transformers' wrapper
 MAX_CONFIG = 1 << 20  # bytes of a config.json
 
@@ -38,12 +41,17 @@ class Identity:
     """What a .vtok file says about the model that made it.
 
     model_id: `<family>-<12 hex digits>` of the configuration and the weights. weights_sha256: 32 bytes.
-    entropy: the static entropy model that ships with it, or None.
+    entropy, prior: the static entropy model and the autoregressive prior that ship with it, or None.
     """
 
     model_id: str
     weights_sha256: bytes
     entropy: StaticModel | None = None
+    prior: PriorModel | None = None
+
+    def coder(self, coding: str) -> StaticModel | PriorModel | None:
+        """What a `.vtok` file of this coding needs beside the codebooks; None where there is none of it."""
+        return self.entropy if coding == "static" else self.prior if coding == "ar" else None
 
 
 def weights_sha256(state: dict[str, Tensor]) -> bytes:
@@ -115,8 +123,38 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, family: str |
         entropy = StaticModel.from_tensors(_read_tensors(folder / ENTROPY))
         if entropy.sha256.hex() != facts.get("entropy_sha256"):
             raise ExportError(f"{folder / ENTROPY} is not the entropy model that config.json was written for")
-    model.shipped = Identity(str(facts["model_id"]), sha256, entropy)
+    prior = load_prior(folder) if facts.get("prior_sha256") else None
+    if prior is not None and prior.codebook_sizes != tuple(getattr(model, "codebook_sizes", ())):
+        raise ExportError(f"{folder / PRIOR} is for codebooks {prior.codebook_sizes}, which this model does not have")
+    model.shipped = Identity(str(facts["model_id"]), sha256, entropy, prior)
     return model.eval()
+
+
+def load_prior(folder: Path) -> PriorModel:
+    """The prior of an export that `vtok prior` trained. Raises: ExportError for a missing, damaged or another one."""
+    facts = read_prior_facts(folder)
+    try:
+        config = TokenPriorConfig(**facts["config"])
+        prior = PriorModel(config, _read_tensors(folder / PRIOR))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{folder / PRIOR} does not fit {PRIOR_CONFIG}: {error}") from error
+    if prior.sha256.hex() != read_config(folder).get("prior_sha256"):
+        raise ExportError(f"{folder / PRIOR} is not the prior that config.json was written for")
+    return prior
+
+
+def read_prior_facts(folder: Path) -> dict[str, Any]:
+    """prior.json of an export: config, and what is known of the prior (layout, measured). Raises: ExportError."""
+    path = folder / PRIOR_CONFIG
+    if not path.is_file() or path.stat().st_size > MAX_CONFIG:
+        raise ExportError(f"{path} is missing, or larger than any prior.json: the export is incomplete")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is not json: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise ExportError(f"{path} holds no prior's configuration; train one again with `vtok prior`")
+    return facts
 
 
 def load_any(path: str | Path, *, revision: str | None = None) -> Any:
@@ -211,7 +249,7 @@ def export_folder(path_or_repo: str | Path, *, revision: str | None = None) -> P
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:  # no code is asked for: nothing of it would be run
-        patterns = ["config.json", "*.safetensors", "README.md", "training.yaml"]
+        patterns = ["config.json", "*.safetensors", "prior.json", "README.md", "training.yaml"]
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ExportError(f"{text!r} is no folder here and could not be had from the Hub: {error}") from error

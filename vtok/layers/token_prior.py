@@ -19,7 +19,7 @@ W width, H heads, C groups of context, M width of a digit's head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class TokenPriorConfig:
     max_words: int = 1  # of a prefix, after its start
 
     def __post_init__(self) -> None:
+        self._check_types()
         sizes = [math.prod(each) for each in self.index_factors]
         if len(sizes) != len(self.codebook_sizes) or any(a < b for a, b in zip(sizes, self.codebook_sizes)):
             raise ValueError(f"index_factors={self.index_factors} do not hold codebook_sizes={self.codebook_sizes}")
@@ -74,6 +75,16 @@ class TokenPriorConfig:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1), mlp_ratio={self.mlp_ratio} above 0")
         if (self.condition == "none") == bool(self.vocabulary):
             raise ValueError(f"condition={self.condition!r} and a vocabulary of {len(self.vocabulary)} do not fit")
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kind = {"int": int, "float": (int, float), "str": str}.get(str(f.type), list)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{f.name}={value!r} is not of type {f.type}")
+        whole = [*self.codebook_sizes, *(n for each in self.index_factors for n in each)]
+        if not all(type(n) is int for n in whole) or not all(isinstance(word, str) for word in self.vocabulary):
+            raise ValueError("codebook_sizes and index_factors hold whole numbers, the vocabulary strings")
 
     @property
     def radices(self) -> list[int]:
