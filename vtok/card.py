@@ -86,6 +86,31 @@ def _accounting(model: Any, facts: dict[str, Any], no_entropy: str) -> list[str]
     return [*out, ""]
 
 
+def with_prior(card: str, facts: dict[str, Any]) -> str:
+    """A card with the section on the prior that `vtok prior` added, in the place of an earlier one.
+
+    facts: prior.json: held_out (rows of bits a token), training, config.
+    """
+    columns = ("nominal", "static", "ar", "signalling")
+    lines = [
+        "## Prior", "",
+        "`prior.safetensors` is an autoregressive prior over the token ids, for `vtok encode --coding ar` and `vtok "
+        "sample`. Bits a token of held-out token shards (the best of its checkpoints was chosen on them):", "",
+        "| tokens kept of a group | nominal | static | prior | signalling of lengths |", "|---|---|---|---|---|",
+        *(
+            f"| {row['budget']} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |"
+            for row in facts.get("held_out") or []
+        ),
+        "",
+    ]  # fmt: skip
+    before, _, rest = card.partition("## Prior\n")
+    after = rest[rest.find("\n## ") + 1 :] if "\n## " in rest else ""
+    if not rest:
+        head, mark, tail = card.partition("## Use\n")
+        before, after = (head, mark + tail) if mark else (card.rstrip() + "\n\n", "")
+    return before + "\n".join(lines) + ("\n" if after else "") + after
+
+
 def _loading(facts: dict[str, Any], config: RunConfig) -> list[str]:
     height, width = config.data.size
     shape = f"1, 3, {config.data.num_frames}, {height}, {width}"
