@@ -89,9 +89,12 @@ FLOW = dict(
     sampler=SamplerConfig(steps=3),
 )
 FLOW_FORMS = {
+    "dct": dict(latents_config=LATENTS, registers="dct", dct_frequencies=[4, 4], patch=2),
     "latents": dict(latents_config=LATENTS, patch=2),
     "guided": dict(
-        latents_config=LATENTS, patch=1, sampler=SamplerConfig(steps=3, guidance=3.0, threshold=2.5, momentum=-0.5)
+        latents_config=LATENTS,
+        mask="time_block_causal",
+        sampler=SamplerConfig(steps=3, guidance=3.0, threshold=2.5, momentum=-0.5),
     ),
     "pixels": dict(patch=8, mask="time_block_causal", num_frames=8),
     "images": dict(patch=4, num_frames=1),
@@ -111,7 +114,7 @@ CAUSAL += [("discrete", form) for form in DISCRETE_FORMS]
 CAUSAL += [("flow", form) for form in FLOW_FORMS]
 DRAWN = {"flow"}  # frames of a chunk are drawn together
 # the transform code computes in float32 whatever the model's precision
-TOLERANCE = {("flexible", "dct"): 1e-5}
+TOLERANCE = {("flexible", "dct"): 1e-5, ("flow", "dct"): 1e-5}
 PRECISIONS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 each_form = pytest.mark.parametrize("case", CASES, ids="-".join)
