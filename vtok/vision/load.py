@@ -1,0 +1,179 @@
+"""Where a tower comes from: a name of timm, a Hub repository, or a folder; its weights hashed before they are read."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from vtok.layers.perceptual import file_sha256
+from vtok.vision.bodies import VIDEO, Body, HubBody, TimmBody
+from vtok.vision.tower import DTYPES, Tower, TowerConfig
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def load_tower(config: TowerConfig) -> Tower:
+    """A frozen tower on the CPU, its weights those of the files that were hashed; no code from a repository is run.
+
+    sha256 is that of the weights' file; of several, that of their hashes one below the other, in the order of names.
+    Raises: ImportError without the library; ValueError for a name, folder or repository that holds no tower, for
+        other weights than expected, for weights that are incomplete, and for a size the tower cannot see.
+    """
+    kind, _, rest = config.name.partition(":")
+    if kind not in ("timm", "hf") or not rest:
+        kind, rest = "", config.name
+    size = (config.size[0], config.size[1]) if config.size else None
+    if Path(rest).is_dir() and rest:
+        folder, revision = Path(rest), ""
+    elif kind == "timm" and "/" not in rest:
+        return _registered(config, rest, size)
+    elif kind and rest.count("/") == 1 and not rest.startswith((".", "/", "~")):
+        folder = _fetch(rest, config.revision)
+        revision = folder.name if len(folder.name) == 40 else config.revision
+    else:
+        raise ValueError(
+            f"tower.name={config.name!r} is no folder here and names no tower; give timm:MODEL, timm:USER/REPO, "
+            "hf:USER/REPO, or a folder that timm.models.save_for_hf or save_pretrained wrote"
+        )
+    facts = _facts(folder)
+    sha256 = _hash(_weight_files(folder), config)
+    if "architecture" in facts and "model_type" not in facts:
+        body = _timm_body(f"local-dir:{folder}", config, size, {})
+    else:
+        body = _hub_body(folder, config, size)
+    return Tower(config, body, sha256=sha256, revision=revision)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tower: config.json is missing or not json ({error})") from error
+    if not isinstance(facts, dict) or not {"architecture", "model_type"} & facts.keys():
+        raise ValueError(f"{path} names neither timm's architecture nor transformers' model_type: no tower is there")
+    return facts
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files the library will read, found as it finds them: safetensors before pickles, one file before shards."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise ValueError(f"{folder} has no weights: expected one of {', '.join(_WEIGHTS)}, or the index of its shards")
+
+
+def _hash(files: list[Path], config: TowerConfig) -> str:
+    hashes = [file_sha256(file) for file in files]
+    found = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    if config.sha256 and config.sha256.lower() != found:
+        raise ValueError(
+            f"tower.sha256={config.sha256} is expected, but {config.name} has {found}: these are other weights"
+        )
+    return found
+
+
+def _fetch(repo: str, revision: str) -> Path:
+    """The cached snapshot of a Hub repository: its configuration, and its weights in one format."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = dict(revision=revision or None, ignore_patterns=["*/*"])
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"], **wanted))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.bin"], **wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"tower {repo!r} could not be had from the Hub: {error}") from error
+    return folder
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("this tower needs timm: pip install 'vtok[towers]'") from error
+    return timm
+
+
+def _registered(config: TowerConfig, name: str, size: tuple[int, int] | None) -> Tower:
+    """One of timm's own names, with the weights of its tag."""
+    timm = _timm()
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        raise ValueError(
+            f"tower.name={config.name!r}: timm has no such model" + (f"; close: {', '.join(close)}" * bool(close))
+        )
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if "." in name else timm.get_pretrained_cfg(name)
+    repo = getattr(cfg, "hf_hub_id", None)
+    if not repo:
+        raise ValueError(f"tower.name={config.name!r}: timm lists no weights of it on the Hub; give a tag or a folder")
+    folder = _fetch(repo, config.revision)
+    own = folder / (cfg.hf_hub_filename or "")
+    files = [own] if own.is_file() else _weight_files(folder)
+    sha256 = _hash(files, config)
+    body = _timm_body(name, config, size, {"file": str(files[0])})
+    return Tower(config, body, sha256=sha256, revision=folder.name if len(folder.name) == 40 else config.revision)
+
+
+def _timm_body(name: str, config: TowerConfig, size: tuple[int, int] | None, overlay: dict[str, Any]) -> Body:
+    timm = _timm()
+    args: dict[str, Any] = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": overlay}
+    try:
+        try:  # positions are resampled as the weights are loaded
+            model = timm.create_model(name, **args, img_size=size)
+        except TypeError:  # a net without positions takes any size
+            model = timm.create_model(name, **args)
+    except (RuntimeError, OSError, KeyError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"tower.name={config.name!r}: timm could not load it: {error}") from error
+    return TimmBody(model.to(DTYPES[config.dtype]), config.layer, size, config.name)
+
+
+def _hub_body(folder: Path, config: TowerConfig, size: tuple[int, int] | None) -> Body:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("this tower needs transformers: pip install 'vtok[towers]'") from error
+    try:
+        facts: Any = transformers.AutoConfig.from_pretrained(folder)
+        facts = getattr(facts, "vision_config", None) or facts  # the vision half of CLIP, SigLIP, ...
+        if size and facts.model_type == "vjepa2":  # its rotary positions count from the frame's size
+            if size[0] != size[1]:
+                raise ValueError(f"tower.size={list(size)}: {config.name} sees square frames only")
+            facts.crop_size = size[0]
+        model, report = transformers.AutoModel.from_pretrained(
+            folder, config=facts, dtype=DTYPES[config.dtype], output_loading_info=True
+        )
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"tower.name={config.name!r}: transformers could not load it: {error}") from error
+    missing = sorted(report["missing_keys"])
+    unpooled = [name for name in missing if name.startswith("pooler.")]  # many checkpoints come without one
+    if len(unpooled) < len(missing):
+        rest = [name for name in missing if name not in unpooled]
+        raise ValueError(
+            f"{config.name}: {len(rest)} weights of {type(model).__name__} are not in its files, such as {rest[0]}: "
+            "they would be random numbers; is this a vision tower's checkpoint?"
+        )
+    return HubBody(model, _processor(folder, facts, config), config.layer, size, not unpooled, config.name)
+
+
+def _processor(folder: Path, facts: Any, config: TowerConfig) -> Any:
+    import transformers
+
+    kinds = [transformers.AutoImageProcessor]
+    if facts.model_type in VIDEO:
+        kinds.insert(0, cast(Any, transformers).AutoVideoProcessor)
+    problems = []
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(folder)
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            problems.append(str(error).strip().partition("\n")[0])
+    raise ValueError(f"{config.name} has no usable preprocessor_config.json: {'; '.join(problems)}")
