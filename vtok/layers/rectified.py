@@ -39,8 +39,9 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"model.sampler.steps={self.steps} must be 1 or more")
-        if self.guidance < 0 or self.threshold < 0:
-            raise ValueError(f"model.sampler.guidance={self.guidance} and threshold={self.threshold} must be 0 or more")
+        for key in ("guidance", "threshold", "temperature"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.sampler.{key}={getattr(self, key)} must be 0 or more")
 
 
 def draw_levels(count: int, *, mean: float = 0.0, std: float = 1.0, stratified: bool = True) -> Tensor:
