@@ -18,6 +18,8 @@ COLUMNS = (
     "budget",
     "tokens_mean",
     "bits_mean",
+    "entropy_bits_mean",
+    "ar_bits_mean",
     "below_floor",  # share of clips for which a codec cannot write so few bits
     "bits_per_pixel",
     "bits_per_second",

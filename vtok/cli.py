@@ -15,6 +15,7 @@ COMMANDS = {
     "decode": ("vtok.codec:main_decode", "MODEL FILE.vtok --out VIDEO"),
     "tokenize": ("vtok.tokenize:main", "shards of video into shards of token ids: SHARDS --model EXPORT --out DIR"),
     "prior": ("vtok.prior:main", "an autoregressive prior for --coding ar and sampling: TOKENS --model EXPORT"),
+    "sample": ("vtok.sample:main", "videos drawn from an export's prior: EXPORT --out DIR"),
     "quantize": ("vtok.ptq:main", "ids for a trained continuous tokenizer, without training: RUN --out DIR"),
     "info": ("vtok.export:main_info", "what a run, export, config or .vtok file holds"),
     "demo": ("vtok.demo:main", "shards, training, evaluation, export and a report in one go"),

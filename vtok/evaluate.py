@@ -36,6 +36,7 @@ COLUMNS = (
     ("budget", "tokens", 0),
     ("bits_mean", "bits", 0),
     ("entropy_bits_mean", "coded", 0),
+    ("ar_bits_mean", "prior", 0),
     ("bits_per_pixel", "bits/px", 5),
     ("psnr_db", "PSNR", 2),
     ("ssim", "SSIM", 3),
@@ -46,7 +47,7 @@ COLUMNS = (
     ("worse_share", "worse", 2),
 )
 # left out in this order beyond 80 columns
-SPARE = ("worse_share", "tdiff_psnr_db", "entropy_bits_mean", "bits_per_pixel")
+SPARE = ("worse_share", "tdiff_psnr_db", "entropy_bits_mean", "bits_per_pixel", "ar_bits_mean")
 
 
 def _cell(row: dict[str, Any], key: str, decimals: int) -> str:
@@ -89,6 +90,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     out.print(table)
     said = ["PSNR and tdiff (of frame differences) in dB" if "tdiff_psnr_db" in keys else "PSNR in dB"]
     said += ["coded: entropy-coded bits"] if "entropy_bits_mean" in keys else []
+    said += ["prior: the same under the prior"] if "ar_bits_mean" in keys else []
     said += ["worse: share of clips below the budget before"] if "worse_share" in keys else []
     said += ["*: for some clips the fewest bits the codec can write"] if any(r.get("below_floor") for r in rows) else []
     out.print("; ".join(said), style="dim")
@@ -124,6 +126,16 @@ def showcase(evaluator: Evaluator, result: dict[str, Any], *, fps: float | None,
             }
         first += len(batch)
     return [out[at] for at in tags if at in out]
+
+
+def _samples(model: Any, path: str, *, seed: int) -> list[dict[int, Any]]:
+    """Samples of the export's prior at several lengths, for the report; [] where it has none."""
+    from vtok.loading import export_folder, prior_of, read_prior_facts
+    from vtok.sample import draw_samples
+
+    if prior_of(model) is None:
+        return []
+    return draw_samples(model, read_prior_facts(export_folder(path)), count=4, seed=seed)
 
 
 def _names(text: str) -> list[str]:
@@ -299,5 +311,6 @@ def main(argv: list[str] | None = None) -> int:
         lines = source / "metrics.jsonl"
         history = [json.loads(line) for line in lines.read_text().splitlines() if line] if lines.is_file() else None
         clips = showcase(evaluator, result, fps=data.fps)
-        print(f"report  {write_report(result, clips, out / 'report.html', history=history)}")
+        samples = _samples(model, options.model, seed=options.seed)
+        print(f"report  {write_report(result, clips, out / 'report.html', history=history, samples=samples)}")
     return 0

@@ -1,7 +1,7 @@
 """A tokenizer at every budget, beside its controls and real codecs, on the same windows in the same run.
 
     1. the model over the validation clips at each budget: distortion, nominal bits, use of its codebooks
-    2. a static entropy model fitted on the training clips' ids prices the validation ids
+    2. a static entropy model fitted on the training clips' ids prices the validation ids; so does the export's prior
     3. controls, fitted on training clips, and codecs, searched per clip, at the mean nominal bits of each budget
 
 Every number is a mean over clips of one number per clip, but for rFVD and rFID, which compare sets of features. What is
@@ -23,12 +23,14 @@ from torch import Tensor
 
 from vtok.entropy import StaticModel, factors_of
 from vtok.layers.perceptual import LPIPS
+from vtok.loading import prior_of
 from vtok.metrics.codecs import CODECS, Point, Workers, sweep_clips
 from vtok.metrics.codecs import describe as describe_codec
 from vtok.metrics.controls import CONTROLS, Downsample, fit_control, repeat_last
 from vtok.metrics.distortion import clip_lpips, clip_psnr, clip_ssim, clip_tdiff_psnr
 from vtok.metrics.frechet import FeatureCache, FeatureNet, FrechetDistance
 from vtok.metrics.rate import CodebookUsage
+from vtok.prior_coding import signalling_bits
 from vtok.rows import SCHEMA, Row, environment, without_nan
 from vtok.types import Clip, Tokens, to_uint8
 
@@ -256,6 +258,7 @@ class Evaluator:
         sizes = tuple(self.model.codebook_sizes)
         usage = [CodebookUsage(sizes) for _ in rows] if sizes else None
         entropy, reason = self._entropy_model()
+        prior = prior_of(self.model)
         for clip in self._batches(self.family):
             self.keys += clip.keys
             for at, (row, budget) in enumerate(zip(rows, self.budgets)):
@@ -266,13 +269,19 @@ class Evaluator:
                     row.add(encode_s=[encoding * e for e in each], decode_s=[decoding * e for e in each])
                     if usage:
                         usage[at].update(tokens)
+                    if sizes:
+                        row.add(signalling_bits=signalling_bits(tokens))
                     if entropy is not None:
                         row.add(entropy_bits=entropy.bits(tokens))
+                    if prior is not None:
+                        row.add(ar_bits=prior.bits(tokens))
         for at, row in enumerate(rows):
             row.extra = usage[at].compute() if usage else {}
             row.settle()
             if entropy is None:
                 row.notes.append(f"entropy-coded bits: {reason}")
+            if sizes and prior is None:
+                row.notes.append("bits under a prior: the model has none (vtok prior)")
             if not sizes:
                 row.notes.append("bits and usage: continuous tokens have no rate without quantization")
             if at:

@@ -83,6 +83,11 @@ def identify(model: nn.Module) -> Identity:
     return Identity(model_id(config.name, to_dict(config), sha256), sha256)
 
 
+def prior_of(model: nn.Module) -> PriorModel | None:
+    """The prior that ships with a model, as long as its weights are those it was trained on."""
+    return identify(model).prior if isinstance(getattr(model, "shipped", None), Identity) else None
+
+
 def load(path_or_repo: str | Path, *, revision: str | None = None, family: str | None = None) -> Any:
     """The compressor in an export folder or Hub repository, in eval mode, with its identity as `.shipped`.
 

@@ -12,6 +12,7 @@ Letters: B clips, K tokens of a clip, N tokens, Q ids a token, S digits, V value
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from vtok.entropy import check_ids, from_symbols, real_ids, to_symbols
 from vtok.layers.exact import ExactPrior, State, cost, frequencies
-from vtok.layers.token_prior import TokenPrior, TokenPriorConfig
+from vtok.layers.token_prior import NULL, TokenPrior, TokenPriorConfig
 from vtok.types import Tokens
 
 PIECE = 256  # tokens that encoding reads at once: scores are [heads, PIECE, keys]
@@ -112,10 +113,15 @@ class PriorModel:
 
 
 class PriorStream:
-    """Where a stream of tokens is: encode or decode its records in order. Groups count from 0."""
+    """Where a stream of tokens is: encode or decode its records in order. Groups count from 0.
+
+    words: the condition, as numbers of the vocabulary; None: nothing is said, as in files.
+    """
 
     def __init__(self, model: PriorModel, *, words: list[int] | None = None, batch: int = 1) -> None:
         self.model, self.exact = model, model.exact
+        if words is None and model.config.condition != "none":
+            words = [NULL]
         self.state: State = model.exact.start(words, batch=batch)
         self.factors = [tuple(each) for each in model.config.index_factors]
         digits = len(model.config.radices)
@@ -123,6 +129,10 @@ class PriorStream:
         self.last = np.full((batch, digits), -1, np.int64)  # digits of the token before
         self.before = np.zeros((batch, 0, digits), np.int64)  # of the group before, by rank
         self.current = np.zeros((batch, 0, digits), np.int64)  # of this group
+
+    def fork(self) -> PriorStream:
+        """A stream that goes on from here on its own."""
+        return copy.deepcopy(self, {id(self.model): self.model, id(self.exact): self.exact})
 
     def begin_group(self) -> None:
         self.group += 1

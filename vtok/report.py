@@ -41,6 +41,8 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("tokens_mean", "tokens", ",.5g"),
     ("bits_mean", "bits", ",.0f"),
     ("entropy_bits_mean", "entropy-coded bits", ",.0f"),
+    ("ar_bits_mean", "bits under the prior", ",.0f"),
+    ("signalling_bits_mean", "bits of lengths", ",.0f"),
     ("bits_per_pixel", "bits per pixel", ".5f"),
     ("bits_per_second", "bits per second", ",.0f"),
     ("psnr_db", "PSNR dB", ".2f"),
@@ -69,6 +71,7 @@ def write_report(
     *,
     title: str | None = None,
     history: list[dict[str, Any]] | None = None,
+    samples: list[dict[int, Any]] | None = None,
     max_bytes: int = 20_000_000,
 ) -> Path:
     """Write one html file that shows an evaluation; returns its path.
@@ -80,6 +83,7 @@ def write_report(
             token count (a stop of the slider) or the name of a control (a button).
         title: heading; the model's name otherwise.
         history: the lines of metrics.jsonl, drawn as training curves.
+        samples: draws of the prior, each {tokens kept of a group: uint8 [T, H, W, 3]}; their middle frames are shown.
         max_bytes: above this size the frames are stored again as lossy WebP, and the page says so.
     Raises: ValueError when a clip's arrays are not uint8 [T, H, W, 3] of one shape, or its fps is not positive.
     """
@@ -98,6 +102,7 @@ def write_report(
         _player_section(stored, exact),
         _gallery_section(stored),
         _rate_section(rows, family),
+        _samples_section(samples or []),
         _usage_section(evaluation, rows, family),
         _table_section(rows, family),
         _history_section(history or []),
@@ -282,6 +287,27 @@ def _gallery_section(stored: list[dict[str, Any]]) -> str:
     return f"""<section aria-labelledby="gallery-title"><h2 id="gallery-title">Clips</h2>
 <p class="note">Original on the left, the slider's version on the right. Choose one to open it in the player.</p>
 {"".join(parts)}</section>"""
+
+
+def _samples_section(samples: list[dict[int, Any]]) -> str:
+    """A row a draw of the prior, a column a number of tokens kept."""
+    if not samples:
+        return ""
+    heads = "".join(f'<th scope="col">{_tokens_text(float(budget))}</th>' for budget in samples[0])
+    lines = []
+    for number, sample in enumerate(samples):
+        cells = ""
+        for budget, value in sample.items():
+            frames = _frames(value, f"sample {number}")
+            middle = frames[len(frames) // 2][None]
+            image = base64.b64encode(sprite(middle)).decode()
+            said = f"sample {number + 1} with {_tokens_text(float(budget))} a group"
+            cells += f'<td><img src="data:image/webp;base64,{image}" alt="{said}"></td>'
+        lines.append(f"<tr>{cells}</tr>")
+    return f"""<section aria-labelledby="samples-title"><h2 id="samples-title">Samples of the prior</h2>
+<p class="note">Each row is one draw of token ids; each column keeps so many tokens of every group. Middle frames.</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="samples-title">
+<table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div></section>"""
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ class Row:
             "tokens_per_second": self.mean("tokens_per_second"),
             "bits_mean": self.mean("bits"),
             "entropy_bits_mean": self.mean("entropy_bits"),
+            "ar_bits_mean": self.mean("ar_bits"),
+            "signalling_bits_mean": self.mean("signalling_bits"),
             "bits_per_pixel": self.mean("bits_per_pixel"),
             "bits_per_second": self.mean("bits_per_second"),
             **{name: self.mean(name) for name in DISTORTIONS},
