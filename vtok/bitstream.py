@@ -9,10 +9,11 @@ the totals and a sha256 of all that precedes it. How ids become bytes is the bus
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -155,6 +156,11 @@ class Chunk:
             frames=torch.tensor([self.frames], device=device) if self.frames is not None else None,
         )
 
+    def truncate(self, lengths: Sequence[int]) -> Chunk:
+        """The first tokens of each group, as many as `lengths` says and there are."""
+        keep = self.ranks < np.repeat(lengths, self.counts)
+        return Chunk(self.indices[keep], tuple(min(k, n) for k, n in zip(lengths, self.counts)), self.frames)
+
     @property
     def ranks(self) -> np.ndarray:
         return np.concatenate([np.arange(n) for n in self.counts]).astype(np.int64)
@@ -171,6 +177,7 @@ class Writer:
         _check_entropy(header, entropy)
         self.header, self._file, self._coder = header, file, _coder(header, entropy)
         self._sha, self._crc = hashlib.sha256(), 0
+        self.bytes = 0  # written so far
         self._pending: list[Chunk] = []
         self._totals = {"frames": 0, "groups": 0, "tokens": 0, "records": 0}
         self._put(header_bytes(header))
@@ -202,6 +209,17 @@ class Writer:
         self._file.write((len(frame) + 12).to_bytes(4, "little") + END_MAGIC)
         return footer
 
+    def size_with(self, chunks: Iterable[Chunk], *, frames: int) -> int:
+        """Bytes of the file if these chunks came next and nothing after them. It stays as it is."""
+        twin, sink = copy.copy(self), _Counted(self.bytes)
+        twin._file, twin._sha = sink, self._sha.copy()  # type: ignore[assignment]
+        twin._pending, twin._totals = list(self._pending), dict(self._totals)
+        twin._coder = self._coder.fork() if isinstance(self._coder, PriorStream) else self._coder
+        for chunk in chunks:
+            twin.write(chunk)
+        twin.close(frames=frames)
+        return sink.size
+
     def _flush(self) -> None:
         chunks, self._pending = self._pending, []
         if not chunks:
@@ -232,6 +250,17 @@ class Writer:
         frame += self._crc.to_bytes(4, "little")
         self._sha.update(frame)
         self._file.write(frame)
+        self.bytes += len(frame)
+
+
+class _Counted:
+    """A file that only counts."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def write(self, data: bytes) -> None:
+        self.size += len(data)
 
 
 class Reader:

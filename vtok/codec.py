@@ -3,9 +3,9 @@
     video file -> frames -> (size, fps) -> step/flush -> truncate to the block's budget -> .vtok
     .vtok -> ids -> lookup -> decode_step/decode_flush -> uint8 frames -> video file (FFV1 unless asked otherwise)
 
-How many tokens each time block (a group) keeps is `vtok.rate_control`'s business: K tokens, a rate, a wanted quality, or a
-budget of tokens or bytes for the whole video. Frames keep the video's own size and rate unless told otherwise, and the decoded video has exactly the frames
-that went in.
+How many tokens each time block (a group) keeps is `vtok.rate_control`'s business: K tokens, a rate, a wanted quality,
+or a budget of tokens or bytes for the whole video. Frames keep the video's own size and rate unless told otherwise, and
+the decoded video has exactly the frames that went in.
 
 Letters: T frames, H height, W width, K tokens, G groups, Q ids per token.
 """
@@ -187,8 +187,8 @@ def encode_file(
             keeps the video's own.
         fps: pick frames at this rate; None keeps every frame, at the video's mean rate.
         progress: show a bar on stderr.
-    Raises: ValueError for a bad setting, a budget that the video cannot meet, or a model that cannot; vtok.data.decode.DecodeError for a video that does not
-        decode without damage.
+    Raises: ValueError for a bad setting, a budget that the video cannot meet, or a model that cannot;
+        vtok.data.decode.DecodeError for a video that does not decode without damage.
     """
     _check_model(model)
     out = Path(out)
@@ -245,15 +245,7 @@ def encode_file(
         with open(part, "wb") as file:
             writer = Writer(file, header, entropy=entropy)
             if policy is None:
-                policy = shared_policy(
-                    model,
-                    asked,
-                    header=header,
-                    entropy=entropy,
-                    written=file.tell,
-                    frames=total,
-                    again=source,
-                )
+                policy = shared_policy(model, asked, writer=writer, entropy=entropy, frames=total or 0, again=source)
             steps = stream_steps(model, counted(source_bar(source())))
             for chunk, lengths in cut(policy, steps, hold=Chunk.from_tokens):
                 writer.write(chunk.truncate(lengths[0].tolist()))
@@ -416,7 +408,7 @@ def main_encode(argv: list[str] | None = None) -> None:
     limit.add_argument("--budget", type=int, help="tokens kept of each time block (default: all)")
     limit.add_argument("--tokens-per-second", type=Fraction, help="the same as a rate, never passed")
     limit.add_argument(
-        "--psnr", type=float, dest="psnr_db", metavar="DB", help="fewest tokens of each block that reach it"
+        "--psnr", type=float, dest="psnr_db", metavar="DB", help="least tokens of each block that reach it"
     )
     limit.add_argument("--lpips", type=float, metavar="D", help="the same for LPIPS; needs --lpips-weights")
     limit.add_argument("--bytes", type=int, metavar="N", help="of the file, never passed, shared out for least error")

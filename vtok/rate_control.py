@@ -1,16 +1,129 @@
-"""How many tokens each time block of a stream keeps.
+"""How many tokens each time block of a video keeps: every way to ask for it, behind one interface.
 
-Letters: G groups (time blocks), K tokens.
+    steps of a stream (all tokens, their frames) -> LengthPolicy.lengths -> tokens of every block
+
+| asked                   | policy      | what it does                                                               |
+|-------------------------|-------------|----------------------------------------------------------------------------|
+| budget K                | FixedLength | the first K tokens of every block                                          |
+| tokens per second       | Rate        | what a clock allows, never more                                            |
+| PSNR or LPIPS           | Searched    | the fewest tokens of each block that reach it, by decoding                 |
+| tokens or bytes (video) | Allocated   | the distortion of every length measured (or a scorer's), then shared out  |
+| predicted PSNR          | Predicted   | a halting head reads the tokens once: nothing is decoded                   |
+
+Blocks are decided in order, each with the blocks before it as they were decided: a later block is measured after what
+its decoder will really have seen. Frames are compared as uint8 levels.
+
+Letters: S lengths, C channels, T frames, H height, W width, G groups (time blocks), K tokens of a group, Q ids a token.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from vtok.types import Tokens
+from vtok.bitstream import Chunk, StaticModel, Writer
+from vtok.budget import allocate_ahead, allocate_lagrange, interpolate_lengths, search_length, spread_lengths
+from vtok.layers.chunked import ChunkedTokenizer
+from vtok.layers.perceptual import LPIPS
+from vtok.metrics.distortion import clip_lpips
+from vtok.prior_coding import PriorModel
+from vtok.spending import BytePurse, Purse, TokenPurse
+from vtok.types import Clip, StreamState, Tokens, to_uint8
+
+log = logging.getLogger(__name__)
+Held = TypeVar("Held")
+NEAR = 256  # blocks that a decision weighs one by one; of those further off, a sample
+WAYS = ("budget", "tokens_per_second", "tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")
+
+
+@dataclass(frozen=True)
+class Step:
+    """All tokens [1, K] of one step of a stream, and the frames uint8 [T, H, W, 3] they stand for."""
+
+    tokens: Tokens
+    frames: np.ndarray
+
+
+class LengthPolicy(Protocol):
+    """Decides how many tokens the blocks of a stream keep."""
+
+    def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        """For each step, in order, the tokens of each of its groups, 1 at least. It may read ahead of what it gives."""
+        ...
+
+    def report(self) -> str:
+        """What there is to know of it at the end, in words; "" for nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asked for: one of WAYS, or nothing, which keeps every token.
+
+    look_ahead: blocks that `tokens` and `bytes` see beyond the one they decide; None: the whole video first.
+    predicted: `tokens` and `bytes` share out by the distortion that the model's scorer predicts, without decoding.
+    """
+
+    budget: int | None = None
+    tokens_per_second: Fraction | float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    psnr_db: float | None = None
+    lpips: float | None = None
+    predicted_psnr_db: float | None = None
+    look_ahead: int | None = None
+    predicted: bool = False
+
+    def __post_init__(self) -> None:
+        given = [f"{name}={getattr(self, name)}" for name in WAYS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of the two")
+        for name in WAYS[1:]:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        if self.look_ahead is not None and self.look_ahead < 0:
+            raise ValueError(f"look_ahead={self.look_ahead} must be 0 or more blocks")
+        shares = self.tokens is not None or self.bytes is not None
+        for name, on in (("look_ahead", self.look_ahead is not None), ("predicted", self.predicted)):
+            if on and not shares:
+                raise ValueError(f"{name}={getattr(self, name)} goes with tokens or bytes of the whole video")
+
+    @property
+    def name(self) -> str:
+        """The way that was asked for, "" for none."""
+        return next((name for name in WAYS if getattr(self, name) is not None), "")
+
+    @property
+    def own_lengths(self) -> bool:
+        """Whether the lengths are chosen block by block, not by a number or a clock."""
+        return self.name in WAYS[2:]
+
+
+def cut(
+    policy: LengthPolicy, steps: Iterable[Step], *, hold: Callable[[Tokens], Held]
+) -> Iterator[tuple[Held, Tensor]]:
+    """Steps in order, each as `hold` keeps it, with the lengths [1, G] of its groups."""
+    waiting: deque[Held] = deque()
+
+    def tap() -> Iterator[Step]:
+        for step in steps:
+            waiting.append(hold(step.tokens))
+            yield step
+
+    for lengths in policy.lengths(tap()):
+        yield waiting.popleft(), torch.tensor([lengths])
+    assert not waiting, f"{len(waiting)} steps were never decided"
 
 
 def as_fraction(value: Fraction | float) -> Fraction:
@@ -25,38 +138,45 @@ def as_fraction(value: Fraction | float) -> Fraction:
     return exact.limit_denominator(1 << 24)
 
 
-class Lengths:
-    """Tokens that each time block may keep."""
+def _most(tokens: Tokens) -> int:
+    return int(tokens.rank.max()) + 1 if tokens.rank.numel() else 1
 
-    def __init__(
-        self, model: Any, *, budget: int | None, tokens_per_second: Fraction | float | None, fps: Fraction
-    ) -> None:
-        if budget is not None and tokens_per_second is not None:
-            raise ValueError(f"budget={budget} and tokens_per_second={tokens_per_second}: give one of the two")
+
+class FixedLength:
+    """The first `budget` tokens of every block; None keeps all."""
+
+    def __init__(self, model: Any, *, budget: int | None) -> None:
         if budget is not None and not 1 <= budget <= model.max_tokens:
             raise ValueError(f"budget={budget} tokens a time block: this model has 1 to {model.max_tokens}")
-        if tokens_per_second is not None and not tokens_per_second > 0:
-            raise ValueError(f"tokens_per_second={tokens_per_second} must be above 0")
-        self.budget, self.fps, self.frames = budget, fps, 0
-        self.rate = None if tokens_per_second is None else as_fraction(tokens_per_second)
+        self.budget = budget
+
+    def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        for step in steps:
+            most = _most(step.tokens)
+            yield [min(self.budget or most, most)] * int(step.tokens.num_groups[0])
+
+    def report(self) -> str:
+        return ""
+
+
+class Rate:
+    """As many tokens by the end of each block as a clock allows, at least one a block."""
+
+    def __init__(self, model: Any, *, tokens_per_second: Fraction | float, fps: Fraction) -> None:
+        self.rate, self.fps, self.frames = as_fraction(tokens_per_second), fps, 0
         self.block = getattr(model.config, "block_frames", None)
 
-    def cut(self, tokens: Tokens) -> Tokens:
-        """The step's tokens (groups numbered from 0) within their budgets."""
-        if self.budget is None and self.rate is None:
-            return tokens
-        groups = int(tokens.num_groups[0])
-        most = int(tokens.rank.max()) + 1 if tokens.rank.numel() else 1
-        if self.rate is None:
-            asked = [self.budget or most] * groups
-        else:
-            asked = self._by_rate(tokens, groups, most)
-        return tokens.truncate(torch.tensor([[min(k, most) for k in asked]]))
+    def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        for step in steps:
+            yield self._by_clock(step.tokens)
 
-    def _by_rate(self, tokens: Tokens, groups: int, most: int) -> list[int]:
-        if tokens.frames is None or self.rate is None:
+    def report(self) -> str:
+        return ""
+
+    def _by_clock(self, tokens: Tokens) -> list[int]:
+        if tokens.frames is None:
             raise ValueError("tokens_per_second needs a model that says how many frames its tokens stand for")
-        frames = int(tokens.frames[0])
+        groups, frames, most = int(tokens.num_groups[0]), int(tokens.frames[0]), _most(tokens)
         block = self.block or -(-frames // groups)
         out = []
         for g in range(groups):
@@ -69,6 +189,448 @@ class Lengths:
                     f"tokens_per_second={float(self.rate):g} leaves a block of {block} frames "
                     f"({float(block / self.fps):.3f} s) without a token; ask for {float(self.fps / block):.3f} or more"
                 )
-            out.append(max(1, end - start))
+            out.append(min(max(1, end - start), most))
             self.frames += here
         return out
+
+
+def simple_policy(
+    model: Any, asked: Asked, *, fps: Fraction, size: tuple[int, int] = (0, 0), lpips: LPIPS | None = None
+) -> LengthPolicy | None:
+    """The policy of every way that needs no purse; None for `tokens` and `bytes`, which `shared_policy` makes.
+
+    Raises: ValueError for a setting that the model cannot follow.
+    """
+    if asked.tokens_per_second is not None:
+        return Rate(model, tokens_per_second=asked.tokens_per_second, fps=fps)
+    if asked.psnr_db is not None:
+        return Searched(model, size, target=mse_of(asked.psnr_db), distance=mean_squared_error)
+    if asked.lpips is not None:
+        if lpips is None:
+            raise ValueError(f"lpips={asked.lpips} needs LPIPS weights: give --lpips-weights")
+        return Searched(model, size, target=asked.lpips, distance=lpips_distance(lpips))
+    if asked.predicted_psnr_db is not None:
+        return Predicted(model, psnr_db=asked.predicted_psnr_db)
+    return None if asked.name in ("tokens", "bytes") else FixedLength(model, budget=asked.budget)
+
+
+def shared_policy(
+    model: Any,
+    asked: Asked,
+    *,
+    writer: Writer,
+    entropy: StaticModel | PriorModel | None,
+    frames: int,
+    again: Callable[[], Iterable[np.ndarray]],
+) -> LengthPolicy:
+    """The policy of a budget for the whole video.
+
+    Args:
+        writer, entropy: of the file that the tokens go to.
+        frames: of the video, as its container states. again: reads the video from its start.
+    """
+    if asked.bytes is None:
+        assert asked.tokens is not None
+        purse: Purse = TokenPurse(asked.tokens)
+    else:
+        purse = BytePurse(
+            asked.bytes,
+            writer,
+            entropy,
+            chunk_tokens=model.max_tokens,
+            group_tokens=getattr(model, "num_tokens", model.max_tokens),
+            frames=max(frames, 1) if asked.look_ahead is not None else 1 << 28,
+        )
+    return Allocated(
+        model,
+        writer.header.size,
+        purse=purse,
+        look_ahead=asked.look_ahead,
+        predicted=asked.predicted,
+        frames=frames,
+        again=again,
+    )
+
+
+# ---- what a length costs in quality ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """One time block: its tokens [1, K], numbered as group 0, and its frames uint8 [3, T, H, W] (None: let go)."""
+
+    tokens: Tokens
+    frames: Tensor | None
+    num_frames: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[K, Q] int64."""
+        assert self.tokens.indices is not None
+        return self.tokens.indices[0].cpu().numpy()
+
+
+def groups_of(model: Any, step: Step) -> list[Group]:
+    """The groups of a step one by one. Raises: ValueError for tokens that do not say their frames."""
+    tokens = step.tokens
+    if tokens.frames is None:
+        raise ValueError("lengths block by block need a model that says how many frames its tokens stand for")
+    groups, frames = int(tokens.num_groups[0]), int(tokens.frames[0])
+    block = getattr(model.config, "block_frames", None) if groups > 1 else frames
+    block = block or -(-frames // groups)
+    video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)
+    out = []
+    for g in range(groups):
+        start, end = g * block, min((g + 1) * block, frames)
+        one = tokens.select(tokens.mask & (tokens.group == g))
+        one = replace(one, group=torch.zeros_like(one.group), frames=torch.full_like(tokens.frames, end - start))
+        one = replace(one, times=tokens.times[:, g : g + 1]) if tokens.times is not None else one
+        out.append(Group(one, video[:, start:end], end - start))
+    return out
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (recon, frames) uint8 [S, 3, T, H, W] -> [S] float64
+
+
+def squared_error(recon: Tensor, frames: Tensor) -> Tensor:
+    """[S] sum of squared differences of levels over all frames, pixels and channels."""
+    return (recon.float() - frames.float()).square().sum((1, 3, 4), dtype=torch.float64).sum(1)
+
+
+def mean_squared_error(recon: Tensor, frames: Tensor) -> Tensor:
+    """[S] the same, a value."""
+    return squared_error(recon, frames) / frames[0].numel()
+
+
+class Trial:
+    """Decodes the next block at lengths that are being tried, after the blocks accepted before it."""
+
+    rows_at_once = 1 << 22  # pixels of all lengths that are decoded together
+
+    def __init__(self, model: Any, size: tuple[int, int], distance: Distance) -> None:
+        self.model, self.distance = model, distance
+        self.state: StreamState = model.init_decode_state(1, size)
+
+    @torch.inference_mode()
+    def measure(self, group: Group, lengths: list[int]) -> list[float]:
+        """The distortion of the block at each length."""
+        assert group.frames is not None
+        frames = group.frames[None].to(group.tokens.embeddings.device)
+        step = max(1, self.rows_at_once // max(frames[0, 0].numel(), 1))
+        out: list[float] = []
+        for at in range(0, len(lengths), step):
+            here = lengths[at : at + step]
+            many = _repeat_tokens(group.tokens, len(here)).truncate(torch.tensor(here)[:, None])
+            video, _ = self.model.decode_step(many, _repeat_state(self.state, len(here)))
+            if video is None or video.shape[2] != group.num_frames:
+                raise ValueError("this model's decoder holds frames back: lengths cannot be tried block by block")
+            out += self.distance(to_uint8(video), frames.expand(len(here), -1, -1, -1, -1)).tolist()
+        return out
+
+    @torch.inference_mode()
+    def accept(self, group: Group, length: int) -> None:
+        """The block has this length."""
+        _, self.state = self.model.decode_step(group.tokens.truncate(torch.tensor([[length]])), self.state)
+
+
+def _repeat_tokens(tokens: Tokens, rows: int) -> Tokens:
+    names = ("embeddings", "lengths", "positions", "group", "rank", "indices", "mass", "source", "times", "frames")
+    return replace(tokens, **{name: _repeat(getattr(tokens, name), rows) for name in names})
+
+
+def _repeat_state(state: StreamState, rows: int) -> StreamState:
+    """The state of `rows` streams that have come the same way; decoding with it leaves the original alone."""
+    return replace(state, batch=rows, buffer=_repeat(state.buffer, rows), cache=_repeat(state.cache, rows))
+
+
+def _repeat(value: Any, rows: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.expand(rows, *value.shape[1:]).clone() if value.ndim and value.shape[0] == 1 else value
+    if isinstance(value, dict):
+        return {key: _repeat(item, rows) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_repeat(item, rows) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _stand_alone(model: Any) -> bool:
+    """Whether a block decodes to the same frames whatever the length of the blocks before it."""
+    chunks = getattr(type(model), "decode_step", None) is ChunkedTokenizer.decode_step
+    return chunks and model.blocks == 1
+
+
+# ---- a wanted quality ------------------------------------------------------------------------------------------------
+
+
+class Searched:
+    """The fewest tokens of each block whose distortion is within the target (`vtok.budget.search_length`)."""
+
+    def __init__(self, model: Any, size: tuple[int, int], *, target: float, distance: Distance) -> None:
+        self.model, self.target = model, target
+        self.trial = Trial(model, size, distance)
+        self.blocks = self.missed = self.scanned = self.probes = 0
+
+    def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        for step in steps:
+            out = []
+            for group in groups_of(self.model, step):
+
+                def measure(lengths: list[int], group: Group = group) -> list[float]:
+                    return self.trial.measure(group, lengths)
+
+                found = search_length(measure, most=_most(group.tokens), target=self.target)
+                self.trial.accept(group, found.length)
+                self.blocks, self.missed = self.blocks + 1, self.missed + (not found.met)
+                self.scanned, self.probes = self.scanned + (not found.monotone), self.probes + found.probes
+                out.append(found.length)
+            yield out
+
+    def report(self) -> str:
+        if not self.blocks:
+            return ""
+        words = f"{self.probes / self.blocks:.1f} decodes a block"
+        words += f"; {self.scanned} of {self.blocks} blocks scanned: more tokens were worse" if self.scanned else ""
+        return words + (f"; {self.missed} of {self.blocks} blocks do not reach it at any length" if self.missed else "")
+
+
+def mse_of(psnr_db: float) -> float:
+    """Mean squared error in levels of a PSNR with peak 255."""
+    return 255.0**2 / 10 ** (psnr_db / 10)
+
+
+def lpips_distance(net: LPIPS) -> Distance:
+    """Mean LPIPS over frames."""
+
+    def distance(recon: Tensor, frames: Tensor) -> Tensor:
+        return clip_lpips(net, recon, frames.contiguous())
+
+    return distance
+
+
+class Predicted:
+    """What the model's halting head predicts for a wanted PSNR from the tokens alone: nothing is decoded."""
+
+    def __init__(self, model: Any, *, psnr_db: float) -> None:
+        if not hasattr(model, "halting"):
+            raise ValueError("predicted_psnr_db needs a model with a halting head: set model.halting and train it")
+        self.model, self.psnr_db = model, psnr_db
+
+    def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        for step in steps:
+            groups = int(step.tokens.num_groups[0])
+            codes = step.tokens.embeddings.unflatten(1, (groups, -1))
+            yield self.model.halting.predict(codes[0], self.psnr_db).tolist()
+
+    def report(self) -> str:
+        return f"{self.model.halting.coverage:.0%} of blocks are to reach it"
+
+
+# ---- a budget of the whole video -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Known:
+    group: Group
+    distortion: Tensor  # [K]
+    prices: Tensor  # [K]
+
+
+class Allocated:
+    """A budget shared out over the blocks of one video: the least summed squared error within the purse.
+
+    The distortion of every block is measured at a menu of lengths and interpolated between them, or predicted by the
+    model's scorer. With `look_ahead`, a block is decided once the blocks after it are known that far, the rest of the
+    video taken to be like what was seen; without, once the whole video is. Either way the earlier blocks are as
+    decided: where they matter to later ones, a block is measured again before it is decided.
+
+    Args:
+        frames: of the whole video as its container states them, for a look-ahead.
+        again: the frames of the video from its start, for a second pass where one is needed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        size: tuple[int, int],
+        *,
+        purse: Purse,
+        look_ahead: int | None = None,
+        predicted: bool = False,
+        frames: int = 0,
+        again: Callable[[], Iterable[np.ndarray]] | None = None,
+    ) -> None:
+        if look_ahead is not None and frames < 1:
+            raise ValueError("look_ahead needs a container that states its number of frames: leave it out")
+        if predicted and not hasattr(model, "scorer"):
+            raise ValueError("predicted=true needs a model with a scorer: set model.scorer_depth and train it")
+        self.model, self.purse, self.look_ahead, self.predicted = model, purse, look_ahead, predicted
+        self.frames, self.again = frames, again
+        self.trial, self.scout = (Trial(model, size, squared_error) for _ in range(2))
+        self.alone = predicted or _stand_alone(model)
+        self.known: deque[_Known] = deque()
+        self.sizes: list[int] = []  # groups of each step
+        self.step_frames: list[int | None] = []
+        self.past: deque[tuple[Tensor, Tensor]] = deque(maxlen=NEAR)
+        self.seen = self.block = 0  # frames so far, and of a block
+
+    def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        if self.look_ahead is None:
+            while self._load(steps):
+                pass
+            if self.alone:
+                yield from self._rest(0)
+                return
+        second = self._second_pass() if self.look_ahead is None else None
+        at, more = 0, True
+        while True:
+            while more and self.look_ahead is not None and len(self.known) <= self.look_ahead:
+                more = self._load(steps)
+            if not self.known:
+                return
+            if more and self.seen >= self.frames > 0:  # by its container, the video ends here
+                more = self._load(steps)
+            if not more and self.alone:
+                yield from self._rest(at)
+                return
+            out = []
+            for _ in range(self.sizes[at]):
+                while more and self.look_ahead is not None and len(self.known) <= self.look_ahead:
+                    more = self._load(steps)
+                out.append(self._decide(second))
+            at += 1
+            yield out
+            self.purse.handed_on()
+
+    def report(self) -> str:
+        return ""
+
+    def _load(self, steps: Iterator[Step]) -> bool:
+        step = next(steps, None)
+        if step is None:
+            return False
+        groups = groups_of(self.model, step)
+        predicted = self._predict(step, groups) if self.predicted else None
+        for g, group in enumerate(groups):
+            distortion = self._curve(self.scout, group) if predicted is None else predicted[g]
+            if not self.alone:
+                self.scout.accept(group, _most(group.tokens))
+            if self.alone or self.look_ahead is None:  # what is measured once, or again in a second pass
+                group.frames = None
+            self.known.append(_Known(group, distortion, self.purse.prices(group.ids, chosen=False)))
+        self.sizes.append(len(groups))
+        self.step_frames.append(int(step.tokens.frames[0]) if step.tokens.frames is not None else None)
+        self.seen += sum(group.num_frames for group in groups)
+        self.block = max(self.block, groups[0].num_frames)
+        return True
+
+    def _curve(self, trial: Trial, group: Group) -> Tensor:
+        """[K] squared error of 1, 2 ... K tokens."""
+        most = _most(group.tokens)
+        menu = spread_lengths(most)
+        return interpolate_lengths(torch.tensor(trial.measure(group, menu), dtype=torch.float64), menu, most)
+
+    def _predict(self, step: Step, groups: list[Group]) -> list[Tensor]:
+        device = step.tokens.embeddings.device
+        video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)[None].to(device)
+        table = self.model.predict_distortion(Clip(keys=["stream"], video=video))[0].double().cpu()  # [G, S]
+        most = _most(groups[0].tokens)
+        unit = most // table.shape[1]
+        menu = [unit * (s + 1) for s in range(table.shape[1])]
+        # below the shortest length it knows, the scorer says nothing: such lengths count as bad as that one, and more
+        curves = interpolate_lengths(table, menu, most)
+        below = (unit / torch.arange(1, most + 1).double()).clamp_min(1)
+        return [curve * below * group.num_frames for curve, group in zip(curves, groups)]
+
+    def _second_pass(self) -> Iterator[Tensor]:
+        """The frames [3, T, H, W] of every block, read from the video again."""
+        if self.again is None:
+            raise ValueError("blocks that depend on earlier ones need a look_ahead, or a source that is read twice")
+        source = iter(self.again())
+        for known in list(self.known):
+            frames = [next(source) for _ in range(known.group.num_frames)]
+            yield torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+
+    def _decide(self, second: Iterator[Tensor] | None) -> int:
+        first = self.known[0]
+        if second is not None:
+            first.group.frames = next(second)
+        if not self.alone:
+            first.distortion = self._curve(self.trial, first.group)
+        first.prices = self.purse.prices(first.group.ids, chosen=True)
+        near, later = list(islice(self.known, NEAR)), list(islice(self.known, NEAR, None))
+        unknown = 0 if self.look_ahead is None else -(-max(self.frames - self.seen, 0) // self.block)
+        reserve = unknown * self.purse.least + float(sum(known.prices.min() for known in later))
+        like = later[:: -(-len(later) // NEAR)] if later else list(self.past)
+        (distortion, prices), total = _stack(near), self.purse.left()
+        past = _stack(like) if like else (distortion[:0], prices[:0])
+        missing = reserve + float(prices.amin(1).sum()) - total
+        if missing > 0:
+            raise self.purse.short_of(missing)
+        level = allocate_ahead(
+            distortion,
+            prices,
+            past_distortion=past[0],
+            past_rate=past[1],
+            unknown=unknown + len(later),
+            total=total,
+            reserve=reserve,
+        )
+        self.known.popleft()
+        if self.look_ahead is not None:
+            self.past.append((first.distortion, first.prices))
+        self._settle(first, level)
+        return level + 1
+
+    def _settle(self, known: _Known, level: int) -> None:
+        if not self.alone:
+            self.trial.accept(known.group, level + 1)
+        self.purse.pay(known.group.ids, level + 1, float(known.prices[level]))
+
+    def _rest(self, first: int) -> Iterator[list[int]]:
+        """Every block from step `first` on at once. The size is measured by writing, so that what the purse's bounds
+        leave over is spent too, and one length for all, which costs less to signal, is taken where it is better."""
+        if not self.known:
+            return
+        distortion, prices = _stack(self.known)
+        choice, unit, limit = torch.zeros(len(prices), dtype=torch.int64), self.purse.unit, self.purse.total
+        size, floor = self._size(choice, first), float(prices[:, 0].sum())
+        if size > limit:
+            raise self.purse.short_of((size - limit) * unit)
+        low, high, capacity = floor, math.inf, max(self.purse.left(), floor)
+        for _ in range(10):
+            asked = allocate_lagrange(distortion, prices, total=capacity)
+            spare = (limit - self._size(asked, first)) * unit
+            if spare >= 0:
+                same, choice, low = torch.equal(asked, choice), asked, capacity
+                if spare < unit or (same and capacity > floor):
+                    break
+            else:
+                high = capacity
+            capacity += spare
+            if not low < capacity < high:
+                capacity = (low + high) / 2
+        best = float(distortion.gather(1, choice[:, None]).sum())
+        for level in distortion.sum(0).argsort().tolist():
+            same = torch.full_like(choice, level)
+            if float(distortion[:, level].sum()) >= best or self._size(same, first) <= limit:
+                choice = same if float(distortion[:, level].sum()) < best else choice
+                break
+        lengths, at = (choice + 1).tolist(), 0
+        for count in self.sizes[first:]:
+            yield lengths[at : at + count]
+            at += count
+
+    def _size(self, choice: Tensor, first: int) -> int:
+        lengths, groups, chunks, at = (choice + 1).tolist(), list(self.known), [], 0
+        for count, frames in zip(self.sizes[first:], self.step_frames[first:]):
+            here = lengths[at : at + count]
+            ids = [known.group.ids[:k] for known, k in zip(groups[at : at + count], here)]
+            chunks.append(Chunk(np.concatenate(ids), tuple(here), frames))
+            at += count
+        return self.purse.size(chunks, frames=self.seen)
+
+
+def _stack(known: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    pairs = [(k.distortion, k.prices) if isinstance(k, _Known) else k for k in known]
+    return torch.stack([d for d, _ in pairs]), torch.stack([p for _, p in pairs])
