@@ -121,8 +121,15 @@ def bigger_weights(model: nn.Module) -> None:
                 parameter.mul_(3)
 
 
+LOADED: dict[str, object] = {}
+
+
 def tower_of(towers, name, **settings):
-    return load_tower(TowerConfig(str(towers(name)[0]), **settings))
+    """A tower, loaded once: nothing changes a frozen one."""
+    config = TowerConfig(str(towers(name)[0]), **settings)
+    if str(config) not in LOADED:
+        LOADED[str(config)] = load_tower(config)
+    return LOADED[str(config)]
 
 
 def film(frames: int = 5, height: int = 90, width: int = 121, clips: int = 1):
@@ -179,7 +186,7 @@ def test_transformers_video_tower_equals_its_library(towers, name):
 
 
 @pytest.mark.parametrize("name", TIMM)
-@pytest.mark.parametrize("shape", [(90, 121), (121, 90), (40, 33)])
+@pytest.mark.parametrize("shape", [(90, 121), (61, 40)])
 def test_timm_tower_equals_its_library(towers, name, shape):
     folder, model, transform = towers(name)
     video = film(3, *shape)
@@ -344,7 +351,6 @@ def test_shards_are_hashed_together(towers, tmp_path):
     hashes = "\n".join(hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards)
     tower = load_tower(TowerConfig(str(tmp_path)))
     assert tower.sha256 == hashlib.sha256(hashes.encode()).hexdigest()
-    assert torch.equal(tower(film(1)).patches, tower_of(towers, "vit")(film(1)).patches) is False  # another film
     video = film(1)
     assert torch.equal(tower(video).patches, tower_of(towers, "vit")(video).patches)
 
@@ -499,6 +505,7 @@ def test_names_are_found_in_the_hubs_cache(towers, tmp_path, monkeypatch):
         assert tower.revision == commit and tower.sha256 == tower_of(towers, here).sha256
         assert torch.equal(tower(video).patches, tower_of(towers, here)(video).patches)
     assert load_tower(TowerConfig("hf:someone/clip", revision="later")).revision == "b" * 40
+    assert tower_of(towers, "clip").revision == ""
     model = timm.create_model("test_vit.r160_in1k", pretrained=False).eval()
     timm.models.save_for_hf(model, tmp_path / "tiny", safe_serialization=True)
     cached("timm/test_vit.r160_in1k", tmp_path / "tiny", "d" * 40)
@@ -507,8 +514,25 @@ def test_names_are_found_in_the_hubs_cache(towers, tmp_path, monkeypatch):
     with torch.no_grad():
         own = model.forward_features(tower.preprocess(video[0].transpose(0, 1)))
     assert relative(tower(video).patches[0], own[:, model.num_prefix_tokens :]) < 1e-5
+    kind = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    with pytest.raises(ValueError, match="'timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k' could not be had"):
+        load_tower(TowerConfig(f"timm:{kind}"))
     with pytest.raises(ValueError, match="'someone/nothing' could not be had from the Hub"):
         load_tower(TowerConfig("hf:someone/nothing"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["siglip", "timm_vit", "vjepa2"])
+def test_features_of_a_gpu_are_those_of_the_cpu(towers, name):
+    folder, video, lengths = towers(name)[0], film(5, clips=2), torch.tensor([5, 2])
+    here = tower_of(towers, name)(video, lengths)
+    there = load_tower(TowerConfig(str(folder)))(video.cuda(), lengths.cuda())
+    assert there.patches.is_cuda and relative(there.patches.cpu(), here.patches) < 2e-2
+    half = load_tower(TowerConfig(str(folder), dtype="bfloat16"))(
+        video.cuda(), lengths.cuda(), attention=(0,), keys=True
+    )
+    assert half.patches.dtype == torch.bfloat16 and relative(half.patches.float().cpu(), here.patches) < 0.1
 
 
 def test_a_clips_cached_features_spare_the_tower(towers):

@@ -80,13 +80,15 @@ def _hash(files: list[Path], config: TowerConfig) -> str:
     return found
 
 
-def _fetch(repo: str, revision: str) -> Path:
-    """The cached snapshot of a Hub repository: its configuration, and its weights in one format."""
+def _fetch(repo: str, revision: str, files: tuple[str, ...] = ()) -> Path:
+    """The cached snapshot of a Hub repository: its configuration, and its weights in one format, or those files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted: dict[str, Any] = dict(revision=revision or None, ignore_patterns=["*/*"])
     try:
+        if files:
+            return Path(snapshot_download(repo, allow_patterns=["config.json", *files], **wanted))
         folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"], **wanted))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.bin"], **wanted))
@@ -115,9 +117,10 @@ def _registered(config: TowerConfig, name: str, size: tuple[int, int] | None) ->
     repo = getattr(cfg, "hf_hub_id", None)
     if not repo:
         raise ValueError(f"tower.name={config.name!r}: timm lists no weights of it on the Hub; give a tag or a folder")
-    folder = _fetch(repo, config.revision)
-    own = folder / (cfg.hf_hub_filename or "")
-    files = [own] if own.is_file() else _weight_files(folder)
+    own = cfg.hf_hub_filename or ""  # where a repository holds several libraries' weights; safetensors before a pickle
+    names = (own.replace("_pytorch_model.bin", "_model.safetensors"), own) if own else ()
+    folder = _fetch(repo, config.revision, names)
+    files = [folder / own_name for own_name in names if (folder / own_name).is_file()][:1] or _weight_files(folder)
     sha256 = _hash(files, config)
     body = _timm_body(name, config, size, {"file": str(files[0])})
     return Tower(config, body, sha256=sha256, revision=folder.name if len(folder.name) == 40 else config.revision)

@@ -124,6 +124,8 @@ def from_processor(processor: Any, size: tuple[int, int] | None, where: str) -> 
             break
         if steps & vars(kind).keys() and not name.startswith(_KNOWN_STEPS):
             raise ValueError(f"{where}: {name} preprocesses in a way of its own, which vtok does not follow")
+    if getattr(processor, "do_pad", None) and not size:
+        raise ValueError(f"{where}: {name} pads frames; set tower.size to the (height, width) it should see")
     resample = getattr(processor.resample, "value", processor.resample)
     mode = _FILTERS.get(resample) if isinstance(resample, int) else {**_TV_FILTERS, "bicubic": "bicubic"}.get(resample)
     if mode is None:
