@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,9 @@ from vtok.data.pipeline import ValidationSet, make_loader
 from vtok.data.sources import every_shard
 from vtok.data.view import view_of
 from vtok.evaluator import Evaluator
+from vtok.layers.i3d import I3DNet
 from vtok.layers.perceptual import LPIPS
+from vtok.layers.vgg import WIDTHS, VGG19Distance
 from vtok.loading import load_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -49,6 +51,7 @@ BEGINS_WITH = {
     "omnitokenizer_vq": "omnitokenizer_vq_image",
     "onevae_fsq": "onevae_kl",
 }
+GOES_ON = {"vidtok_fsq_488_stage2"}  # the losses too: discriminator, learned variance
 HEAD = f"{'preset':24}{'steps':>6}{'tokens':>8}{'bits/px':>9}" + "".join(
     f"{heading:>{width}}"
     for heading, width in (
@@ -111,14 +114,40 @@ def presets(family: str, only: list[str]) -> list[str]:
     return out
 
 
-def prepare(root: Path, shards: str) -> tuple[Path, Path]:
-    """(folder with train/ and val/ shards, LPIPS weights): made under `root` where they are not there."""
-    weights = root / "lpips.pt"
-    if not weights.is_file():
+def random_vgg19() -> dict[str, torch.Tensor]:
+    """A state dict as torchvision's `vgg19` has it, an eighth as wide; what no loss reads is zero."""
+    width = WIDTHS[-1] // 8
+    unread = {f"features.{i}.{k}": torch.zeros(width) for i in (32, 34) for k in ("weight", "bias")}
+    return VGG19Distance(tuple(w // 8 for w in WIDTHS)).state_dict() | unread
+
+
+def random_raft() -> dict[str, torch.Tensor]:
+    from torchvision.models.optical_flow import raft_small
+
+    return raft_small().state_dict()
+
+
+NETWORKS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "lpips": lambda: LPIPS("alex").state_dict(),
+    "vgg19": random_vgg19,
+    "i3d": lambda: I3DNet().state_dict(),
+    "raft": random_raft,
+}
+
+
+def network(root: Path, name: str) -> Path:
+    """Random weights of a network that losses look through, made under `root` where they are not there."""
+    path = root / f"{name}.pt"
+    if not path.is_file():
         torch.manual_seed(0)
-        torch.save(LPIPS("alex").state_dict(), weights)
+        torch.save(NETWORKS[name](), path)
+    return path
+
+
+def prepare(root: Path, shards: str) -> Path:
+    """The folder with train/ and val/ shards, made under `root` where it is not there."""
     if shards:
-        return Path(shards), weights
+        return Path(shards)
     if not (root / "shards" / "val" / "index.json").is_file():
         manifest = synthetic.write_corpus(
             root / "corpus", clips=240, seconds=2, size=(32, 32), fps=8, complexity=(0, 1), map_size=(32, 32),
@@ -126,10 +155,10 @@ def prepare(root: Path, shards: str) -> tuple[Path, Path]:
         )  # fmt: skip
         command = [sys.executable, "-m", "vtok.cli", "shards", str(manifest), "--out", str(root / "shards"), "--quiet"]
         subprocess.run(command, check=True)
-    return root / "shards", weights
+    return root / "shards"
 
 
-def settings(name: str, *, family: str, shards: Path, weights: Path, out: Path) -> tuple[RunConfig, list[str]]:
+def settings(name: str, *, family: str, shards: Path, out: Path) -> tuple[RunConfig, list[str]]:
     """The configuration of a twin's run, and the overrides of its yaml that make it."""
     path = CONFIGS / family / f"{name}_tiny.yaml"
     plain = load(path)
@@ -145,11 +174,16 @@ def settings(name: str, *, family: str, shards: Path, weights: Path, out: Path) 
         "trainer.log_every=1",
         "trainer.accelerator=cpu",
     ]
-    perceptual = ("perceptual", "gram", "scorer")
-    if any(getattr(plain.objective, key, 0) for key in perceptual) and plain.objective.perceptual_net == "lpips":
-        given.append(f"objective.perceptual_weights={weights}")
+    perceptual, net = ("perceptual", "gram", "scorer"), getattr(plain.objective, "perceptual_net", "")
+    if any(getattr(plain.objective, key, 0) for key in perceptual) and net in NETWORKS:
+        given.append(f"objective.perceptual_weights={network(out, net)}")
+    for key, net in (("video_perceptual", "i3d"), ("flow", "raft")):
+        if getattr(plain.objective, key, 0):
+            given.append(f"objective.{key}_weights={network(out, net)}")
     if name in BEGINS_WITH:
         given.append(f"init_from={out / f'{BEGINS_WITH[name]}-export'}")
+    if name in GOES_ON:
+        given.append(f"objective.init_from={out / BEGINS_WITH[name]}")
     return load(path, given), given
 
 
@@ -211,9 +245,9 @@ def measure(name: str, config: RunConfig, *, memory: float | None, family: str) 
 
 
 def run(asked: argparse.Namespace, root: Path) -> Iterator[Row]:
-    shards, weights = prepare(root, asked.shards)
+    shards = prepare(root, asked.shards)
     for name in presets(asked.family, asked.only.split(",") if asked.only else []):
-        config, given = settings(name, family=asked.family, shards=shards, weights=weights, out=root)
+        config, given = settings(name, family=asked.family, shards=shards, out=root)
         memory = train(name, family=asked.family, out=root, given=given)
         yield measure(name, config, memory=memory, family=asked.family)
 

@@ -14,8 +14,8 @@ from torchvision.models import vgg19
 from torchvision.models.optical_flow import raft_large, raft_small
 
 from vtok import losses
-from vtok.layers.flow import OpticalFlow, load_flow
 from vtok.layers.i3d import I3DDistance, I3DNet, load_i3d_distance
+from vtok.layers.optical_flow import OpticalFlow, load_flow
 from vtok.layers.perceptual import LPIPS, load_perceptual
 from vtok.layers.stylegan import StyleGANDiscriminator, minibatch_spread
 from vtok.layers.vgg import TAP_WEIGHTS, VGG19Distance
@@ -230,7 +230,8 @@ def test_i3d_of_the_loss_and_of_rfvd_read_the_same_file(tmp_path):
     state = {k: v for k, v in i3d().state_dict().items() if not k.endswith(".num_batches_tracked")}
     torch.save(state, tmp_path / "i3d.pt")
     net = load_i3d_distance(tmp_path / "i3d.pt")
-    assert all(torch.equal(net._i3d.net.state_dict()[k], v) for k, v in state.items())
+    mine = net._i3d.net.state_dict()
+    assert all(torch.equal(mine[k], v) for k, v in state.items())
     del state["logits.conv3d.bias"]
     torch.save(state, tmp_path / "cut.pt")
     with pytest.raises(ValueError, match=r"does not fit I3D(.|\n)*logits.conv3d.bias"):
@@ -287,22 +288,26 @@ def test_minibatch_spread_compares_same_frames_of_different_clips():
 # objectives
 
 
-def objective(tmp_path, *, frames: int = 3, channels: int = 3, **settings) -> PixelObjective:
-    paths = {"vgg": tmp_path / "vgg19.pt", "raft": tmp_path / "raft.pt", "i3d": tmp_path / "i3d.pt"}
-    if not paths["vgg"].exists():
-        torch.save(torchvision_like(narrow_vgg()), paths["vgg"])
-        torch.save(small_raft().state_dict(), paths["raft"])
-        torch.save(i3d().state_dict(), paths["i3d"])
-    given = {
-        "perceptual_net": "vgg19", "perceptual_weights": str(paths["vgg"]), "flow_weights": str(paths["raft"]),
-        "video_perceptual_weights": str(paths["i3d"]),
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Settings of an objective that name its weight files."""
+    root = tmp_path_factory.mktemp("networks")
+    states = {
+        "perceptual": torchvision_like(narrow_vgg()), "flow": small_raft().state_dict(),
+        "video_perceptual": i3d().state_dict(),
     }  # fmt: skip
-    return PixelObjective(PixelConfig(**{**given, **settings}), channels=channels, frames=frames, size=(32, 32))
+    for name, state in states.items():
+        torch.save(state, root / f"{name}.pt")
+    return {"perceptual_net": "vgg19"} | {f"{name}_weights": str(root / f"{name}.pt") for name in states}
 
 
-def test_an_objective_adds_what_is_asked_for_and_reports_it_of_images_too(tmp_path):
+def objective(files: dict[str, str], *, frames: int = 3, channels: int = 3, **settings) -> PixelObjective:
+    return PixelObjective(PixelConfig(**{**files, **settings}), channels=channels, frames=frames, size=(32, 32))
+
+
+def test_an_objective_adds_what_is_asked_for_and_reports_it_of_images_too(files):
     weights = {"perceptual": 0.1, "gram": 0.5, "flow": 0.01, "video_perceptual": 2.0}
-    whole = objective(tmp_path, l1=0.5, flow_pairs=1, **weights)
+    whole = objective(files, l1=0.5, flow_pairs=1, **weights)
     whole.flow.updates = 1  # of twelve, which take seconds
     last = torch.zeros(1)
     for frames in (3, 1):
@@ -333,18 +338,18 @@ def test_an_objective_adds_what_is_asked_for_and_reports_it_of_images_too(tmp_pa
         (dict(init_from="x"), None),
     ],
 )
-def test_settings_of_an_objective_that_cannot_be_honoured(tmp_path, settings, words):
+def test_settings_of_an_objective_that_cannot_be_honoured(files, settings, words):
     with pytest.raises(ValueError if words else FileNotFoundError, match=words or "there is no checkpoint at x"):
-        objective(tmp_path, **settings)
+        objective(files, **settings)
 
 
 GAME = AdversarialConfig(weight=0.2, width=8, discriminator="conv2d", lecam=0.01, depth=1)
 
 
-def trained(tmp_path) -> PixelObjective:
+def trained(tmp_path, files) -> PixelObjective:
     """An objective after two steps, and the run's folder with its checkpoint."""
     torch.manual_seed(1)
-    first = objective(tmp_path, adversarial=GAME, log_variance="mean")
+    first = objective(files, adversarial=GAME, log_variance="mean")
     optimizer = torch.optim.Adam([p for p in first.parameters() if p.requires_grad], 1e-2)
     for seed in range(2):
         recon = clips(frames=3, seed=seed + 5).requires_grad_(True)
@@ -359,19 +364,19 @@ def trained(tmp_path) -> PixelObjective:
     return first
 
 
-def test_losses_of_another_run_go_on_but_for_what_is_left_out(tmp_path):
-    first = trained(tmp_path)
+def test_losses_of_another_run_go_on_but_for_what_is_left_out(tmp_path, files):
+    first = trained(tmp_path, files)
     settings = dict(adversarial=GAME, log_variance="mean")
     torch.manual_seed(2)
-    anew = objective(tmp_path, **settings)
+    anew = objective(files, **settings)
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"):
         torch.manual_seed(2)
-        second = objective(tmp_path, **settings, init_from=str(source))
+        second = objective(files, **settings, init_from=str(source))
         assert first.state_dict().keys() == second.state_dict().keys()
         assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
     assert float(first.adversarial.real_average) != 0
     torch.manual_seed(2)
-    restarted = objective(tmp_path, **settings, init_from=str(tmp_path / "run"), init_without=["adversarial"])
+    restarted = objective(files, **settings, init_from=str(tmp_path / "run"), init_without=["adversarial"])
     assert torch.equal(restarted.log_variance.logvar, first.log_variance.logvar)
     fresh, old = anew.adversarial.state_dict(), first.adversarial.state_dict()
     for name, value in restarted.adversarial.state_dict().items():
@@ -379,13 +384,13 @@ def test_losses_of_another_run_go_on_but_for_what_is_left_out(tmp_path):
     assert any(not torch.equal(value, old[name]) for name, value in fresh.items())
 
 
-def test_losses_of_another_run_that_do_not_fit(tmp_path):
-    trained(tmp_path)
+def test_losses_of_another_run_that_do_not_fit(tmp_path, files):
+    trained(tmp_path, files)
     run = str(tmp_path / "run")
     other = AdversarialConfig(weight=0.2, width=8, discriminator="stylegan")
     with pytest.raises(ValueError, match=r"does not fit objective.adversarial(.|\n)*init_without=\[adversarial\]"):
-        objective(tmp_path, adversarial=other, init_from=run)
-    assert objective(tmp_path, adversarial=other, init_from=run, init_without=["adversarial"]).adversarial is not None
+        objective(files, adversarial=other, init_from=run)
+    assert objective(files, adversarial=other, init_from=run, init_without=["adversarial"]).adversarial is not None
     (tmp_path / "sharded" / "checkpoints" / "last.ckpt").mkdir(parents=True)
     with pytest.raises(ValueError, match="folder of DeepSpeed shards.*consolidate"):
-        objective(tmp_path, adversarial=GAME, init_from=str(tmp_path / "sharded"))
+        objective(files, adversarial=GAME, init_from=str(tmp_path / "sharded"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vtok.layers.flow import load_flow
 from vtok.layers.i3d import load_i3d_distance
+from vtok.layers.optical_flow import load_flow
 from vtok.layers.perceptual import load_perceptual
 from vtok.losses.adversarial import Adversarial, AdversarialConfig
 from vtok.losses.pixels import LogVariance, flow_distance, gram, perceptual, reconstruction, video_perceptual
