@@ -148,12 +148,20 @@ class Block(nn.Module):
         self.distance = nn.Parameter(torch.zeros(c.num_heads, c.context_groups + 1))  # bias; the last: of the prefix
         self.up, self.down = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
 
-    def forward(self, x: Tensor, apart: Tensor, allowed: Tensor) -> Tensor:
-        """x [B, N, W]. apart: [B, N, N] groups between, C for the prefix. allowed: [B, N, N] bool."""
+    def forward(self, x: Tensor, apart: Tensor, slot: Tensor, allowed: Tensor) -> Tensor:
+        """x [B, N, W]. apart: [B, N, C + 1], which bias a query has for keys of each slot; slot: [B, N, C + 1], that of
+        each key, one-hot. allowed: [B, N, N] bool.
+
+        The bias is a product of C + 1 more channels: no tensor [B, H, N, N] of floats, and none to sum gradients over.
+        """
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, W / H] each
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        bias = self.distance[:, apart].transpose(0, 1).masked_fill(~allowed[:, None], -math.inf)  # [B, H, N, N]
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        width, more = q.shape[-1], apart.shape[-1]
+        bias = self.distance.t()[apart].permute(0, 3, 1, 2) * width**0.5  # [B, H, N, C + 1]
+        q = torch.cat([q, bias.to(q)], -1)
+        k = torch.cat([k, slot[:, None].expand(-1, self.heads, -1, -1).to(k)], -1)
+        v = F.pad(v, (0, more))  # fused attention wants one width
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], scale=width**-0.5)[..., :width]
         x = x + F.dropout(self.out(seen.transpose(1, 2).flatten(2)), self.dropout, self.training)
         hidden = self.up(self.norm2(x)).relu().square()
         return x + F.dropout(self.down(hidden), self.dropout, self.training)
@@ -225,25 +233,26 @@ class TokenPrior(nn.Module):
             x = x + vector * weight
         places = torch.arange(s.words.shape[1], device=x.device)
         x = torch.cat([self.words(s.words) + self.word_place(places), x], 1)  # [B, P + L, W]
-        apart, allowed = self._visible(s)
+        visible = self._visible(s)
         for block in self.blocks:
-            x = block(x, apart, allowed)
+            x = block(x, *visible)
         return self.norm(x[:, s.words.shape[1] :])
 
-    def _visible(self, s: TokenRows) -> tuple[Tensor, Tensor]:
-        """Groups between query and key [B, N, N], and whether the query may look, N = P + L."""
+    def _visible(self, s: TokenRows) -> tuple[Tensor, Tensor, Tensor]:
+        """`Block`'s apart, slot and allowed. Keys of a group lie in slot group mod C, those of the prefix in slot C."""
         c, prefix = self.config, s.words.shape[1]
-        group = torch.cat([s.words.new_full(s.words.shape, -1), s.group], 1)
+        group = torch.cat([s.words.new_full(s.words.shape, -1), s.group], 1)  # [B, N]
         real = torch.cat([s.words_mask, s.mask], 1)
-        count = group.shape[1]
-        apart = (group[:, :, None] - group[:, None, :]).clamp(0, c.context_groups)
-        is_word = torch.arange(count, device=group.device) < prefix
-        near = is_word | (apart < c.context_groups)
-        apart = torch.where(is_word, c.context_groups, apart)
-        order = torch.arange(count, device=group.device)
+        order = torch.arange(group.shape[1], device=group.device)
+        is_word = order < prefix
+        slots = torch.arange(c.context_groups + 1, device=group.device)
+        slot = torch.where(is_word, c.context_groups, group % c.context_groups)
+        apart = (group[..., None] - slots) % c.context_groups
+        apart = torch.where(slots == c.context_groups, c.context_groups, apart)
+        near = is_word | (group[:, :, None] - group[:, None, :] < c.context_groups)
         itself = order[:, None] == order  # padding looks at itself, or its softmax would be 0 / 0
         allowed = near & (order[:, None] >= order) & real[:, None, :] | itself
-        return apart.clamp(max=c.context_groups), allowed
+        return apart, slot[..., None] == slots, allowed
 
     def logits(self, s: TokenRows) -> list[Tensor]:
         """By digit, [B, L, V]."""
