@@ -437,6 +437,8 @@ def test_names_that_are_no_tower(monkeypatch):
             load_tower(TowerConfig(name))
     with pytest.raises(ValueError, match="timm has no such model; close: .*vit_base_patch14_dinov2"):
         load_tower(TowerConfig("timm:vit_base_patch14_dinov"))
+    with pytest.raises(ValueError, match=r"timm has vit_base_patch14_dinov2\.lvd142m"):
+        load_tower(TowerConfig("timm:vit_base_patch14_dinov2.nope"))
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install 'vtok\[towers\]'"):
         load_tower(TowerConfig("timm:vit_base_patch14_dinov2"))

@@ -113,7 +113,11 @@ def _registered(config: TowerConfig, name: str, size: tuple[int, int] | None) ->
         raise ValueError(
             f"tower.name={config.name!r}: timm has no such model" + (f"; close: {', '.join(close)}" * bool(close))
         )
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if "." in name else timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise ValueError(f"tower.name={config.name!r}: {error} timm has {', '.join(tags) or 'none'}") from error
     repo = getattr(cfg, "hf_hub_id", None)
     if not repo:
         raise ValueError(f"tower.name={config.name!r}: timm lists no weights of it on the Hub; give a tag or a folder")
