@@ -21,6 +21,7 @@ height and width, P patches and K tokens of a latent frame, Q ids a token.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -48,9 +49,11 @@ from vtok.layers.rectified import (
     gaussian_velocity,
     mix,
 )
+from vtok.layers.teacher import differences
 from vtok.layers.transformer import Transformer
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
+from vtok.vision import Tower, TowerConfig, load_tower, resample_features
 
 
 @dataclass
@@ -369,12 +372,22 @@ def build(config: Config, *, load: LoadTokenizer) -> Model:
     found = asdict(source.config)
     if found.get("name", "").rpartition(".")[2] != "discrete":
         raise ValueError(f"model.latents={config.latents!r} is a {found.get('name')} model: it must be a discrete one")
-    if config.latents_config is not None and config.latents_config != found:
-        raise ValueError(f"model.latents={config.latents!r} is not what model.latents_config says")
+    if config.latents_config is not None and (wrong := differences(config.latents_config, found)):
+        raise ValueError(f"model.latents={config.latents!r} is not what model.latents_config says: {'; '.join(wrong)}")
     config.latents_config = found
     model = Model(config)
     model.space.adopt(source)
     return model
+
+
+@dataclass
+class AlignConfig:
+    """Representation alignment (REPA, Yu et al. 2024, https://arxiv.org/abs/2410.06940)."""
+
+    weight: float = 0.0  # of 1 - cosine between a projection of the decoder's patches and a frozen tower's features
+    tower: TowerConfig = field(default_factory=TowerConfig)  # an image tower; give it a size, so that it crops nothing
+    depth: int = 1  # decoder blocks before the patches are read
+    width: int = 2048  # hidden units of the projection, of three layers
 
 
 @dataclass
@@ -383,13 +396,14 @@ class ObjectiveConfig:
     quantizer: float = 1.0  # weight of the quantizer's own loss
     nested: NestedConfig = field(default_factory=lambda: NestedConfig(mode="pow2", per="block"))
     nested_first: NestedConfig | None = None  # law of the first latent frame, where it is another
-    null: float = 0.2  # share of clips decoded without tokens, for guidance
+    unconditional: float = 0.2  # share of clips decoded without tokens, for guidance
     prefix: list[float] = field(default_factory=lambda: [1.0])  # chances of 0, 1, 2 ... latent frames that are known
     prefix_level: float = 0.02  # highest noise level of these ...
     prefix_noisy: float = 0.5  # ... in this share of clips; none in the others
     level_mean: float = 0.0  # noise levels are sigmoid(N(mean, std))
     level_std: float = 1.0
     stratified: bool = True  # noise levels of a batch one from each of its equal shares of the law
+    align: AlignConfig = field(default_factory=AlignConfig)
 
 
 class Objective(nn.Module):
@@ -404,26 +418,68 @@ class Objective(nn.Module):
         for law in (c.nested, c.nested_first):
             if law is not None:
                 nested_keep(m.num_tokens, 1, config=law)  # a law that does not fit fails here
-        for key in ("null", "prefix_level", "prefix_noisy"):
+        for key in ("unconditional", "prefix_level", "prefix_noisy"):
             if not 0 <= getattr(c, key) <= 1:
                 raise ValueError(f"objective.{key}={getattr(c, key)} must lie in [0, 1]")
         if not c.prefix or min(c.prefix) < 0 or sum(c.prefix) <= 0 or c.prefix[0] <= 0:
             raise ValueError(
                 f"objective.prefix={c.prefix} must be the chances of 0, 1, 2 ... known latent frames, that of 0 above 0"
             )
+        self.tower, self.align = None, None
+        if c.align.weight:
+            self.tower = self._tower(c.align, m)
+            wide, hidden = m.decoder_width or m.width, c.align.width
+            sizes = [wide, hidden, hidden, self.tower.embedding_dim]
+            layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+            self.align = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+
+    @staticmethod
+    def _tower(align: AlignConfig, model: Config) -> Tower:
+        if not align.tower.name:
+            raise ValueError(f"objective.align.weight={align.weight} needs objective.align.tower.name, a frozen tower")
+        if not 1 <= align.depth <= model.decoder_depth:
+            raise ValueError(
+                f"objective.align.depth={align.depth} is outside 1 to model.decoder_depth={model.decoder_depth}"
+            )
+        tower = load_tower(align.tower)
+        if tower.stride != 1:
+            raise ValueError(
+                f"objective.align.tower.name={tower.name!r} has one feature frame for {tower.stride} frames: align to "
+                "an image tower"
+            )
+        return tower
 
     def forward(self, model: Model, clip: Clip, step: int) -> Loss:
         c = self.config
         assert clip.video is not None and clip.video.is_floating_point()
         video, lengths = clip.video, clip.frames()
-        out = model(video, lengths, self.draw_keep(model, len(clip)).to(video.device), self.draw(model, lengths))
+        keep = self.draw_keep(model, len(clip)).to(video.device)
+        tap = c.align.depth if self.align is not None else None
+        out = model(video, lengths, keep, self.draw(model, lengths), tap=tap)
         flow = (out.error * out.learned).sum() / out.learned.sum().clamp_min(1)
         total = c.flow * flow + c.quantizer * out.quantized.loss
         report = {f"quantizer_{k}": v for k, v in out.quantized.report.items()}
         report |= {"flow": flow.detach(), "quantizer": out.quantized.loss.detach()}
+        if self.align is not None:
+            away = self._misalignment(model, out, video, lengths)
+            total = total + c.align.weight * away
+            report["align"] = away.detach()
         real = out.valid[..., None]
         report |= losses.codebook_report(out.quantized.indices, model.codebook_sizes, mask=real)
         return Loss(total, {"loss": total.detach(), **report})
+
+    def _misalignment(self, model: Model, out: Output, video: Tensor, lengths: Tensor) -> Tensor:
+        """1 - cosine of projected patches and the tower's features where they lie, mean over latent frames learned."""
+        assert self.tower is not None and self.align is not None and out.tapped is not None
+        count, step = out.valid.shape[1], model.group_frames
+        windows = [1, *[step] * (count - 1)]
+        windows[-1] -= sum(windows) - video.shape[2]  # a last group may hold fewer frames
+        grid = (-(-video.shape[3] // model.cell[0]), -(-video.shape[4] // model.cell[1]))
+        features = self.tower(video, lengths)
+        wanted = resample_features(features, grid, windows, lengths=lengths).patches  # [B, n, P, D]
+        found = self.align(out.tapped).unflatten(1, (count, -1))
+        away = 1 - nn.functional.cosine_similarity(found.float(), wanted.float(), dim=-1).mean(-1)
+        return (away * out.learned).sum() / out.learned.sum().clamp_min(1)
 
     def draw_keep(self, model: Model, batch: int) -> Tensor:
         """[B, n] tokens that each latent frame keeps."""
@@ -439,6 +495,6 @@ class Objective(nn.Module):
         level = draw_levels(batch, mean=c.level_mean, std=c.level_std, stratified=c.stratified)
         prefix = torch.multinomial(torch.tensor(c.prefix), batch, replacement=True)
         clean = torch.rand(batch) * c.prefix_level * (torch.rand(batch) < c.prefix_noisy)
-        null, device = torch.rand(batch) < c.null, lengths.device
+        null, device = torch.rand(batch) < c.unconditional, lengths.device
         prefix = torch.minimum(prefix.to(device), model.groups(lengths) - 1)
         return Draw(level.to(device), prefix, clean.to(device), null.to(device))

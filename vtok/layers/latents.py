@@ -15,6 +15,10 @@ from vtok.layers.conv3d import ConvConfig, ConvDecoder, ConvEncoder
 from vtok.layers.spacetime import SpaceTimeConfig, SpaceTimeDecoder, SpaceTimeEncoder
 
 PARTS = ("encoder.", "decoder.", "to_latent.", "from_code.")  # of a `discrete` model's weights, those that are kept
+# of a discrete model's configuration, where `facts` leave them out
+DEFAULTS: dict[str, Any] = dict(
+    channels=3, stride=[4, 8, 8], backbone="conv", conv={}, transformer={}, latent_channels=16, coarse=[], num_frames=17
+)
 
 
 class LatentSpace(nn.Module):
@@ -42,7 +46,8 @@ class LatentSpace(nn.Module):
         self.requires_grad_(False).eval()
 
     def _build(self, facts: dict[str, Any], channels: int) -> tuple[tuple[int, int, int], int]:
-        quantizer = facts["quantizer"]
+        facts = DEFAULTS | facts
+        quantizer = {"kl": 0.0} | facts["quantizer"]
         if quantizer["name"] != "identity" or facts["coarse"]:
             raise ValueError(
                 f"model.latents is a tokenizer with quantizer.name={quantizer['name']!r}, coarse={facts['coarse']}: a "
