@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -229,7 +230,7 @@ def encode_file(
         asked_value=as_fraction(getattr(asked, asked.name)) if asked.own_lengths else Fraction(0),
         look_ahead=asked.look_ahead if asked.name in ("tokens", "bytes") else 0,
     )
-    total = int(info.duration_s * rate) if fps is not None else info.frames
+    total = (fps is None and info.frames) or math.ceil(info.duration_s * rate) or 1
     count = 0
 
     def counted(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -245,7 +246,7 @@ def encode_file(
         with open(part, "wb") as file:
             writer = Writer(file, header, entropy=entropy)
             if policy is None:
-                policy = shared_policy(model, asked, writer=writer, entropy=entropy, frames=total or 0, again=source)
+                policy = shared_policy(model, asked, writer=writer, entropy=entropy, frames=total, again=source)
             steps = stream_steps(model, counted(source_bar(source())))
             for chunk, lengths in cut(policy, steps, hold=Chunk.from_tokens):
                 writer.write(chunk.truncate(lengths[0].tolist()))

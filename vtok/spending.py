@@ -118,7 +118,10 @@ class BytePurse:
         # tag, checksum, the 0 of lengths that differ, and the rounding of the packed lengths: 1 + 4 + 1 + 1
         record = 8 * (7 + sum(len(varint(n)) for n in numbers)) + self.coder.per_record
         self.count_bits = math.log2(max(group_tokens, 2))
-        self.tail = 2 * record
+        # Records of fewer tokens: where steps stop being alike at the end (a short chunk, then its last block), and the
+        # last one. Longer ones are paid for by their tokens.
+        self.record, self.tail = record, 3 * record
+        self.open_tokens = self.fresh_tokens = 0  # of the writer's open record, and not handed on yet
         self.per_token = record / RECORD_TOKENS + self.coder.per_token
         totals = (max(frames, 1), max(frames, 1), max(frames, 1) * group_tokens, max(frames, 1))
         self.foot = 1 + 2 + sum(len(varint(n)) for n in totals) + 32 + 4 + 8
@@ -133,13 +136,18 @@ class BytePurse:
 
     def pay(self, ids: np.ndarray, length: int, price: float) -> None:
         self.paid += price
+        self.fresh_tokens += length
         self.coder.advance(ids[:length])
 
     def handed_on(self) -> None:
         written = self.writer.bytes
         # the writer closes its open record before it takes new tokens, never after
-        self.pending = self.paid + (self.pending if written <= self.seen else 0.0)
-        self.seen, self.paid = written, 0.0
+        if written > self.seen:
+            if self.open_tokens < RECORD_TOKENS:
+                self.tail = max(self.tail - self.record, self.record)
+            self.pending, self.open_tokens, self.seen = 0.0, 0, written
+        self.pending, self.open_tokens = self.pending + self.paid, self.open_tokens + self.fresh_tokens
+        self.paid, self.fresh_tokens = 0.0, 0
 
     def size(self, chunks: Sequence[Chunk], *, frames: int) -> int:
         return self.writer.size_with(chunks, frames=frames)
