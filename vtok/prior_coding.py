@@ -89,7 +89,7 @@ class PriorModel:
     @property
     def build(self) -> str:
         """What this machine is, for the message of a file that it cannot read."""
-        return f"vtok prior 1, numpy {np.__version__}, {platform.machine()}"
+        return f"numpy {np.__version__} {platform.machine()}"
 
     def token_bits(self, tokens: Tokens) -> Tensor:
         """[B, K] float64: ideal code length of each token; 0 on padding. Groups count from 0 for each clip.
