@@ -50,6 +50,7 @@ BEGINS_WITH = {
     "cosmos_fsq_488_stage2": "cosmos_fsq_488",
     "omnitokenizer_vq": "omnitokenizer_vq_image",
     "onevae_fsq": "onevae_kl",
+    "onevae_fsq_81616": "onevae_kl_81616",
 }
 GOES_ON = {"vidtok_fsq_488_stage2"}  # the losses too: discriminator, learned variance
 HEAD = f"{'preset':24}{'steps':>6}{'tokens':>8}{'bits/px':>9}" + "".join(

@@ -54,6 +54,29 @@ DISCRETE_FORMS = {
             **CONV | dict(mult=[1, 2, 2]), conv="factorised", attention="spatial_temporal", temporal_window=2
         ),
     ),
+    "conv_wan": dict(
+        stride=[4, 4, 4],
+        conv=ConvConfig(
+            **CONV | dict(mult=[1, 2, 2]),
+            conv="full",
+            temporal_padding="zero",
+            sampling_kernel="time",
+            halve_up=True,
+            temporal_down="strided",
+            temporal_up="depth_to_space",
+            norm="rms",
+            qk_norm=False,
+        ),
+    ),
+    "first_fine": dict(
+        stride=[2, 4, 4],
+        conv=ConvConfig(**CONV | dict(mult=[1, 2, 2]), conv="full", halve_up=True, first_fine=True),
+    ),
+    "first_fine_kl": dict(
+        stride=[4, 4, 4],
+        quantizer=QuantizerConfig(name="identity", dim=6, kl=1e-3),
+        conv=ConvConfig(**CONV | dict(mult=[1, 2, 2]), temporal_up="depth_to_space", first_fine=True),
+    ),
     "haar": dict(stride=[4, 8, 8], conv=ConvConfig(**CONV, patch="haar", norm="rms", adaptive_norm=True)),
     "frames": dict(stride=[1, 2, 2]),
     "tiled": dict(stride=[2, 8, 8], tile=2, tile_overlap=1, conv=ConvConfig(**CONV | dict(mult=[1, 1, 1, 1]))),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_contract import CONV, DISCRETE, clip, video
+from test_contract import CONV, DISCRETE, SPACETIME, clip, video
 
 from vtok.families.discrete import Config, Model, Objective, ObjectiveConfig
-from vtok.layers.conv3d import ConvConfig
+from vtok.layers.conv_plan import ConvConfig
+from vtok.layers.spacetime import SpaceTimeConfig
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip, ShapeError
 
@@ -94,6 +95,97 @@ def test_two_levels_learn_both():
         "nothing asked for the coarse level alone"
     )
     assert found[0.5][0] < 0.9 * found[0.0][0], "half of the clips did"
+
+
+FINE = dict(stride=[2, 4, 4], conv=ConvConfig(**CONV | dict(mult=[1, 2, 2]), first_fine=True))
+
+
+@torch.no_grad()
+def test_the_first_frame_has_a_finer_grid():
+    model = make(**FINE)
+    pixels = video(1, 5, (13, 16)).float()
+    tokens = model.encode(clip(pixels))
+    assert model.token_counts(5, (13, 16)) == [8 * 8 + 2 * 4 * 4] and model.max_tokens == 64 + 2 * 16
+    assert torch.bincount(tokens.group[0]).tolist() == [64, 16, 16]
+    assert tokens.positions[0, 0].tolist() == pytest.approx([1 / 6, 1 / 16, 1 / 16])
+    assert tokens.positions[0, 64].tolist() == pytest.approx([3 / 6, 1 / 8, 1 / 8])
+    assert tokens.positions[0, -1].tolist() == pytest.approx([5 / 6, 7 / 8, 7 / 8])
+    image = model.encode(clip(pixels[:, :, :1]))
+    assert image.lengths.tolist() == [64] and torch.equal(image.indices, tokens.indices[:, :64])
+    assert model.decode(image, size=(13, 16)).shape == (1, 3, 1, 13, 16)
+    for missing in (tokens.rank > 3, tokens.group < 2):
+        with pytest.raises(ShapeError, match="tokens are missing"):
+            model.decode(tokens.select(missing), size=(13, 16))
+
+
+@torch.no_grad()
+def test_later_frames_lean_on_the_finer_first_one():
+    model, pixels = make(**FINE), video(1, 5).float()
+    for parameter in model.decoder.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    first, later = model.latents(clip(pixels))
+    assert first.shape == (1, 6, 1, 8, 8) and later.shape == (1, 6, 2, 4, 4)
+    changed = first.clone()
+    changed[..., 0, 0] += 1
+    one, two = (model.decode_latents((z, later), frames=5, size=(16, 16)) for z in (first, changed))
+    assert (one - two).abs().amax((0, 1, 3, 4)).min() > 1e-4, "in every frame"
+    with pytest.raises(ValueError, match="different lengths"):
+        model.latents(clip(pixels, [3]))
+
+
+def test_images_alone_and_videos_teach_a_finer_first_frame():
+    """A batch of images has no later frames; every parameter has a gradient all the same: other ranks wait for it."""
+    for quantizer in (
+        QuantizerConfig(name="vq", codebook_size=32, dim=4),
+        QuantizerConfig(name="identity", dim=4, kl=1e-6),
+    ):
+        model = make(**FINE, quantizer=quantizer).train()
+        goal = Objective(ObjectiveConfig(), model.config)
+        for frames in (5, 1):
+            model.zero_grad()
+            loss = goal(model, clip(video(2, frames).float()), 0)
+            loss.total.backward()
+            assert torch.isfinite(loss.total)
+            without = [n for n, p in model.named_parameters() if p.grad is None and p.requires_grad]
+            assert not without, without
+
+
+@pytest.mark.parametrize("form", [{}, FINE], ids=["one_grid", "first_fine"])
+def test_one_network_of_ids_and_of_latents(form):
+    """Clips that are drawn pass by the quantizer and its maps; the others do not notice."""
+    model, pixels, lengths = make(**form), video(2, 5).float(), torch.tensor([5, 5])
+    for parameter in model.decoder.parameters():
+        parameter.data += 0.05 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
+    recon = model(pixels, lengths, continuous=torch.tensor([True, False])).recon
+    direct = model._pixels(model.latents(clip(pixels)), None)
+    torch.testing.assert_close(recon[0], direct[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(recon[1], model(pixels, lengths).recon[1], rtol=0, atol=1e-5)
+    assert (recon - direct)[1].abs().max() > 1e-2
+    recon[0].square().sum().backward()
+    assert not model.from_code.weight.grad.any() and model.encoder.conv_out[-1].weight.grad.abs().sum() > 0
+    goal = Objective(ObjectiveConfig(continuous=0.5), model.config)
+    seen = [float(goal(model, clip(pixels), 0).report["l1_continuous"]) for _ in range(8)]
+    assert max(seen) > 0 and len(set(seen)) > 1, "which clips these are is drawn"
+
+
+@pytest.mark.parametrize("backbone", ["conv", "transformer"])
+@torch.no_grad()
+def test_a_continuous_source_goes_on_in_front_of_the_quantizer(backbone):
+    """After a warm start the encoder gives what the source's decoder read: its video, but for the ids."""
+    changes = dict(backbone=backbone, transformer=SpaceTimeConfig(**SPACETIME), stride=[2, 4, 4])
+    changes |= dict(conv=ConvConfig(**CONV | dict(mult=[1, 2, 2])))
+    source = make(**changes, quantizer=QuantizerConfig(name="identity", dim=6, kl=1e-6))
+    for parameter in source.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    model, pixels = make(**changes), moving(2, 5)
+    model.warm_start(source)
+    want = source.decode(source.encode(clip(pixels)), size=(16, 16))
+    got = model.decode_latents(model.latents(clip(pixels)), frames=5, size=(16, 16))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    model.fit_statistics([pixels])
+    torch.testing.assert_close(model.decode_latents(model.latents(clip(pixels)), frames=5, size=(16, 16)), got)
 
 
 def test_tokens_of_another_size_are_refused():
@@ -197,12 +289,21 @@ def test_bad_settings_name_key_value_and_fix():
         (dict(backbone="unet"), "model.backbone='unet'"),
         (dict(coarse=[3, 1, 1]), "model.coarse=\\[3, 1, 1\\]"),
         (dict(coarse=[1, 1, 1]), "no coarser"),
+        (dict(FINE, coarse=[1, 2, 2]), "first_fine=true is for whole frames and one level: .*coarse=\\[1, 2, 2\\]"),
+        (dict(FINE, tile=8), "model.tile=8"),
+        (dict(FINE, backbone="transformer"), "first_fine=true needs model.backbone=conv"),
         (dict(stride=[4, 8]), "model.stride=\\[4, 8\\]"),
     ):
         with pytest.raises(ValueError, match=told):
             Config(**DISCRETE | changes)
     with pytest.raises(ValueError, match="objective.coarse_only=0.5 needs two levels"):
         Objective(ObjectiveConfig(coarse_only=0.5), Config(**DISCRETE))
+    with pytest.raises(ValueError, match="objective.continuous=0.5 is the share of clips that pass by the quantizer"):
+        Objective(
+            ObjectiveConfig(continuous=0.5), Config(**DISCRETE | dict(quantizer=QuantizerConfig(name="identity")))
+        )
+    with pytest.raises(ValueError, match=r"objective.continuous=1.0 is a share"):
+        Objective(ObjectiveConfig(continuous=1.0), Config(**DISCRETE))
     with pytest.raises(ValueError, match="perceptual_weights"):
         Objective(ObjectiveConfig(perceptual=1.0), Config(**DISCRETE))
 

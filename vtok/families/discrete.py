@@ -16,21 +16,23 @@ Q ids a token, Z channels of the backbone's latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok import losses
+from vtok.layers.begin_conv import begin_read_out
 from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
+from vtok.layers.code_maps import fit_code_maps
 from vtok.layers.conv3d import ConvDecoder, ConvEncoder
 from vtok.layers.conv_blocks import Upsample
 from vtok.layers.conv_plan import ConvConfig
 from vtok.layers.grid import GridTokenizer
 from vtok.layers.spacetime import SpaceTimeConfig, SpaceTimeDecoder, SpaceTimeEncoder
+from vtok.layers.stream import pixels_of
 from vtok.layers.tiling import decode_tiled, encode_tiled
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
@@ -68,6 +70,13 @@ class Config:
             )
         if self.coarse == [1, 1, 1]:
             raise ValueError("model.coarse=[1, 1, 1] is no coarser than the fine level; leave it [] for one level")
+        if self.first_fine and (self.coarse or self.tile):
+            raise ValueError(
+                f"model.conv.first_fine=true is for whole frames and one level: leave out model.coarse={self.coarse} "
+                f"and model.tile={self.tile}"
+            )
+        if self.backbone != "conv" and self.conv.first_fine:
+            raise ValueError(f"model.conv.first_fine=true needs model.backbone=conv, not {self.backbone}")
         span = self.stride[0] * (self.coarse[0] if self.coarse else 1)
         if self.num_frames < 1 or (self.num_frames - 1) % span:
             near = 1 + round((self.num_frames - 1) / span) * span
@@ -75,6 +84,11 @@ class Config:
                 f"model.num_frames={self.num_frames} must be 1 + a multiple of {span} (stride x coarse in time): "
                 f"{near} is near"
             )
+
+    @property
+    def first_fine(self) -> bool:
+        """Whether the first frame has a grid of its own."""
+        return self.backbone == "conv" and self.conv.first_fine
 
 
 @dataclass
@@ -86,16 +100,23 @@ class Output:
     valid: list[Tensor]  # of each level: [B, t] bool, latent frames that are not padding
 
 
+Latents = tuple[Tensor, ...]  # what the decoder reads: one grid [B, Z, t, h, w], or the first frame's and the others'
+
+
 class Model(GridTokenizer):
     """What ships: `encode`, `decode`, `lookup` and their streaming forms (`vtok.layers.grid`)."""
 
     def __init__(self, config: Config):
         c, quantizer = config, build_quantizer(config.quantizer)
-        levels = [(c.coarse[0], c.coarse[1], c.coarse[2])] if c.coarse else []
+        stride = finest = (c.stride[0], c.stride[1], c.stride[2])
+        levels = [(c.coarse[0], c.coarse[1], c.coarse[2]), (1, 1, 1)] if c.coarse else [(1, 1, 1)]
+        if c.first_fine:
+            finest, levels = (stride[0], stride[1] // 2, stride[2] // 2), [(1, 1, 1), (1, 2, 2)]
         super().__init__(
             channels=c.channels,
-            stride=(c.stride[0], c.stride[1], c.stride[2]),
-            levels=(*levels, (1, 1, 1)),
+            stride=finest,
+            levels=tuple(levels),
+            first_apart=c.first_fine,
             num_frames=c.num_frames,
             size=(c.size[0], c.size[1]),
             embedding_dim=quantizer.dim,
@@ -104,8 +125,9 @@ class Model(GridTokenizer):
         )
         self.config = c
         self._fit = True  # the maps beside the quantizer wait for `fit_statistics`
-        self._sources: list[Model] = []  # a continuous model to follow there; in a list, it is no part of this one
-        shape: dict[str, Any] = dict(channels=c.channels, latent_channels=c.latent_channels, stride=self.stride)
+        self._wait = False  # and have to: the backbone is a continuous model's
+        self._sources: list[Model] = []  # one of two levels to follow there; in a list, it is no part of this one
+        shape: dict[str, Any] = dict(channels=c.channels, latent_channels=c.latent_channels, stride=stride)
         if c.backbone == "conv":
             self.encoder, self.decoder = ConvEncoder(c.conv, **shape), ConvDecoder(c.conv, **shape)
         else:
@@ -121,15 +143,24 @@ class Model(GridTokenizer):
             self.refine = Upsample(width, (3, 3, 3), factor=factor, kind="residual", padding="replicate")
             self.to_coarse_latent = nn.Linear(c.latent_channels, quantizer.latent_dim)
             self.from_coarse_code = nn.Linear(quantizer.dim, c.latent_channels)
+            self.coarsen.begin_as_identity()  # the mean of what it stands for
+            self.refine.begin_as_identity()  # the nearest neighbour
             self.dropped = nn.Parameter(torch.zeros(c.latent_channels))  # stands in for fine tokens that were cut
 
-    def forward(self, video: Tensor, lengths: Tensor, *, coarse_only: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        video: Tensor,
+        lengths: Tensor,
+        *,
+        coarse_only: Tensor | None = None,
+        continuous: Tensor | None = None,
+    ) -> Output:
         """One training pass. video: float [B, C, T, H, W] in [-1, 1]. coarse_only: [B] bool, decoded without the fine
-        level (two levels only).
+        level (two levels only). continuous: [B] bool, decoded from the latents before the quantizer.
 
         Raises: ValueError after a warm start from a continuous model without `fit_statistics`.
         """
-        if self._sources:
+        if self._wait:
             raise ValueError(
                 "init_from is a continuous model, and the maps into ids were not fitted: set trainer.statistics_clips "
                 "above 0 (256 by default)"
@@ -137,37 +168,77 @@ class Model(GridTokenizer):
         whole = self.whole_groups(video, lengths)
         groups = self.groups(lengths)
         valid = torch.arange(int(groups.max()), device=video.device) < groups[:, None]
-        coded = self.code_grid(whole, valid, None)
+        latents = self._encode(whole, None)
+        coded = self._code_latents(latents, valid, None)
         keep = [torch.ones(code.embeddings.shape[:4], dtype=torch.bool, device=video.device) for code in coded]
         if coarse_only is not None:
             keep[-1] = keep[-1] & ~coarse_only[:, None, None, None]
-        recon = self.decode_grid([code.embeddings for code in coded], keep, None)
+        read = self._read_codes([code.embeddings for code in coded], keep, None)
+        if continuous is not None:
+            read = tuple(torch.where(continuous[:, None, None, None, None], *pair) for pair in zip(latents, read))
+        recon = self._pixels(read, None)
         recon = recon[:, :, : video.shape[2], : video.shape[3], : video.shape[4]]
-        return Output(recon, coded, [self._of_latents(valid, k.shape[1]) for k in keep])
+        real = [self._of_latents(v, k.shape[1]) for v, k in zip(self._valid(valid, latents), keep)]
+        return Output(recon, coded, real)
 
     def code_grid(self, video: Tensor, valid: Tensor, cache: Cache | None) -> list[Quantized]:
-        latents = self._encode(video, cache)
-        out = []
+        return self._code_latents(self._encode(video, cache), valid, cache)
+
+    def _code_latents(self, latents: Latents, valid: Tensor, cache: Cache | None) -> list[Quantized]:
+        """latents: of the encoder. valid: [B, G] bool, groups that are not padding."""
+        out, rest = [], latents
         if self.config.coarse:
-            out.append(self._quantize(self.to_coarse_latent, self.coarsen(latents, cache), valid))
-            latents = latents - self.refine(self._read(self.from_coarse_code, out[0].embeddings), cache)
-        return [*out, self._quantize(self.to_latent, latents, valid)]
+            (whole,) = latents
+            out.append(self._quantize(self.to_coarse_latent, self.coarsen(whole, cache), valid))
+            told = self.refine(self._read(self.from_coarse_code, out[0].embeddings), cache)
+            # detached, as in residual quantization: else what a coarse code should change is asked of the fine one only
+            rest = (whole - told.detach(),)
+        of_each = self._valid(valid, latents)
+        return [*out, *(self._quantize(self.to_latent, z, v) for z, v in zip(rest, of_each[-len(rest) :]))]
+
+    def _valid(self, valid: Tensor, latents: Latents) -> list[Tensor]:
+        """The groups [B, G] that each level has latent frames of."""
+        if not self.first_apart:
+            return [valid] * len(self.level_strides)
+        begun = latents[0].shape[2]
+        return [valid[:, :begun], valid[:, begun:]]
 
     def decode_grid(self, codes: list[Tensor], keep: list[Tensor], cache: Cache | None) -> Tensor:
+        return self._pixels(self._read_codes(codes, keep, cache), cache)
+
+    def _read_codes(self, codes: list[Tensor], keep: list[Tensor], cache: Cache | None) -> Latents:
+        if self.first_apart:
+            return tuple(self._read(self.from_code, each) for each in codes)
         latents = self._read(self.from_code, codes[-1])
         if self.config.coarse:
             latents = torch.where(keep[-1][:, None], latents, self.dropped[:, None, None, None])
             latents = latents + self.refine(self._read(self.from_coarse_code, codes[0]), cache)
-        tiles = self._tiles(cache)
-        if tiles is None:
-            return self.decoder(latents, cache)
-        return decode_tiled(self.decoder, latents, stride=self.stride[1:], **tiles)
+        return (latents,)
 
-    def _encode(self, video: Tensor, cache: Cache | None) -> Tensor:
+    def _pixels(self, latents: Latents, cache: Cache | None) -> Tensor:
         tiles = self._tiles(cache)
         if tiles is None:
-            return self.encoder(video, cache)
-        return encode_tiled(self.encoder, video, stride=self.stride[1:], **tiles)
+            return self.decoder(latents[0] if len(latents) == 1 else latents, cache)
+        return decode_tiled(self.decoder, latents[0], stride=self.stride[1:], **tiles)
+
+    def _encode(self, video: Tensor, cache: Cache | None) -> Latents:
+        tiles = self._tiles(cache)
+        if tiles is None:
+            latents = self.encoder(video, cache)
+            return (latents,) if isinstance(latents, Tensor) else latents
+        return (encode_tiled(self.encoder, video, stride=self.stride[1:], **tiles),)
+
+    def latents(self, clip: Clip) -> Latents:
+        """The continuous latents of clips of one length: [B, Z, t, h, w] that the decoder reads in place of ids, with
+        `conv.first_fine` the first frame's and the others'. Of use where it learned to (`objective.continuous`)."""
+        video, lengths = pixels_of(self, clip), clip.frames()
+        if bool((lengths != video.shape[2]).any()):
+            raise ValueError(f"clips of {lengths.tolist()} frames have latents of different lengths: take one length")
+        return self._encode(self.whole_groups(video, lengths), None)
+
+    def decode_latents(self, latents: Latents, *, frames: int, size: tuple[int, int]) -> Tensor:
+        """`latents` as video [B, C, frames, H, W] in [-1, 1] of (H, W) = size."""
+        return self._pixels(latents, None)[:, :, :frames, : size[0], : size[1]].clamp(-1, 1)
 
     def _tiles(self, cache: Cache | None) -> dict[str, Any] | None:
         """How frames are cut, with a cache for each tile; None for whole frames."""
@@ -214,7 +285,11 @@ class Model(GridTokenizer):
             )
         self.load_state_dict(given, strict=False)
         if insert:
-            self._sources = [source]
+            self._wait = True
+            if own.coarse:
+                self._sources = [source]
+            else:
+                self._fold(source)
             return "backbone of the continuous source; the maps beside the quantizer follow from training clips"
         self._fit = False
         if theirs.num_frames == 1 < own.num_frames and isinstance(self.encoder, SpaceTimeEncoder):
@@ -225,27 +300,49 @@ class Model(GridTokenizer):
         return "all weights of the source"
 
     @torch.no_grad()
-    def fit_statistics(self, videos: Iterable[Tensor], *, count: int = 1 << 14) -> dict[str, float]:
+    def _fold(self, source: Model) -> None:
+        """Give the encoder the maps beside the quantizer of the continuous `source`: its latents are then what that
+        model's decoder reads, with ids between or without."""
+        matrix, shift = source._maps("to_latent", "from_code")
+        encoder: Any = self.encoder
+        last: Any = encoder.conv_out[-1] if self.config.backbone == "conv" else encoder.latent
+        weight, bias = last.weight.double(), last.bias.double()
+        last.weight.copy_((matrix @ weight.flatten(1)).view_as(weight))
+        last.bias.copy_(matrix @ bias + shift)
+
+    def _maps(self, *names: str) -> tuple[Tensor, Tensor]:
+        """The affine map of latents by which a continuous model's decoder reads them: float64 [Z, Z] and [Z]."""
+        first, second = (getattr(self, name) for name in names)
+        mean, width = first.weight.double(), self.quantizer.dim  # rows past the mean's are of the variance
+        matrix = second.weight.double() @ mean[:width]
+        return matrix, second.weight.double() @ first.bias.double()[:width] + second.bias.double()
+
+    @torch.no_grad()
+    def fit_statistics(
+        self, videos: Iterable[Tensor], *, count: int = 1 << 14, places: int = 1 << 12
+    ) -> dict[str, float]:
         """Set the maps beside the quantizer from training clips, before the first step.
 
         Into it: the principal components of what the decoder would read without it (the encoder's latents; after a warm
         start, what the continuous source's decoder reads), each of unit variance, so that a bounded or binary quantizer
         uses its levels evenly from the start. Back: the least-squares map from codes to the same.
+        The output layer of a convolutional decoder that begins grey becomes the least squares of the pixels.
         videos: float [B, C, T, H, W] in [-1, 1]. count: latents to look at, after which no more videos are read.
-        Returns: `explained`, the share of the variance that the codes of each level tell; nothing where weights came
-            with maps of their own.
+        places: pixels (or places of a Haar patch) of each batch to look at for the output layer.
+        Returns: `explained`, the share of the variance that the codes of each level tell, and `explained_pixels`, that
+            of the pixels; nothing where weights came with maps of their own.
         """
         if not self._fit:
             return {}
         self._fit = False
         training = self.training
         self.eval()
-        latents, seen = [], 0
+        latents, seen = [], []
         for video in videos:
+            seen.append(video)
             lengths = torch.full((len(video),), video.shape[2])
-            latents.append(self.encoder(self.whole_groups(video, lengths), None))
-            seen += latents[-1][:, 0].numel()
-            if seen >= count:
+            latents += self._encode(self.whole_groups(video, lengths), None)
+            if sum(z[:, 0].numel() for z in latents) >= count:
                 break
         found = {}
         if self.config.coarse:
@@ -254,52 +351,51 @@ class Model(GridTokenizer):
             found["explained_coarse"] = self._begin_maps(coarse, maps, ("to_coarse_latent", "from_coarse_code"))
             codes = [self.quantizer(maps[0](z.movedim(1, -1)), None).embeddings for z in coarse]
             latents = [z - self.refine(self._read(maps[1], code), None) for z, code in zip(latents, codes)]
+            self.dropped.copy_(torch.cat([z.movedim(1, -1).flatten(0, -2) for z in latents]).mean(0))
         found["explained"] = self._begin_maps(latents, (self.to_latent, self.from_code), ("to_latent", "from_code"))
+        if isinstance(self.decoder, ConvDecoder) and not self.decoder.last.any():
+            found["explained_pixels"] = begin_read_out(self.decoder.read_out, self._read_outs(seen), places=places)
         self._sources.clear()
+        self._wait = False
         self.train(training)
         return found
 
+    def _read_outs(self, videos: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the decoder's output layer reads and should give, of each batch."""
+        decoder, read = self.decoder, []
+        assert isinstance(decoder, ConvDecoder)
+        handle = decoder.read_out.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        for video in videos:
+            lengths = torch.full((len(video),), video.shape[2])
+            whole, groups = self.whole_groups(video, lengths), int(self.groups(lengths).max())
+            coded = self.code_grid(whole, torch.ones(len(video), groups, dtype=torch.bool), None)
+            keep = [torch.ones(code.embeddings.shape[:4], dtype=torch.bool) for code in coded]
+            self.decode_grid([code.embeddings for code in coded], keep, None)
+            yield read.pop(), decoder.patch(whole, None)
+        handle.remove()
+
     def _begin_maps(self, latents: list[Tensor], maps: tuple[nn.Linear, nn.Linear], names: tuple[str, str]) -> float:
-        into, back = maps
-        z = torch.cat([each.movedim(1, -1).flatten(0, -2) for each in latents]).double()  # [N, Z]
-        matrix, shift = torch.eye(z.shape[1], dtype=z.dtype), z.new_zeros(z.shape[1])
-        if self._sources:
-            source = self._sources[0]
-            first, second = (getattr(source, name) for name in names)
-            mean, width = first.weight.double(), source.quantizer.dim  # rows past the mean's are of the variance
-            matrix = second.weight.double() @ mean[:width]
-            shift = second.weight.double() @ first.bias.double()[:width] + second.bias.double()
-        wanted = z @ matrix.T + shift
-        centre = wanted.mean(0)
-        _, singular, axes = torch.linalg.svd(wanted - centre, full_matrices=False)
-        scale = singular / len(z) ** 0.5
-        rank = max(int((scale > 1e-4 * scale[0]).sum()), 1)
-        project = axes[:rank] / scale[:rank, None].clamp_min(1e-8)  # [rank, Z], to unit variance
+        affine = self._sources[0]._maps(*names) if self._sources else None
         dim = self.quantizer.dim if self.config.quantizer.name == "identity" else self.quantizer.latent_dim
-        if dim > rank:  # mixtures of all components
-            mix = F.normalize(torch.randn(dim - rank, rank, dtype=z.dtype), dim=-1)
-            project = torch.cat([project, mix @ project])
-        project = project[:dim]
-        weight, bias = torch.zeros_like(into.weight), torch.zeros_like(into.bias)
-        weight[:dim], bias[:dim] = (project @ matrix).float(), (project @ (shift - centre)).float()
-        bias[dim:] = -4.0  # of a variance, where there is one: latents begin with little noise
-        into.weight.copy_(weight)
-        into.bias.copy_(bias)
-        inputs = into(z.to(weight.dtype))
-        self.quantizer.train()(inputs, None)  # a codebook starts from its first batch
-        codes = self.quantizer.eval()(inputs, None).embeddings.double()
-        one = torch.cat([codes, codes.new_ones(len(codes), 1)], 1)
-        solution = torch.linalg.lstsq(one, wanted, driver="gelsd").solution  # [D + 1, Z]
-        back.weight.copy_(solution[:-1].T)
-        back.bias.copy_(solution[-1])
-        return float(1 - (wanted - one @ solution).square().mean() / (wanted - centre).square().mean())
+        return fit_code_maps(latents, *maps, self.quantizer, dim=dim, affine=affine)
 
     def _quantize(self, project: nn.Linear, latents: Tensor, valid: Tensor) -> Quantized:
         """latents [B, Z, t, h, w], valid [B, G] -> codes [B, t, h, w, D]; padding moves no codebook."""
+        if not latents.shape[2]:
+            return self._nothing(latents)
         mask = None
         if self.training and not bool(valid.all()):
             mask = self._of_latents(valid, latents.shape[2])[:, :, None, None].expand(-1, -1, *latents.shape[3:])
         return self.quantizer(project(latents.movedim(1, -1)), mask)
+
+    def _nothing(self, latents: Tensor) -> Quantized:
+        """Codes of no latent frames. They belong to the graph of the latents, so that a batch of images gives every
+        parameter a gradient."""
+        empty = latents.movedim(1, -1)[..., :1]  # [B, 0, h, w, 1]
+        sizes = self.quantizer.codebook_sizes
+        indices = torch.zeros(*empty.shape[:-1], len(sizes), dtype=torch.int64, device=latents.device)
+        codes = empty.expand(*empty.shape[:-1], self.quantizer.dim)
+        return Quantized(codes, indices if sizes else None, latents.new_zeros(()), {})
 
     @staticmethod
     def _read(project: nn.Linear, codes: Tensor) -> Tensor:
@@ -310,6 +406,8 @@ class Model(GridTokenizer):
     def _of_latents(valid: Tensor, frames: int) -> Tensor:
         """[B, G] bool of groups -> [B, t] of the latent frames in them (the first group of a video has one)."""
         groups = valid.shape[1]
+        if not frames:
+            return valid[:, :0]
         each = -(-(frames - 1) // max(groups - 1, 1)) if frames % groups else frames // groups
         counts = torch.full((groups,), each, device=valid.device)
         counts[0] = frames - (groups - 1) * each
@@ -319,6 +417,7 @@ class Model(GridTokenizer):
 @dataclass
 class ObjectiveConfig(losses.PixelConfig):
     coarse_only: float = 0.0  # two levels: share of clips that are decoded from the coarse level alone
+    continuous: float = 0.0  # share of clips that are decoded from latents instead of ids: one model of both (OneVAE)
 
 
 class Objective(losses.PixelObjective):
@@ -333,6 +432,13 @@ class Objective(losses.PixelObjective):
             raise ValueError(f"objective.coarse_only={c.coarse_only} needs two levels: set model.coarse")
         if not 0 <= c.coarse_only < 1:
             raise ValueError(f"objective.coarse_only={c.coarse_only} is a share of the clips, in [0, 1)")
+        if not 0 <= c.continuous < 1:
+            raise ValueError(f"objective.continuous={c.continuous} is a share of the clips, in [0, 1)")
+        if c.continuous and m.quantizer.name == "identity":
+            raise ValueError(
+                f"objective.continuous={c.continuous} is the share of clips that pass by the quantizer, and "
+                "model.quantizer.name=identity has no ids to pass by: set it to 0"
+            )
         super().__init__(c, channels=m.channels, frames=m.num_frames, size=(m.size[0], m.size[1]))
 
     def forward(self, model: Model, clip: Clip, step: int) -> Loss:
@@ -341,9 +447,12 @@ class Objective(losses.PixelObjective):
         video, lengths = clip.video, clip.frames()
         mask = None if clip.lengths is None else losses.frame_mask(lengths, video.shape[2])
         drop = torch.rand(len(clip), device=video.device) < c.coarse_only if c.coarse_only else None
-        out = model(video, lengths, coarse_only=drop)
-        own = torch.stack([level.loss for level in out.quantized]).mean()
-        report = {f"quantizer_{k}": v for k, v in out.quantized[-1].report.items()}
+        direct = torch.rand(len(clip), device=video.device) < c.continuous if c.continuous else None
+        out = model(video, lengths, coarse_only=drop, continuous=direct)
+        levels = [level for level in out.quantized if level.embeddings.shape[1]]
+        weights = [level.embeddings[..., 0].numel() if model.first_apart else 1 for level in levels]
+        own = torch.stack([level.loss * w for level, w in zip(levels, weights)]).sum() / sum(weights)
+        report = {f"quantizer_{k}": v for k, v in levels[-1].report.items()}
         report["quantizer"] = own.detach()
         ids = [level.indices for level in out.quantized if level.indices is not None]
         if ids:
@@ -352,4 +461,9 @@ class Objective(losses.PixelObjective):
             report |= losses.codebook_report(flat, model.codebook_sizes, mask=torch.cat(real, 1))
         term, terms = self.pixels(out.recon, video, mask=mask, step=step, last=model.decoder.last)
         total = c.quantizer * own + term
+        if direct is not None:
+            real = torch.ones_like(video[:, 0, :, 0, 0]) if mask is None else mask.to(video.dtype)
+            real = real * direct[:, None]
+            error = (out.recon.detach() - video).abs().mean((1, 3, 4))
+            terms["l1_continuous"] = (error * real).sum() / real.sum().clamp_min(1)
         return Loss(total, {"loss": total.detach(), **report, **terms})

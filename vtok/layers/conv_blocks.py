@@ -88,12 +88,16 @@ class Upsample(nn.Module):
 
     kind "depth_to_space": a convolution to more channels, which become places (the first ones of time outermost);
     else nearest neighbours and a convolution, alone ("interpolate"), blended ("blend") or added ("residual").
+    out_channels: `channels` where it is left out; others for "interpolate" and "depth_to_space" only.
     """
 
-    def __init__(self, channels: int, kernel: Axes, *, factor: Axes, kind: str, padding: str):
+    def __init__(
+        self, channels: int, kernel: Axes, *, factor: Axes, kind: str, padding: str, out_channels: int | None = None
+    ):
         super().__init__()
         self.factor, self.unfold = factor, kind == "depth_to_space"
-        out = channels * factor[0] * factor[1] * factor[2] if self.unfold else channels
+        given = channels if out_channels is None else out_channels
+        out = given * factor[0] * factor[1] * factor[2] if self.unfold else given
         self.conv = CausalConv3d(channels, out, kernel, padding=padding, skip=SKIPS[kind], grown="repeat")
         self.temporal_only = factor[0] > 1 and factor[1:] == (1, 1)
 

@@ -12,6 +12,7 @@ from vtok.layers.causal import Axes, check_padding
 CHOICES = {
     "conv": ("full", "factorised", "separate"),
     "sampling": ("separate", "joint"),
+    "sampling_kernel": ("conv", "time"),
     "spatial_down": ("strided", "residual"),
     "temporal_down": ("strided", "blend", "residual"),
     "spatial_up": ("interpolate", "residual", "depth_to_space"),
@@ -36,11 +37,15 @@ class ConvConfig:
     temporal_kernel: int = 3  # frames a convolution sees; 1: an image model, every frame for itself
     temporal_padding: str = "replicate"  # replicate | zero: what stands before the first frame
     sampling: str = "separate"  # separate (space, then time) | joint (one convolution for both)
+    # of convolutions that halve or double time alone: conv (3x3x3, or 3x1x1 where conv is factorised) | time (3x1x1)
+    sampling_kernel: str = "conv"
     spatial_down: str = "strided"  # strided | residual (plus average pooling)
     temporal_down: str = "blend"  # strided | blend (learned, of strided convolution and average) | residual
     spatial_up: str = (
         "interpolate"  # interpolate (nearest, then a convolution) | residual (plus nearest) | depth_to_space
     )
+    halve_up: bool = False  # the convolution behind a doubling of space gives half the channels
+    first_fine: bool = False  # the first frame has four times the places: the last halving leaves it out (OneVAE)
     temporal_up: str = "blend"  # interpolate | blend (learned, of convolution and nearest) | residual | depth_to_space
     temporal_levels: list[int] | None = None  # levels behind which time is halved; empty: the last ones possible
     decoder_temporal_levels: list[int] | None = None  # levels before which time is doubled; empty: temporal_levels
@@ -77,6 +82,18 @@ class ConvConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width x mult[-1] = {self.width * self.mult[-1]}"
             )
+        if self.sampling == "joint" and (self.halve_up or self.first_fine or self.sampling_kernel == "time"):
+            raise ValueError(
+                f"halve_up={self.halve_up}, first_fine={self.first_fine}, sampling_kernel={self.sampling_kernel} are "
+                "for convolutions of space and time apart: set sampling=separate"
+            )
+        if self.halve_up and (self.spatial_up == "residual" or any(m * self.width % 2 for m in self.mult)):
+            raise ValueError(
+                f"halve_up=true needs even channels and spatial_up=interpolate or depth_to_space, not "
+                f"width={self.width}, mult={self.mult}, spatial_up={self.spatial_up}"
+            )
+        if self.first_fine and self.adaptive_norm:
+            raise ValueError("first_fine=true has codes of two grids, which adaptive_norm=true cannot follow: set one")
         pairs = (self.temporal_down, self.spatial_down), (self.temporal_up, self.spatial_up)
         if self.sampling == "joint" and any(time != space for time, space in pairs):
             raise ValueError(
@@ -117,6 +134,11 @@ def sampling_plan(config: ConvConfig, stride: Axes) -> tuple[Axes, list[Axes], l
             )
         return set(chosen)
 
+    if config.first_fine and (not gaps or min(rows, columns) < gaps):
+        raise ValueError(
+            f"first_fine=true leaves the first frame out of the last halving of space, and mult={config.mult} has none "
+            f"behind its last level but one at stride={tuple(stride)} after a patch of {patch}: give mult fewer entries"
+        )
     encoder = halving(config.temporal_levels, "temporal_levels")
     given = config.decoder_temporal_levels
     decoder = encoder if given is None else halving(given, "decoder_temporal_levels")
