@@ -240,7 +240,7 @@ def encode_file(
             yield frame
 
     def source() -> Iterator[np.ndarray]:
-        return _resized(_source(video_path, None if fps is None else rate), size)
+        return read_frames(video_path, size=size, fps=None if fps is None else rate)
 
     with _aside(out) as part, _bar(f"encode {Path(video_path).name}", total, progress) as source_bar:
         with open(part, "wb") as file:
@@ -347,22 +347,14 @@ def resize_crop(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return fit(pixels, View(num_frames=1, size=size, crop="center"), None)[:, 0].permute(1, 2, 0).numpy()
 
 
-def _source(path: str | Path, fps: Fraction | None) -> Iterator[np.ndarray]:
-    """Every frame, or the frames on show at 0, 1/fps, 2/fps ... seconds: those the loader picks for a window."""
+def read_frames(
+    path: str | Path, *, size: tuple[int, int] | None = None, fps: Fraction | None = None
+) -> Iterator[np.ndarray]:
+    """The frames uint8 [H, W, 3] of a video as `encode_file` takes them: every frame, or with `fps` the frames on show
+    at 0, 1/fps, 2/fps ... seconds, those the loader picks for a window."""
     with VideoReader(path) as reader:
-        if fps is None:
-            for frame, _ in reader.frames():
-                yield frame
-        else:
-            yield from reader.at_rate(fps)
-
-
-def _resized(frames: Iterable[np.ndarray], size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    if size is None:
-        yield from frames
-        return
-    for frame in frames:
-        yield resize_crop(frame, size)
+        for frame in reader.at_rate(fps) if fps is not None else (frame for frame, _ in reader.frames()):
+            yield frame if size is None else resize_crop(frame, size)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtok import losses
-from vtok.budget import NestedConfig, allocate_levels, nested_keep
+from vtok.budget import NestedConfig, allocate_levels, interpolate_lengths, nested_keep, spread_lengths
 from vtok.layers.begin import (
     begin_decoder,
     begin_encoder,
@@ -40,6 +40,7 @@ from vtok.layers.begin import (
     spread,
 )
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
+from vtok.layers.halting import HaltingHead
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
 from vtok.layers.positions import Positions
@@ -82,6 +83,9 @@ class Config:
     teacher_config: Any = None  # head=teacher: its architecture, filled in from `teacher`
     scorer_depth: int = 0  # blocks of a network that predicts the distortion of every length (AdapTok); 0 = none
     scorer_levels: int = 8  # lengths it knows: multiples of num_tokens / scorer_levels
+    halting_depth: int = 0  # blocks of a head that predicts the length for a wanted PSNR (KARL); 0 = none
+    halting_width: int = 64
+    halting_coverage: float = 0.9  # share of blocks that are to reach the wanted PSNR with it
     flex_attention: bool = False  # FlexAttention on CUDA
     checkpoint: bool = False  # recompute activations in the backward pass
 
@@ -212,6 +216,15 @@ class Model(ChunkedTokenizer):
                 mlp_ratio=c.mlp_ratio,
                 mlp=c.mlp,
                 norm=c.norm,
+            )
+        if c.halting_depth:
+            self.halting = HaltingHead(
+                self.quantizer.dim,
+                num_tokens=c.num_tokens,
+                depth=c.halting_depth,
+                width=c.halting_width,
+                num_heads=c.num_heads,
+                coverage=c.halting_coverage,
             )
 
         if c.registers == "pyramid":
@@ -444,12 +457,9 @@ class Model(ChunkedTokenizer):
     # ---- how many tokens -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def allocate(self, clip: Clip, total: int) -> Tensor:
-        """Tokens for every time block of every clip, [B, G] int64 with a sum of at most `total`: what the scorer
-        predicts to be best, for each clip on its own (AdapTok solves a program over a whole batch instead).
-
-        Raises: ValueError without a scorer, or when `total` does not cover one level a block.
-        """
+    def predict_distortion(self, clip: Clip) -> Tensor:
+        """What the scorer predicts for every time block at each of its lengths, [B, G, S]; infinity for blocks that a
+        clip does not have. Raises: ValueError without a scorer."""
         if not self.config.scorer_depth:
             raise ValueError("this model has no scorer: set model.scorer_depth and train it (objective.scorer)")
         clip = clip.as_float()
@@ -459,10 +469,34 @@ class Model(ChunkedTokenizer):
         latents = self.latents(chunks)
         codes = self.quantize(latents, chunks).embeddings
         scores = self.scorer.distortion(latents.z, codes, chunks.block_valid)  # [M, blocks, S]
-        scores = rearrange(scores, "(B n) b S -> B (n b) S", n=count)
-        valid = rearrange(chunks.block_valid, "(B n) b -> B (n b)", n=count)
+        scores = scores.masked_fill(~chunks.block_valid[..., None], torch.inf)
+        return rearrange(scores, "(B n) b S -> B (n b) S", n=count)
+
+    def allocate(self, clip: Clip, total: int) -> Tensor:
+        """Tokens for every time block of every clip, [B, G] int64 with a sum of at most `total`: what the scorer
+        predicts to be best, for each clip on its own (AdapTok solves a program over a whole batch instead).
+
+        Raises: ValueError without a scorer, or when `total` does not cover one level a block.
+        """
+        scores = self.predict_distortion(clip)
         unit = self.config.num_tokens // self.config.scorer_levels
-        return allocate_levels(scores, valid, total=total, unit=unit)
+        return allocate_levels(scores, scores[..., 0].isfinite(), total=total, unit=unit)
+
+    def warm_start(self, source: nn.Module) -> str:
+        """Begin with the weights of `source`, a model of this family: all of them, but for a scorer or a halting head
+        that it lacks, which begin as they are. Returns what was done, for the log.
+
+        Raises: ValueError naming what differs.
+        """
+        added = [f"{name}." for name in ("scorer", "halting") if hasattr(self, name) and not hasattr(source, name)]
+        keys = [key for key in self.state_dict() if key.startswith(tuple(added))] if added else []
+        try:
+            found = self.load_state_dict(source.state_dict(), strict=False)
+        except RuntimeError as error:  # shapes
+            raise ValueError(f"init_from does not fit model.*: {error}") from error
+        if wrong := [*found.unexpected_keys, *(key for key in found.missing_keys if key not in keys)]:
+            raise ValueError(f"init_from does not fit model.*: {', '.join(wrong[:4])} of {len(wrong)} tensors differ")
+        return "all weights" + "".join(f", but for model.{name[:-1]}, which is new" for name in added)
 
     # ---- before training -----------------------------------------------------------------------------------------
 
@@ -530,6 +564,7 @@ class ObjectiveConfig(losses.PixelConfig):
     nested: NestedConfig = field(default_factory=NestedConfig)
     teacher: float = 0.0  # cross-entropy against the teacher's ids (model.head=teacher), in nats a token
     scorer: bool = False  # train model.scorer alone; everything else is frozen
+    halting: bool = False  # train model.halting alone; everything else is frozen
     scorer_metric: str = "mse"  # mse | lpips: the distortion it learns to predict
     prior: PriorConfig = field(default_factory=PriorConfig)
 
@@ -545,6 +580,10 @@ class Objective(losses.PixelObjective):
         nested_keep(m.num_tokens, 1, config=c.nested)  # a law that does not fit fails here
         if c.scorer and not m.scorer_depth:
             raise ValueError("objective.scorer=true needs model.scorer_depth > 0")
+        if c.halting and not m.halting_depth:
+            raise ValueError("objective.halting=true needs model.halting_depth > 0")
+        if c.halting and c.scorer:
+            raise ValueError("objective.halting and objective.scorer are stages of their own: set one of them")
         if c.scorer_metric not in ("mse", "lpips"):
             raise ValueError(f"objective.scorer_metric={c.scorer_metric!r} is unknown; choose mse or lpips")
         scored = c.scorer and c.scorer_metric == "lpips"
@@ -566,7 +605,7 @@ class Objective(losses.PixelObjective):
         c = self.config
         assert clip.video is not None and clip.video.is_floating_point()
         video, lengths = clip.video, clip.frames()
-        if c.scorer:
+        if c.scorer or c.halting:
             return self._score(model, video, lengths)
         mask = None if clip.lengths is None else losses.frame_mask(lengths, video.shape[2])
         shape = model.config
@@ -597,7 +636,8 @@ class Objective(losses.PixelObjective):
         return Loss(total, {"loss": total.detach(), **report})
 
     def _score(self, model: Model, video: Tensor, lengths: Tensor) -> Loss:
-        """One random block is cut to every length, the others stay whole: the scorer learns what that costs."""
+        """One random block is cut to many lengths, the others stay whole: the scorer learns what that costs, or the
+        halting head which length reaches a quality."""
         shape, chunks = model.config, model.chunks(video, lengths)
         with torch.no_grad():
             z = model.latents(chunks).z
@@ -605,8 +645,14 @@ class Objective(losses.PixelObjective):
             codes = model.quantizer.eval()(z).embeddings  # ids as inference gives them, statistics at rest
             model.quantizer.train(training)
             block = int(torch.randint(chunks.blocks, (1,)))
-            sizes = dict(block=block, block_frames=shape.block_frames, levels=shape.scorer_levels)
-            target = measure_lengths(model.decode_chunks, self._distortion, codes, chunks, video, **sizes)
+            unit = shape.num_tokens // shape.scorer_levels
+            counts = range(unit, shape.num_tokens + 1, unit) if self.config.scorer else spread_lengths(shape.num_tokens)
+            args = (model.decode_chunks, self._distortion, codes, chunks, video)
+            target = measure_lengths(*args, block=block, block_frames=shape.block_frames, counts=counts)
+        if self.config.halting:
+            curve = interpolate_lengths(target.exp(), list(counts), shape.num_tokens).to(video)
+            error, report = model.halting.loss(codes[:, block], curve, chunks.block_valid[:, block])
+            return Loss(error, {"loss": error.detach(), "halting": error.detach(), **report})
         error = model.scorer.error(z, codes, chunks.block_valid, target, block=block)
         return Loss(error, {"loss": error.detach(), "scorer": error.detach(), "distortion": target.exp().mean()})
 

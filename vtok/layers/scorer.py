@@ -7,7 +7,7 @@ Letters: M chunks, C channels, T frames, H height, W width, K tokens of a time b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -97,23 +97,23 @@ def measure_lengths(
     *,
     block: int,
     block_frames: int,
-    levels: int,
+    counts: Sequence[int],
 ) -> Tensor:
-    """Log-distortion [M, S] of one time block cut to each of `levels` lengths while the blocks before it stay whole.
+    """Log-distortion [M, S] of one time block cut to each of S lengths (`counts`, in tokens) while the blocks before it
+    stay whole.
 
     Args:
         decode: a model's `decode_chunks`, under a mask that lets no later block change an earlier one.
         distortion: (recon, video), both [M, C, T', H, W], -> [M].
         codes: [M, blocks, K, D]; chunks: of `video` [M, C, T, H, W], which is not padded.
     """
-    count = codes.shape[2]
-    rank = torch.arange(count, device=codes.device)
+    rank = torch.arange(codes.shape[2], device=codes.device)
     end = min((block + 1) * block_frames, video.shape[2])
     frames, size = slice(block * block_frames, end), (video.shape[3], video.shape[4])
     costs = []
-    for level in range(1, levels + 1):
+    for count in counts:
         keep = chunks.block_valid[..., None].expand(codes.shape[:3]).clone()
-        keep[:, block] &= rank < level * (count // levels)
+        keep[:, block] &= rank < count
         # no later block changes this one, so none is decoded
         recon = decode(codes[:, : block + 1], keep[:, : block + 1], chunks.lengths, frames=end, size=size)
         costs.append(distortion(recon[:, :, frames].float(), video[:, :, frames]))
