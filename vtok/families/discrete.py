@@ -16,7 +16,7 @@ Q ids a token, Z channels of the backbone's latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from vtok import losses
-from vtok.layers.begin_conv import begin_read_out
 from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
 from vtok.layers.code_maps import fit_code_maps
 from vtok.layers.conv3d import ConvDecoder, ConvEncoder
@@ -318,28 +317,23 @@ class Model(GridTokenizer):
         return matrix, second.weight.double() @ first.bias.double()[:width] + second.bias.double()
 
     @torch.no_grad()
-    def fit_statistics(
-        self, videos: Iterable[Tensor], *, count: int = 1 << 14, places: int = 1 << 12
-    ) -> dict[str, float]:
+    def fit_statistics(self, videos: Iterable[Tensor], *, count: int = 1 << 14) -> dict[str, float]:
         """Set the maps beside the quantizer from training clips, before the first step.
 
         Into it: the principal components of what the decoder would read without it (the encoder's latents; after a warm
         start, what the continuous source's decoder reads), each of unit variance, so that a bounded or binary quantizer
         uses its levels evenly from the start. Back: the least-squares map from codes to the same.
-        The output layer of a convolutional decoder that begins grey becomes the least squares of the pixels.
         videos: float [B, C, T, H, W] in [-1, 1]. count: latents to look at, after which no more videos are read.
-        places: pixels (or places of a Haar patch) of each batch to look at for the output layer.
-        Returns: `explained`, the share of the variance that the codes of each level tell, and `explained_pixels`, that
-            of the pixels; nothing where weights came with maps of their own.
+        Returns: `explained`, the share of the variance that the codes of each level tell; nothing where weights came
+            with maps of their own.
         """
         if not self._fit:
             return {}
         self._fit = False
         training = self.training
         self.eval()
-        latents, seen = [], []
+        latents = []
         for video in videos:
-            seen.append(video)
             lengths = torch.full((len(video),), video.shape[2])
             latents += self._encode(self.whole_groups(video, lengths), None)
             if sum(z[:, 0].numel() for z in latents) >= count:
@@ -351,28 +345,11 @@ class Model(GridTokenizer):
             found["explained_coarse"] = self._begin_maps(coarse, maps, ("to_coarse_latent", "from_coarse_code"))
             codes = [self.quantizer(maps[0](z.movedim(1, -1)), None).embeddings for z in coarse]
             latents = [z - self.refine(self._read(maps[1], code), None) for z, code in zip(latents, codes)]
-            self.dropped.copy_(torch.cat([z.movedim(1, -1).flatten(0, -2) for z in latents]).mean(0))
         found["explained"] = self._begin_maps(latents, (self.to_latent, self.from_code), ("to_latent", "from_code"))
-        if isinstance(self.decoder, ConvDecoder) and not self.decoder.last.any():
-            found["explained_pixels"] = begin_read_out(self.decoder.read_out, self._read_outs(seen), places=places)
         self._sources.clear()
         self._wait = False
         self.train(training)
         return found
-
-    def _read_outs(self, videos: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the decoder's output layer reads and should give, of each batch."""
-        decoder, read = self.decoder, []
-        assert isinstance(decoder, ConvDecoder)
-        handle = decoder.read_out.register_forward_pre_hook(lambda _, given: read.append(given[0]))
-        for video in videos:
-            lengths = torch.full((len(video),), video.shape[2])
-            whole, groups = self.whole_groups(video, lengths), int(self.groups(lengths).max())
-            coded = self.code_grid(whole, torch.ones(len(video), groups, dtype=torch.bool), None)
-            keep = [torch.ones(code.embeddings.shape[:4], dtype=torch.bool) for code in coded]
-            self.decode_grid([code.embeddings for code in coded], keep, None)
-            yield read.pop(), decoder.patch(whole, None)
-        handle.remove()
 
     def _begin_maps(self, latents: list[Tensor], maps: tuple[nn.Linear, nn.Linear], names: tuple[str, str]) -> float:
         affine = self._sources[0]._maps(*names) if self._sources else None
