@@ -13,8 +13,8 @@ import torch
 
 from vtok.config import family_names, load_family
 from vtok.layers.conv3d import ConvConfig
+from vtok.layers.flow import SamplerConfig
 from vtok.layers.masks import CrossTime
-from vtok.layers.rectified import SamplerConfig
 from vtok.layers.spacetime import SpaceTimeConfig
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip, Compressor, Streaming, Tokenizer, to_uint8

@@ -12,7 +12,7 @@ from test_contract import CONV, FLOW, LATENTS, build_model, clip, video
 from vtok.budget import NestedConfig
 from vtok.families import discrete, flow
 from vtok.layers.conv3d import ConvConfig
-from vtok.layers.rectified import SamplerConfig
+from vtok.layers.flow import SamplerConfig
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip, to_uint8
 from vtok.vision import TowerConfig

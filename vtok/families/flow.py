@@ -33,13 +33,7 @@ from torch import Tensor, nn
 from vtok import losses
 from vtok.budget import NestedConfig, nested_keep
 from vtok.layers.begin import begin_encoder, patch_of_token, spread
-from vtok.layers.frame_code import FrameCode
-from vtok.layers.latents import LatentSpace
-from vtok.layers.masks import CAUSAL_MASKS, CrossTime, encoder_mask, with_valid_keys
-from vtok.layers.overlapped import OverlappedTokenizer
-from vtok.layers.patches import from_patches, to_patches
-from vtok.layers.positions import Positions
-from vtok.layers.rectified import (
+from vtok.layers.flow import (
     FlowTransformer,
     SamplerConfig,
     Spans,
@@ -49,6 +43,12 @@ from vtok.layers.rectified import (
     gaussian_velocity,
     mix,
 )
+from vtok.layers.frame_code import FrameCode
+from vtok.layers.latents import LatentSpace
+from vtok.layers.masks import CAUSAL_MASKS, CrossTime, encoder_mask, with_valid_keys
+from vtok.layers.overlapped import OverlappedTokenizer
+from vtok.layers.patches import from_patches, to_patches
+from vtok.layers.positions import Positions
 from vtok.layers.teacher import differences
 from vtok.layers.transformer import Transformer
 from vtok.quantize import QuantizerConfig, build_quantizer

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vtok.layers.rectified import (
+from vtok.layers.flow import (
     FlowTransformer,
     SamplerConfig,
     Spans,
