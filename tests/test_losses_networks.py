@@ -307,8 +307,8 @@ def objective(files: dict[str, str], *, frames: int = 3, channels: int = 3, **se
 
 def test_an_objective_adds_what_is_asked_for_and_reports_it_of_images_too(files):
     weights = {"perceptual": 0.1, "gram": 0.5, "flow": 0.01, "video_perceptual": 2.0}
-    whole = objective(files, l1=0.5, flow_pairs=1, **weights)
-    whole.flow.updates = 1  # of twelve, which take seconds
+    whole = objective(files, l1=0.5, flow_pairs=1, flow_updates=1, **weights)
+    assert whole.flow.updates == 1
     last = torch.zeros(1)
     for frames in (3, 1):
         recon, video = clips(frames=frames).requires_grad_(True), clips(frames=frames, seed=2)
@@ -332,6 +332,7 @@ def test_an_objective_adds_what_is_asked_for_and_reports_it_of_images_too(files)
         (dict(flow=0.1, frames=1), "objective.flow=0.1 compares videos.*num_frames=1"),
         (dict(flow=0.1, channels=4), "objective.flow=0.1 sees RGB frames.*model.channels=4"),
         (dict(flow_pairs=-1), "flow_pairs=-1 must be 0"),
+        (dict(flow=0.1, flow_updates=0), "flow_updates=0 must be 1"),
         (dict(gram=1.0, perceptual_net="convnext_s"), "perceptual_net=lpips or vgg19, not convnext_s"),
         (dict(init_without=["adversarial"]), "no effect without objective.init_from"),
         (dict(init_from="x", init_without=["discriminator"]), "init_without.*choose from adversarial, log_variance"),

@@ -37,6 +37,8 @@ class OpticalFlow(nn.Module):
         super().__init__()
         if scale < 1:
             raise ValueError(f"objective.flow_scale={scale} must be 1 (frames as they are) or above")
+        if updates < 1:
+            raise ValueError(f"objective.flow_updates={updates} must be 1 or above")
         self._raft = Beside(net)
         self.scale, self.updates = scale, updates
 
@@ -61,12 +63,12 @@ class OpticalFlow(nn.Module):
         return flow * flow.new_tensor([size[1] / sides[1], size[0] / sides[0]]).view(1, 2, 1, 1)
 
 
-def load_flow(path: str | Path, sha256: str = "", *, scale: float = 1.0) -> OpticalFlow:
+def load_flow(path: str | Path, sha256: str = "", *, scale: float = 1.0, updates: int = 12) -> OpticalFlow:
     """RAFT with the weights of a file.
 
     Args:
         path: safetensors, or a torch.save'd state dict. sha256: expected hash of the file; "" skips the comparison.
-        scale: as `OpticalFlow`.
+        scale, updates: as `OpticalFlow`.
     Raises: ImportError without torchvision; FileNotFoundError; ValueError on another hash or on names that do not fit.
     """
     try:
@@ -77,4 +79,4 @@ def load_flow(path: str | Path, sha256: str = "", *, scale: float = 1.0) -> Opti
     large = any(name.startswith("mask_predictor.") for name in state)
     net = raft_large() if large else raft_small()
     fill_weights(net, state, path, f"torchvision's raft_{'large' if large else 'small'}")
-    return OpticalFlow(net, scale=scale)
+    return OpticalFlow(net, scale=scale, updates=updates)

@@ -35,6 +35,7 @@ class PixelConfig:
     flow_weights: str = ""  # path of RAFT's weights (torchvision's raft_large or raft_small)
     flow_sha256: str = ""
     flow_scale: float = 1.0  # RAFT sees frames at 1 / scale of their sides, but at 128 pixels at least
+    flow_updates: int = 12  # of RAFT's recurrent unit: cost grows with it, as does how far flow may reach
     flow_pairs: int = 0  # random pairs of neighbouring frames of each clip and step that it sees; 0 = all
     log_variance: str = "none"  # none | mean | sum (over a clip's values, VidTok): learned, divides the distances above
     quantizer: float = 1.0  # weight of the quantizer's own loss: commitment, entropy, KL
@@ -110,7 +111,7 @@ class PixelObjective(nn.Module):
         if c.video_perceptual:
             self.video_perceptual = load_i3d_distance(c.video_perceptual_weights, c.video_perceptual_sha256)
         if c.flow:
-            self.flow = load_flow(c.flow_weights, c.flow_sha256, scale=c.flow_scale)
+            self.flow = load_flow(c.flow_weights, c.flow_sha256, scale=c.flow_scale, updates=c.flow_updates)
         if c.perceptual or c.gram or distances:
             if not c.perceptual_weights:
                 raise ValueError(
