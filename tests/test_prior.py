@@ -192,6 +192,14 @@ def test_a_stream_ends_within_a_byte_of_its_cost():
     assert np.median(over) < 9 and np.mean(over) < 12
 
 
+@pytest.mark.parametrize("counts", [[7], [7, 7, 7], [200, 200], [3, 90, 41], [1, 2] * 40])
+def test_lengths_cost_what_a_record_spends_on_them(counts):
+    tokens = tokens_of_ids(random_ids(counts), counts, (60, 7))
+    alike = len(set(counts)) == 1
+    spent = len(bitstream.varint(1 + counts[0])) if alike else len(bitstream._packed_counts(counts))
+    assert float(prior_coding.signalling_bits(tokens)[0]) == 8 * spent
+
+
 @pytest.mark.slow
 def test_ten_thousand_random_sequences_come_back():
     prior = make_prior(sizes=(20,), factors=((4, 5),), width=8, depth=1, head_width=4)

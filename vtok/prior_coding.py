@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtok.entropy import check_ids, from_symbols, real_ids, to_symbols
+from vtok.entropy import check_ids, from_symbols, packed_bytes, to_symbols, varint
 from vtok.layers.exact import ExactPrior, State, cost, frequencies
 from vtok.layers.token_prior import NULL, TokenPrior, TokenPriorConfig
 from vtok.types import Tokens
@@ -251,12 +251,16 @@ def _check(ids: np.ndarray) -> bytes:
 
 
 def signalling_bits(tokens: Tokens) -> Tensor:
-    """[B] float64: what a record of a `.vtok` file spends on how many tokens each group holds."""
-    _, batch = real_ids(tokens)[0], tokens.group.shape[0]
+    """[B] float64: what a record of a `.vtok` file spends on how many tokens each group holds (format 2 or later)."""
+    batch = tokens.group.shape[0]
     out = torch.zeros(batch, dtype=torch.float64)
     mask, group = tokens.mask.cpu(), tokens.group.cpu()
     for row in range(batch):
         counts = torch.bincount(group[row][mask[row]]).tolist() or [0]
-        lengths = [1 + counts[0]] if len(set(counts)) == 1 else [0, *counts]
-        out[row] = sum(8 * max(1, -(-n.bit_length() // 7)) for n in lengths)
+        least, span = min(counts), max(counts) - min(counts)
+        if span == 0:
+            out[row] = 8 * len(varint(1 + least))
+        else:
+            start = varint(0) + varint(least) + varint(span)
+            out[row] = 8 * (len(start) + packed_bytes((span + 1,), len(counts)))
     return out
