@@ -625,6 +625,39 @@ def test_damaged_and_foreign_priors_are_refused(shipped, tmp_path):
             load_prior(folder)
 
 
+@pytest.mark.parametrize("family", ["flexible", "discrete"])
+def test_clips_of_any_length_and_tokens_on_a_grid(family, tmp_path):
+    """Images and videos of 4 to 30 frames through `vtok tokenize`, a prior, files, and a draw."""
+    from test_export import make_run
+    from test_tokenize import corpus
+
+    from vtok.data.encode import write_video
+    from vtok.sample import sample
+
+    export = shipping.export(make_run(tmp_path / "run", family=family), tmp_path / "export", entropy=False)
+    corpus(tmp_path / "shards", shards=1)
+    tokenizing.tokenize(tmp_path / "shards", tmp_path / "tokens", model=export, workers=0, progress=False)
+    how = Training(steps=3, batch_size=3, length=12)  # shorter than clips, and than a group of the grid
+    ask = dict(model=export, val=tmp_path / "tokens", how=how, **SMALL)
+    rows = train_prior(tmp_path / "tokens", **ask)
+    assert [row["budget"] for row in rows][-1] == max(
+        max(s.tokens.groups) for s in iter_token_samples(tmp_path / "tokens")
+    )
+    assert len(rows) == (1 if family == "discrete" else 2) and all(row["ar"] < row["nominal"] for row in rows)
+    model = vtok.load(export)
+    write_video(tmp_path / "in.mkv", corpus_videos(0, 1, frames=11)[0], fps=8, codec="ffv1")
+    frames = []
+    for coding in ("packed", "ar"):
+        codec.encode_file(model, tmp_path / "in.mkv", tmp_path / "x.vtok", coding=coding, size=(16, 16))
+        frames.append(np.stack(list(codec.decode_frames(model, tmp_path / "x.vtok"))))
+    assert np.array_equal(*frames) and len(frames[0]) == 11
+    sample(export, tmp_path / "draws", count=1)
+    assert (tmp_path / "draws" / "samples.png").is_file()
+    if family == "discrete":
+        with pytest.raises(ValueError, match="a grid, of which none can be left out"):
+            sample(export, tmp_path / "draws", count=1, tokens=1)
+
+
 # ---- training data
 
 

@@ -241,7 +241,7 @@ def _describe_run(path: Path) -> str:
 
 def _describe_export(path: Path) -> str:
     facts = read_config(path)
-    names = ("family", "model_id", "weights_sha256", "entropy_sha256", "vtok_version")
+    names = ("family", "model_id", "weights_sha256", "entropy_sha256", "prior_sha256", "vtok_version")
     lines = [f"export {path}", *(f"  {name:<15} {facts.get(name) or '-'}" for name in names)]
     lines += [f"  {'model.' + key:<22} {value}" for key, value in facts["model"].items()]
     return "\n".join(lines)
@@ -273,7 +273,7 @@ def _describe_vtok(path: Path) -> str:
             f"  video         {footer.frames} frames of {header.size[1]}x{header.size[0]} at {header.fps} frames/s, "
             f"{duration:.2f} s",
             f"  tokens        {footer.tokens} in {footer.groups} groups ({limit}), codebooks {header.codebook_sizes}",
-            f"  coding        {header.coding}",
+            f"  coding        {header.coding}" + (f" ({header.build})" if header.build else ""),
             f"  size          {size} bytes" + (f", {size * 8 / duration / 1000:.3f} kbit/s" if duration else ""),
         ]
     )
