@@ -26,7 +26,8 @@ _FLEXIBLE = ("titok_teacher", "titok", "titok_stage2", "one_d_piece", "one_d_pie
              "adaptok_scorer", "base")  # fmt: skip
 _DISCRETE = ("vidtok_fsq_488", "vidtok_fsq_488_stage2", "vidtok_kl_488", "magvit2_lfq_image", "magvit2_lfq",
              "cosmos_fsq_488", "cosmos_fsq_488_stage2", "cosmos_fsq_81616", "omnitokenizer_vq_image",
-             "omnitokenizer_vq", "onevae_kl", "onevae_fsq", "hitvideo", "signvip_fsq", "phenaki")  # fmt: skip
+             "omnitokenizer_vq", "onevae_kl", "onevae_fsq", "onevae_kl_81616", "onevae_fsq_81616", "hitvideo",
+             "signvip_fsq", "phenaki")  # fmt: skip
 DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
 FULL = [*(f"flexible/{name}" for name in _FLEXIBLE), *DISCRETE]
 
@@ -49,7 +50,6 @@ def test_full_presets_have_the_parameters_their_header_states(name):
 _COMMON = {
     # batch
     *(f"data.{k}" for k in ("batch_size", "val_batch_size", "num_workers", "shuffle_buffer")),
-    *(f"objective.flow_{k}" for k in ("pairs", "updates")),  # how much of a batch's motion is looked at, and how long
     # steps, and places in the run that are counted in steps
     *("trainer.max_steps", "optim.warmup_steps", "objective.prior.ramp_steps", "objective.adversarial.start"),
     # how the machine runs it
@@ -68,7 +68,7 @@ _SIZES = {
     },
     "discrete": _COMMON
     | {
-        *("model.num_frames", "data.num_frames", "data.part_frames", "data.part_batch_sizes"),
+        *("model.num_frames", "data.num_frames", "data.part_frames", "data.part_batch_sizes", "data.size_scales"),
         *(f"model.conv.{k}" for k in ("width", "num_res_blocks", "decoder_res_blocks", "mid_blocks")),
         *(f"model.transformer.{k}" for k in ("width", "num_heads", "encoder_temporal", "decoder_temporal")),
         *(f"model.transformer.{k}" for k in ("encoder_spatial", "decoder_spatial")),  # held to its letters below
@@ -120,6 +120,7 @@ def test_sizes_of_discrete_twins_follow_rules(name):
             assert set(getattr(full.model.transformer, key)) == set(getattr(tiny.model.transformer, key))
     for config in (full, tiny):  # each clip of a part is an image or as long as the model's
         assert config.data.num_frames == config.model.num_frames and config.data.size == config.model.size
+    assert len(full.data.size_scales or []) == len(tiny.data.size_scales or [])
     kinds = [[frames == c.model.num_frames for frames in c.data.part_frames or []] for c in (full, tiny)]
     assert kinds[0] == kinds[1] and full.data.weights == tiny.data.weights
     assert all(c.data.part_frames is None or set(c.data.part_frames) <= {1, c.model.num_frames} for c in (full, tiny))
