@@ -50,6 +50,7 @@ def test_full_presets_have_the_parameters_their_header_states(name):
 _COMMON = {
     # batch
     *(f"data.{k}" for k in ("batch_size", "val_batch_size", "num_workers", "shuffle_buffer")),
+    *(f"objective.flow_{k}" for k in ("pairs", "updates")),  # how much of a batch's motion is looked at, and how long
     # steps, and places in the run that are counted in steps
     *("trainer.max_steps", "optim.warmup_steps", "objective.prior.ramp_steps", "objective.adversarial.start"),
     # how the machine runs it

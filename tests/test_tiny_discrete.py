@@ -1,22 +1,26 @@
 """The tiny twins of the discrete presets learn: every chain of stages, from training to export to the next stage, on a
-small procedural corpus. Scores are PSNR on held-out clips. LPIPS has random weights here: its terms are there and have
-a gradient, their values mean nothing."""
+small procedural corpus. Scores are PSNR on held-out clips. LPIPS, VGG-19 (an eighth as wide), I3D and RAFT have random
+weights here: their terms are there and have a gradient, their values mean nothing."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from test_tiny import CONFIGS, Lab, Result, check, quality
 from test_tiny import lab as lab  # a fixture
 from test_tiny import learn as learn_preset
+from torchvision.models.optical_flow import raft_small
 
 import vtok
 from vtok import config as configuration
 from vtok.data import shards, synthetic
 from vtok.data.module import ClipDataModule
 from vtok.export import main_export
+from vtok.layers.i3d import I3DNet
+from vtok.layers.vgg import WIDTHS, VGG19Distance
 from vtok.metrics.distortion import clip_psnr
 from vtok.train import build, train
 from vtok.types import Clip, to_uint8
@@ -26,7 +30,23 @@ GAME = ("adversarial", "discriminator")
 
 
 def learn(lab: Lab, name: str, *overrides: str) -> Result:
-    return learn_preset(lab, f"../discrete/{name}", f"objective.perceptual_weights={lab.lpips}", *overrides)
+    given = [f"objective.perceptual_weights={lab.lpips}", *overrides]  # the last of two counts
+    return learn_preset(lab, f"../discrete/{name}", *given)
+
+
+@pytest.fixture(scope="module")
+def networks(lab) -> dict[str, Path]:
+    """Weight files of the networks that losses look through."""
+    torch.manual_seed(0)
+    vgg = VGG19Distance(tuple(width // 8 for width in WIDTHS)).state_dict()
+    width = WIDTHS[-1] // 8
+    behind = {
+        f"features.{i}.{k}": torch.zeros(width) for i in (32, 34) for k in ("weight", "bias")
+    }  # nothing reads them
+    states = {"vgg": vgg | behind, "i3d": I3DNet().state_dict(), "raft": raft_small().state_dict()}
+    for name, state in states.items():
+        torch.save(state, lab.root / f"{name}.pt")
+    return {name: lab.root / f"{name}.pt" for name in states}
 
 
 def both(lab: Lab) -> str:
@@ -50,8 +70,11 @@ def same_ids(first: Result, second: Result) -> bool:
 def test_vidtok_fsq_and_its_decoder(lab):
     first = learn(lab, "vidtok_fsq_488_tiny")
     check(first, "l1", "perceptual", "quantizer_entropy_sample", "quantizer_entropy_batch", "logvar", "lecam", *GAME)
-    second = learn(lab, "vidtok_fsq_488_stage2_tiny", f"init_from={first.export}")
+    second = learn(lab, "vidtok_fsq_488_stage2_tiny", f"init_from={first.export}", f"objective.init_from={first.run}")
     goes_on(first, second, within=1e-6)
+    ends, begins = (result.lines for result in (first, second))
+    values = [[line["train/logvar"] for line in lines if "train/logvar" in line] for lines in (ends, begins)]
+    assert abs(values[1][0] - values[0][-1]) < 0.01 and values[1][0] != values[0][0]  # the losses go on too
     check(second, "l1", "perceptual", "lecam", *GAME)
     assert same_ids(first, second)
 
@@ -71,16 +94,20 @@ def test_magvit2_and_its_image_model(lab):
     check(second, "l1", "perceptual", "quantizer_entropy_sample", "quantizer_entropy_batch", "lecam", *GAME)
 
 
-def test_cosmos_and_its_second_stage(lab):
-    first = learn(lab, "cosmos_fsq_488_tiny", both(lab))
+@pytest.mark.long
+def test_cosmos_and_its_second_stage(lab, networks):
+    given = [both(lab), f"objective.perceptual_weights={networks['vgg']}"]
+    first = learn(lab, "cosmos_fsq_488_tiny", *given)
     check(first, "l1", "perceptual")
-    second = learn(lab, "cosmos_fsq_488_stage2_tiny", both(lab), f"init_from={first.export}")
+    given += [f"init_from={first.export}", f"objective.flow_weights={networks['raft']}"]
+    second = learn(lab, "cosmos_fsq_488_stage2_tiny", *given)
     goes_on(first, second, within=1e-6)
-    check(second, "l1", "perceptual", "gram", "lecam", *GAME)
+    check(second, "l1", "perceptual", "gram", "flow", "lecam", *GAME)
 
 
-def test_cosmos_81616(lab):
-    check(learn(lab, "cosmos_fsq_81616_tiny", both(lab)), "l1", "perceptual")
+def test_cosmos_81616(lab, networks):
+    result = learn(lab, "cosmos_fsq_81616_tiny", both(lab), f"objective.perceptual_weights={networks['vgg']}")
+    check(result, "l1", "perceptual")
 
 
 def test_omnitokenizer_of_images_then_of_both(lab):
@@ -128,8 +155,9 @@ def test_hitvideo(lab):
     assert result.before < quality(model, result.clips, coarse) < quality(model, result.clips, whole)
 
 
-def test_phenaki(lab):
-    check(learn(lab, "phenaki_tiny"), "l2", "perceptual", "quantizer", *GAME)
+def test_phenaki(lab, networks):
+    result = learn(lab, "phenaki_tiny", f"objective.video_perceptual_weights={networks['i3d']}")
+    check(result, "l2", "perceptual", "video_perceptual", "quantizer", *GAME)
 
 
 @pytest.fixture(scope="module")
