@@ -298,7 +298,7 @@ def test_another_prior_or_another_arithmetic_is_refused():
     with pytest.raises(bitstream.WrongModel, match="call expect"):
         list(Reader(io.BytesIO(data)))
     elsewhere = make_prior()
-    elsewhere.fingerprint = bytes(16)  # this machine, had it made other numbers of the probe
+    elsewhere.fingerprint = bytes(8)  # this machine, had it made other numbers of the probe
     with pytest.raises(
         bitstream.OtherBuild, match=f"{PRIOR.fingerprint.hex()} .*numpy.* on this machine they are 0000"
     ):

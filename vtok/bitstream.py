@@ -299,7 +299,7 @@ class Reader:
                 f"{self._name} is coded with {kind} of {header.model_id}, which this copy of the model lacks "
                 f"({FILES[header.coding]} in the export)"
             )
-        if entropy.sha256 != header.entropy_sha256:
+        if not entropy.sha256.startswith(header.entropy_sha256):
             raise WrongModel(
                 f"{self._name} was coded with {kind} {header.entropy_sha256.hex()[:16]}..., but "
                 f"this copy of {model_id} has {entropy.sha256.hex()[:16]}...; use the export that encoded it"
@@ -508,7 +508,7 @@ def _check_entropy(header: Header, entropy: EntropyModel | None) -> None:
                 f"{MODELS[header.coding]} is for codebooks {entropy.codebook_sizes}, the tokens have "
                 f"{header.codebook_sizes}"
             )
-        if entropy.sha256 != header.entropy_sha256:
+        if not entropy.sha256.startswith(header.entropy_sha256):
             raise ValueError(f"header.entropy_sha256 is not the sha256 of {MODELS[header.coding]}")
     if isinstance(entropy, PriorModel) and entropy.fingerprint != header.fingerprint:
         raise ValueError("header.fingerprint is not the prior's on this machine")

@@ -73,7 +73,7 @@ class PriorModel:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """16 bytes: of the frequencies and coded bytes this machine makes of a fixed probe of this prior."""
+        """8 bytes: of the frequencies and coded bytes this machine makes of a fixed probe of this prior."""
         count = min(self.config.max_rank, 8)
         stream = hashlib.shake_256(b"vtok prior probe").digest(8 * 3 * count * len(self.codebook_sizes))
         numbers = np.frombuffer(stream, "<u8").reshape(3 * count, -1)
@@ -84,7 +84,7 @@ class PriorModel:
             for each in one_by_one.frequencies(row[None], [1] if at % count == 0 else [], more=at % count > 0):
                 digest.update(each.astype("<i8").tobytes())
         digest.update(PriorStream(self).encode(ids, [count] * 3))
-        return digest.digest()[:16]
+        return digest.digest()[:8]
 
     @property
     def build(self) -> str:

@@ -12,8 +12,8 @@ VERSION = 3  # the highest that is read: files are written as the lowest that ca
 CODINGS = ("packed", "static", "ar")
 MODELS = {"static": "the static entropy model", "ar": "the prior"}  # what a coding needs beside the codebooks
 ASKED = ("tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")  # what lengths of time blocks can be chosen for
-NOT_ASKED = 0xFF
-FINGERPRINT_BYTES = 16
+AHEAD = 8  # kinds of asking that the look-ahead is counted above
+FINGERPRINT_BYTES = PRIOR_BYTES = 8  # small files are mostly header, and 2^64 keeps accidents out
 
 
 class VtokFileError(ValueError):
@@ -50,8 +50,9 @@ class Header:
 
     model_id: `<family>-<hash>`. weights_sha256: 32 bytes, of the model's model.safetensors.
     size: (height, width) in pixels of the frames that went in, and of those that come out. fps: frames per second.
-    codebook_sizes: Q sizes. coding: "packed", "static" or "ar". entropy_sha256: of the static model or the prior; b""
-    when packed. fingerprint: 16 bytes (ar; b"" else), of what the prior's probabilities are where it was encoded.
+    codebook_sizes: Q sizes. coding: "packed", "static" or "ar". entropy_sha256: of the static model, or the start of the
+    prior's (more is cut off); b"" when packed. fingerprint: 8 bytes (ar; b"" else), of what the prior's probabilities
+    are where it was encoded.
     build: that machine in words, for whoever cannot decode the file.
     budget: most tokens a group may hold; 0 where none was asked. tokens_per_second: Fraction(0) where none was asked.
     asked: what each group's own length was chosen for, one of ASKED; "" for lengths that follow from the two above.
@@ -76,7 +77,10 @@ class Header:
     def __post_init__(self) -> None:
         if self.coding not in CODINGS:
             raise ValueError(f"coding={self.coding!r} is unknown; choose one of {', '.join(CODINGS)}")
-        if len(self.weights_sha256) != 32 or len(self.entropy_sha256) != (32 if self.coding in MODELS else 0):
+        if self.coding == "ar":
+            object.__setattr__(self, "entropy_sha256", self.entropy_sha256[:PRIOR_BYTES])
+        size = {"static": 32, "ar": PRIOR_BYTES}.get(self.coding, 0)
+        if len(self.weights_sha256) != 32 or len(self.entropy_sha256) != size:
             raise ValueError("a sha256 has 32 bytes; entropy_sha256 goes with coding='static' and 'ar' only")
         if len(self.fingerprint) != (FINGERPRINT_BYTES if self.coding == "ar" else 0):
             raise ValueError(f"a fingerprint has {FINGERPRINT_BYTES} bytes, and goes with coding='ar' only")
@@ -86,6 +90,8 @@ class Header:
             raise ValueError(f"codebook_sizes={self.codebook_sizes}: continuous tokens have no .vtok form")
         if self.asked and (self.asked not in ASKED or self.asked_value < 0):
             raise ValueError(f"asked={self.asked!r} {self.asked_value} must be one of {', '.join(ASKED)}, 0 or more")
+        if self.asked and (self.budget or self.tokens_per_second):
+            raise ValueError(f"asked={self.asked!r} goes without budget and tokens_per_second")
 
     @property
     def version(self) -> int:
@@ -100,16 +106,16 @@ def header_bytes(header: Header) -> bytes:
     if header.coding == "ar":
         build = header.build.encode()
         body += header.fingerprint + varint(len(build)) + build
-    rate = header.tokens_per_second
-    numbers = (*header.size, header.fps.numerator, header.fps.denominator, header.budget)
-    body += b"".join(map(varint, (*numbers, rate.numerator, rate.denominator)))
-    body += b"".join(map(varint, (len(header.codebook_sizes), *header.codebook_sizes)))
-    if header.version > 2 and not header.asked:
-        body += bytes([NOT_ASKED])
-    elif header.version > 1:
+    if header.asked:  # in the place of the two that lengths of their own do without
         ahead = 0 if header.look_ahead is None else header.look_ahead + 1
-        value = header.asked_value
-        body += bytes([ASKED.index(header.asked)]) + b"".join(map(varint, (value.numerator, value.denominator, ahead)))
+        first, rate = ASKED.index(header.asked) + AHEAD * ahead, header.asked_value
+    else:
+        first, rate = header.budget, header.tokens_per_second
+    numbers = (*header.size, header.fps.numerator, header.fps.denominator, first, rate.numerator, rate.denominator)
+    body += b"".join(map(varint, numbers))
+    body += b"".join(map(varint, (len(header.codebook_sizes), *header.codebook_sizes)))
+    if header.version > 2:
+        body += bytes([bool(header.asked)])
     return MAGIC + header.version.to_bytes(2, "little") + len(body).to_bytes(2, "little") + body
 
 
@@ -122,9 +128,10 @@ def parse_header(body: bytes, version: int) -> Header:
     at += size
     weights, at = body[at : at + 32], at + 32
     entropy, fingerprint, build = b"", b"", ""
-    if coding in MODELS:
+    if coding == "static":
         entropy, at = body[at : at + 32], at + 32
     if coding == "ar":
+        entropy, at = body[at : at + PRIOR_BYTES], at + PRIOR_BYTES
         fingerprint, at = body[at : at + FINGERPRINT_BYTES], at + FINGERPRINT_BYTES
         size, at = take_varint(body, at)
         build, at = body[at : at + size].decode(), at + size
@@ -137,17 +144,13 @@ def parse_header(body: bytes, version: int) -> Header:
     for _ in range(count):
         value, at = take_varint(body, at)
         sizes.append(value)
-    asked, value, ahead = "", Fraction(0), 1
-    if version > 2 and body[at] == NOT_ASKED:
-        at += 1
-    elif version > 1:
-        if body[at] >= len(ASKED):
-            raise ValueError(f"what was asked, {body[at]}, is unknown")
-        asked = ASKED[body[at]]
-        value_num, at = take_varint(body, at + 1)
-        value_den, at = take_varint(body, at)
-        ahead, at = take_varint(body, at)
-        value = Fraction(value_num, value_den)
+    asked, value, ahead, rate = "", Fraction(0), 1, Fraction(rate_num, rate_den)
+    own, at = (body[at], at + 1) if version > 2 else (version - 1, at)
+    if own:
+        ahead, kind = divmod(budget, AHEAD)
+        if own > 1 or kind >= len(ASKED):
+            raise ValueError(f"what was asked, {kind}, is unknown")
+        asked, value, budget, rate = ASKED[kind], rate, 0, Fraction(0)
     if at != len(body):
         raise ValueError(f"the header has {len(body) - at} bytes too many")
     return Header(
@@ -159,7 +162,7 @@ def parse_header(body: bytes, version: int) -> Header:
         coding=coding,
         entropy_sha256=entropy,
         budget=budget,
-        tokens_per_second=Fraction(rate_num, rate_den),
+        tokens_per_second=rate,
         asked=asked,
         asked_value=value,
         look_ahead=ahead - 1 if ahead else None,
