@@ -181,7 +181,6 @@ def map_quality(model, clip: Clip) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.xfail(reason="ends 0.3 dB below a constant map: docs/log.md", strict=True)
 def test_signvip_on_dense_maps(maps):
     settings = f"out={maps / 'runs'} data.shards={maps / 'shards' / 'train'} data.val_shards={maps / 'shards' / 'val'} "
     settings += "data.num_workers=0 trainer.progress=false trainer.tensorboard=false trainer.log_every=1"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok import losses
+from vtok.layers.begin_conv import begin_with_mean
 from vtok.layers.causal import Cache, CausalConv3d, inflate_2d
 from vtok.layers.code_maps import fit_code_maps
 from vtok.layers.conv3d import ConvDecoder, ConvEncoder
@@ -323,6 +324,7 @@ class Model(GridTokenizer):
         Into it: the principal components of what the decoder would read without it (the encoder's latents; after a warm
         start, what the continuous source's decoder reads), each of unit variance, so that a bounded or binary quantizer
         uses its levels evenly from the start. Back: the least-squares map from codes to the same.
+        A convolutional decoder that begins grey becomes the mean of the videos.
         videos: float [B, C, T, H, W] in [-1, 1]. count: latents to look at, after which no more videos are read.
         Returns: `explained`, the share of the variance that the codes of each level tell; nothing where weights came
             with maps of their own.
@@ -332,10 +334,10 @@ class Model(GridTokenizer):
         self._fit = False
         training = self.training
         self.eval()
-        latents = []
+        latents, wholes = [], []
         for video in videos:
-            lengths = torch.full((len(video),), video.shape[2])
-            latents += self._encode(self.whole_groups(video, lengths), None)
+            wholes.append(self.whole_groups(video, torch.full((len(video),), video.shape[2])))
+            latents += self._encode(wholes[-1], None)
             if sum(z[:, 0].numel() for z in latents) >= count:
                 break
         found = {}
@@ -345,7 +347,10 @@ class Model(GridTokenizer):
             found["explained_coarse"] = self._begin_maps(coarse, maps, ("to_coarse_latent", "from_coarse_code"))
             codes = [self.quantizer(maps[0](z.movedim(1, -1)), None).embeddings for z in coarse]
             latents = [z - self.refine(self._read(maps[1], code), None) for z, code in zip(latents, codes)]
+            self.dropped.copy_(torch.cat([z.movedim(1, -1).flatten(0, -2) for z in latents]).mean(0))
         found["explained"] = self._begin_maps(latents, (self.to_latent, self.from_code), ("to_latent", "from_code"))
+        if isinstance(self.decoder, ConvDecoder) and not self.decoder.last.any():
+            begin_with_mean(self.decoder.read_out, [self.decoder.patch(video, None) for video in wholes])
         self._sources.clear()
         self._wait = False
         self.train(training)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from vtok.layers.begin_conv import keep_places, keep_size
 from vtok.layers.causal import Axes, Cache, CausalConv3d, begins
 from vtok.layers.conv_blocks import (
     AdaptiveNorm,
@@ -84,15 +85,21 @@ class _Backbone(nn.Module):
 
         With torch's own, each convolution loses 2/3 of the variance and adds a constant: latents then hardly differ
         between clips, and narrow networks paint the mean for their first hundred steps.
+
+        The inner norm of a residual block begins with a gain of 1 over the number of blocks: an AdamW step moves all of
+        them alike, and together they should not move the output more than one would (as depth-muP scales rates and
+        branches, Yang et al. 2023, https://arxiv.org/abs/2310.02244).
         """
         for module in self.modules():
             if isinstance(module, CausalConv3d | nn.Linear):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        branches = [module for module in self.modules() if isinstance(module, ResBlock)]
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2[-1].weight)  # pyright: ignore[reportArgumentType]
+                nn.init.constant_(module.norm2.weight, 1 / len(branches))
             elif isinstance(module, FrameAttention | TimeAttention):
                 nn.init.zeros_(module.attention.out.weight)
             elif isinstance(module, AdaptiveNorm):
@@ -133,6 +140,8 @@ class ConvEncoder(_Backbone):
         self.norm_out = ChannelNorm(config.norm, widths[-1])
         self.conv_out = conv_chain(widths[-1], latent_channels, self.kernels, config)
         self.begin()
+        keep_places(self, besides=[self.conv_in])
+        keep_size(self.mid[f"block{config.mid_blocks - 1}"])  # pyright: ignore[reportArgumentType]
 
     def downsample(self, channels: int, factor: Axes) -> nn.ModuleDict:
         """`space` and `time`, or `joint`; empty where nothing is halved."""
@@ -222,16 +231,23 @@ class ConvDecoder(_Backbone):
             self.first_down = CausalConv3d(latent_channels, latent_channels, (1, 3, 3), stride=(1, 2, 2))
             self.first_up = CausalConv3d(widths[-1], widths[-1] // halves[-2], (1, 1, 1))
         self.begin()
+        keep_places(self)
         nn.init.zeros_(self.last)  # grey, until it has learned better
         # pixels are sums of bands: an AdamW step of as many weights would move them so much further
         nn.init.constant_(self.norm_out.weight, self.patch.channels**-0.5)
 
     @property
+    def read_out(self) -> CausalConv3d:
+        """The output layer."""
+        conv = self.conv_out[-1]
+        assert isinstance(conv, CausalConv3d)
+        return conv
+
+    @property
     def last(self) -> nn.Parameter:
         """The weight of the output layer, for the adaptive weight of an adversarial term."""
-        conv = self.conv_out[-1]
-        assert isinstance(conv, CausalConv3d) and isinstance(conv.weight, nn.Parameter)
-        return conv.weight
+        assert isinstance(self.read_out.weight, nn.Parameter)
+        return self.read_out.weight
 
     def upsample(self, channels: int, out_channels: int, factor: Axes) -> nn.ModuleDict:
         """`time` and `space`, or `joint`; empty where nothing is doubled."""
