@@ -68,6 +68,7 @@ def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
     given: list[np.ndarray] = []  # to the model, not yet coded
     state: Any = None
 
+    @torch.inference_mode()
     def advance() -> Tokens | None:
         nonlocal state, held
         if state is None:
@@ -84,20 +85,20 @@ def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
         del given[:count]
         return Step(tokens, here)
 
-    with torch.inference_mode():
-        size = None
-        for frame in frames:
-            size = size or frame.shape
-            if frame.shape != size:
-                raise ValueError(
-                    f"the frame size changes from {size[:2]} to {frame.shape[:2]}; give a size to resize to"
-                )
-            held.append(frame)
-            if len(held) == piece and (tokens := advance()) is not None:
-                yield step(tokens)
-        if held and (tokens := advance()) is not None:
+    size = None
+    for frame in frames:
+        size = size or frame.shape
+        if frame.shape != size:
+            raise ValueError(f"the frame size changes from {size[:2]} to {frame.shape[:2]}; give a size to resize to")
+        held.append(frame)
+        if len(held) == piece and (tokens := advance()) is not None:
             yield step(tokens)
-        if state is not None and (tokens := model.flush(state)) is not None:
+    if held and (tokens := advance()) is not None:
+        yield step(tokens)
+    if state is not None:
+        with torch.inference_mode():  # never over a yield: whoever leaves the loop early would stay in it
+            tokens = model.flush(state)
+        if tokens is not None:
             yield step(tokens)
 
 

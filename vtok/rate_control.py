@@ -610,12 +610,13 @@ class Allocated:
             capacity += spare
             if not low < capacity < high:
                 capacity = (low + high) / 2
-        best = float(distortion.gather(1, choice[:, None]).sum())
-        for level in distortion.sum(0).argsort().tolist():
-            same = torch.full_like(choice, level)
-            if float(distortion[:, level].sum()) >= best or self._size(same, first) <= limit:
-                choice = same if float(distortion[:, level].sum()) < best else choice
-                break
+        low_level, high_level = 0, distortion.shape[1]  # one length for all: the longest that fits
+        while high_level - low_level > 1:
+            level = (low_level + high_level) // 2
+            fits = self._size(torch.full_like(choice, level), first) <= limit
+            low_level, high_level = (level, high_level) if fits else (low_level, level)
+        if float(distortion[:, low_level].sum()) < float(distortion.gather(1, choice[:, None]).sum()):
+            choice = torch.full_like(choice, low_level)
         lengths, at = (choice + 1).tolist(), 0
         for count in self.sizes[first:]:
             yield lengths[at : at + count]

@@ -153,9 +153,11 @@ class BytePurse:
         return self.writer.size_with(chunks, frames=frames)
 
     def short_of(self, missing: float) -> ValueError:
+        least = self.total + math.ceil(missing / 8)
+        least += len(varint(least)) - len(varint(self.total))  # the header says what was asked
         return ValueError(
-            f"bytes={self.total} is too small: header, footer and one token of every time block take up to "
-            f"{self.total + math.ceil(missing / 8)} bytes, ask for that or more"
+            f"bytes={self.total} is too small: header, footer and one token of every time block take up to {least} "
+            "bytes, ask for that or more"
         )
 
 

@@ -181,6 +181,7 @@ class Model(ChunkedTokenizer):
             index_factors=quantizer.index_factors,
         )
         self.config, self.quantizer = config, quantizer
+        self.resting = False  # after a warm start that only added a head
         num_registers = c.num_tokens * c.blocks
         pixels = c.channels * c.patch[0] * c.patch[1] * c.patch[2]
 
@@ -484,7 +485,8 @@ class Model(ChunkedTokenizer):
 
     def warm_start(self, source: nn.Module) -> str:
         """Begin with the weights of `source`, a model of this family: all of them, but for a scorer or a halting head
-        that it lacks, which begin as they are. Returns what was done, for the log.
+        that it lacks, which begin as they are (the rest is then as it was: `fit_statistics` fits nothing). Returns what
+        was done, for the log.
 
         Raises: ValueError naming what differs.
         """
@@ -496,6 +498,7 @@ class Model(ChunkedTokenizer):
             raise ValueError(f"init_from does not fit model.*: {error}") from error
         if wrong := [*found.unexpected_keys, *(key for key in found.missing_keys if key not in keys)]:
             raise ValueError(f"init_from does not fit model.*: {', '.join(wrong[:4])} of {len(wrong)} tensors differ")
+        self.resting = bool(added)
         return "all weights" + "".join(f", but for model.{name[:-1]}, which is new" for name in added)
 
     # ---- before training -----------------------------------------------------------------------------------------
@@ -507,6 +510,8 @@ class Model(ChunkedTokenizer):
 
         videos: float [B, C, T, H, W] in [-1, 1], from training clips; T of at most one chunk for `head: teacher`.
         """
+        if self.resting:
+            return {}
         if self.config.registers == "dct":
             return self.code.fit(videos)
         if self.config.head == "teacher" and not bool(self.out.weight.any()):

@@ -76,6 +76,14 @@ class HaltingHead(nn.Module):
         rank = min(math.ceil((count + 1) * self.coverage), count)
         return 2.0 ** float(self.errors[:count].float().sort()[0][rank - 1])
 
+    def stated(self) -> dict[str, float]:
+        """Error against the search on the remembered training clips: `octaves`, mean |log2(predicted / needed)| of
+        calibrated lengths, and `missed`, the share of blocks whose length does not reach the wanted quality."""
+        error = self.errors[: min(int(self.seen), KEPT)].float() - math.log2(self.stretch())
+        if not error.numel():
+            return {"octaves": math.nan, "missed": math.nan}
+        return {"octaves": float(error.abs().mean()), "missed": float((error > 0).double().mean())}
+
     @torch.no_grad()
     def predict(self, codes: Tensor, psnr_db: float) -> Tensor:
         """[M] int64: calibrated lengths of blocks, codes [M, K, D], for a wanted PSNR."""

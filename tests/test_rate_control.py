@@ -1,0 +1,291 @@
+"""Lengths of time blocks: never more than was asked, measured as the decoder will see them, better than one for all."""
+
+import numpy as np
+import pytest
+import torch
+from test_codec import BLOCKS, make_model, moving
+
+from vtok import codec
+from vtok.bitstream import Reader
+from vtok.data.encode import write_video
+from vtok.export import fit_entropy
+from vtok.families import flexible
+from vtok.layers.halting import KEPT, HaltingHead, shortest
+from vtok.loading import Identity, identify
+from vtok.rate_control import Asked, Trial, groups_of, mse_of, squared_error
+from vtok.types import Clip
+
+DCT = dict(
+    num_frames=4, size=[16, 16], patch=[2, 8, 8], width=16, encoder_depth=1, decoder_depth=1, num_heads=2,
+    num_tokens=32, registers="dct", dct_frequencies=[4, 8, 8], predictor_width=0, mask="full",
+)  # fmt: skip
+
+
+def uneven(frames, side=16, seed=0):
+    """uint8 [T, H, W, 3]: by turns, six frames of a still gradient and six of blobs that jump."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] / side
+    out = np.zeros((frames, side, side, 3), np.uint8)
+    for t in range(frames):
+        base = 90 + 60 * x
+        if t // 6 % 2:
+            for _ in range(3):
+                cx, cy, s = rng.random(), rng.random(), 0.05 + 0.1 * rng.random()
+                base = base + rng.integers(-120, 120) * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / s**2)
+        out[t] = base.clip(0, 255)[..., None]
+    return out
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A transform code for which every token is worth something, fitted to clips of the same kind."""
+    torch.manual_seed(0)
+    model = flexible.Model(flexible.Config(**DCT)).eval()
+    clips = torch.stack([torch.from_numpy(uneven(72, seed=1 + s)) for s in range(4)]).permute(0, 4, 1, 2, 3)
+    model.fit_statistics([piece / 127.5 - 1 for piece in clips.float().split(4, 2)])
+    model.shipped = Identity(*with_entropy(model))
+    return model
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    model = make_model(**dict(BLOCKS, num_tokens=16))
+    model.shipped = Identity(*with_entropy(model))
+    return model
+
+
+def with_entropy(model):
+    who = identify(model)
+    pixels = torch.from_numpy(uneven(16)).permute(3, 0, 1, 2)[None]
+    return who.model_id, who.weights_sha256, fit_entropy(model, [Clip(keys=["a"], video=pixels)])
+
+
+def video(path, frames):
+    write_video(path, frames, fps=25, codec="ffv1")
+    return path
+
+
+def lengths_in(path, model):
+    with open(path, "rb") as file:
+        reader = Reader(file)
+        who = identify(model)
+        reader.expect(who.model_id, who.weights_sha256, entropy=who.entropy)
+        return reader.header, [n for chunk in reader for n in chunk.counts]
+
+
+def error_of(model, path, frames):
+    """Summed squared error of the decoded file."""
+    got = np.stack(list(codec.decode_frames(model, path))).astype(np.float64)
+    return np.square(got - frames).sum()
+
+
+@pytest.mark.parametrize("which", ["fitted", "blocks"])
+@pytest.mark.parametrize("coding", ["packed", "static"])
+@pytest.mark.parametrize("ahead", [None, 0, 2])
+def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahead):
+    model, out = request.getfixturevalue(which), tmp_path / "x.vtok"
+    source, frames = video(tmp_path / "in.mkv", uneven(43)), 43
+    whole = codec.encode_file(model, source, out, coding=coding)
+    with pytest.raises(ValueError, match="bytes=60 is too small.* ask for that or more") as caught:
+        codec.encode_file(model, source, out, coding=coding, asked=Asked(bytes=60, look_ahead=ahead))
+    assert not list(tmp_path.glob(".*"))
+    least = int(str(caught.value).split(" bytes, ask")[0].split()[-1])
+    spread = [least + (whole.bytes - least) * i // 4 for i in range(5)]
+    tokens = []
+    for limit in [*spread, whole.bytes + 100]:
+        done = codec.encode_file(model, source, out, coding=coding, asked=Asked(bytes=limit, look_ahead=ahead))
+        header, lengths = lengths_in(out, model)
+        assert out.stat().st_size == done.bytes <= limit and done.frames == frames
+        assert (header.asked, header.asked_value, header.look_ahead) == ("bytes", limit, ahead)
+        assert min(lengths) >= 1 and len(lengths) == -(-frames // model.config.block_frames)
+        tokens.append(sum(lengths))
+    assert tokens[0] < tokens[-1] and tokens[0] < tokens[2], tokens
+    if which == "fitted":  # of an untrained model, fewer tokens can be better
+        assert tokens[2] < tokens[-1] == whole.tokens
+    if which == "fitted" and ahead is None:  # the size is measured: what is named is the least, and little is left
+        assert tokens[0] == len(lengths)
+        with pytest.raises(ValueError, match="too small"):
+            codec.encode_file(model, source, out, coding=coding, asked=Asked(bytes=least - 1))
+
+
+@pytest.mark.parametrize("frames", [1, 17, 100])
+def test_an_image_a_clip_and_a_long_video(tmp_path, fitted, frames):
+    source, out = video(tmp_path / "in.mkv", uneven(frames)), tmp_path / "x.vtok"
+    for asked in (Asked(bytes=400), Asked(bytes=400, look_ahead=1), Asked(tokens=60), Asked(tokens_per_second=200)):
+        done = codec.encode_file(fitted, source, out, asked=asked)
+        assert done.frames == frames and codec.decode_file(fitted, out, tmp_path / "out.mkv").frames == frames
+        assert done.bytes <= (asked.bytes or done.bytes) and done.tokens <= (asked.tokens or done.tokens)
+
+
+def test_tokens_of_the_whole_video_are_never_passed_and_all_spent(tmp_path, fitted, blocks):
+    source, out = video(tmp_path / "in.mkv", uneven(40)), tmp_path / "x.vtok"
+    for ahead in (None, 0, 3):
+        done = codec.encode_file(fitted, source, out, asked=Asked(tokens=120, look_ahead=ahead))
+        assert 120 * 0.9 < done.tokens <= 120
+        assert codec.encode_file(blocks, source, out, asked=Asked(tokens=50, look_ahead=ahead)).tokens <= 50
+        with pytest.raises(ValueError, match="tokens=9 is too small.* ask for 10 or more"):
+            codec.encode_file(fitted, source, out, asked=Asked(tokens=9, look_ahead=ahead))
+
+
+def test_where_it_matters_it_is_better_than_one_length_for_all(tmp_path, fitted):
+    frames = uneven(96, seed=9)
+    source, out = video(tmp_path / "in.mkv", frames), tmp_path / "x.vtok"
+    fixed = codec.encode_file(fitted, source, out, budget=8)
+    error = error_of(fitted, out, frames)
+    gains = {}
+    for ahead in (None, 0, 4):
+        done = codec.encode_file(fitted, source, out, asked=Asked(bytes=fixed.bytes, look_ahead=ahead))
+        assert done.bytes <= fixed.bytes
+        gains[ahead] = 10 * np.log10(error / error_of(fitted, out, frames))
+    assert gains[None] > 0.5 and gains[4] > 0.25 and gains[None] >= gains[4] - 0.05, gains
+
+
+def test_the_least_length_that_reaches_a_quality(tmp_path, fitted):
+    frames = uneven(24)
+    source, out = video(tmp_path / "in.mkv", frames), tmp_path / "x.vtok"
+    done = codec.encode_file(fitted, source, out, asked=Asked(psnr_db=24))
+    header, lengths = lengths_in(out, fitted)
+    assert header.asked == "psnr_db" and header.asked_value == 24 and "decodes a block" in done.note
+    assert len(set(lengths)) > 1
+    got = np.stack(list(codec.decode_frames(fitted, out))).astype(np.float64)
+    for g, length in enumerate(lengths):
+        here = slice(4 * g, 4 * g + 4)
+        error = np.square(got[here] - frames[here]).mean()
+        assert error <= mse_of(24) + 1e-3 or length == 32
+        if 1 < length < 32:  # one token less would not do
+            step = next(iter(codec.stream_steps(fitted, frames[here])))
+            assert trial_of(fitted).measure(groups_of(fitted, step)[0], [length - 1])[0] / frames[here].size > mse_of(
+                24
+            )
+    done = codec.encode_file(fitted, source, out, asked=Asked(psnr_db=90))
+    assert "do not reach it at any length" in done.note
+
+
+def trial_of(model, size=(16, 16)):
+    return Trial(model, size, squared_error)
+
+
+@pytest.mark.parametrize("kind", [dict(BLOCKS), {}], ids=["blocks", "whole"])
+def test_what_is_tried_is_what_the_decoder_will_see(kind):
+    """After blocks cut short, a block's distortion is that of the decoded stream; trying leaves the state alone."""
+    model, frames = make_model(**dict(kind, num_tokens=8)), moving(11)
+    with torch.inference_mode():
+        steps = list(codec.stream_steps(model, frames))
+        assert np.array_equal(np.concatenate([step.frames for step in steps]), frames)
+        groups = [group for step in steps for group in groups_of(model, step)]
+        assert sum(group.num_frames for group in groups) == 11
+        lengths = [1 + (3 * g) % 8 for g in range(len(groups))]
+        trial, measured = trial_of(model, frames.shape[1:3]), []
+        for group, length in zip(groups, lengths):
+            before = trial.measure(group, [length, 2])
+            trial.measure(group, [1, 5, 8])
+            assert trial.measure(group, [2, length])[::-1] == pytest.approx(before, rel=1e-3)
+            measured.append(before[0])
+            trial.accept(group, length)
+        kept, at = [], 0
+        for step in steps:
+            count = int(step.tokens.num_groups[0])
+            kept.append(step.tokens.truncate(torch.tensor([lengths[at : at + count]])))
+            at += count
+        decoded = np.stack(list(codec.stream_frames(model, kept, size=frames.shape[1:3]))).astype(np.float64)
+    start = 0
+    for group, error in zip(groups, measured):
+        here = slice(start, start + group.num_frames)
+        assert np.square(decoded[here] - frames[here]).sum() == pytest.approx(error, rel=1e-3)
+        start += group.num_frames
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(bytes=9, psnr_db=3), "bytes=9 and psnr_db=3: give one"),
+        (dict(psnr_db=-1), "psnr_db=-1 must be above 0"),
+        (dict(look_ahead=2), "look_ahead=2 goes with tokens or bytes"),
+        (dict(psnr_db=30, predicted=True), "predicted=True goes with"),
+        (dict(bytes=900, look_ahead=-1), "0 or more blocks"),
+        (dict(lpips=0.1), "needs LPIPS weights: give --lpips-weights"),
+        (dict(predicted_psnr_db=30), "needs a model with a halting head"),
+        (dict(bytes=900, predicted=True), "needs a model with a scorer"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, fitted, asked, message):
+    with pytest.raises(ValueError, match=message):
+        codec.encode_file(fitted, video(tmp_path / "in.mkv", uneven(5)), tmp_path / "x.vtok", asked=Asked(**asked))
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["in.mkv"])
+
+
+def test_a_scorer_shares_out_without_decoding(tmp_path, monkeypatch):
+    model = make_model(**dict(BLOCKS, num_tokens=8), scorer_depth=1, scorer_levels=4)
+    source, out = video(tmp_path / "in.mkv", uneven(30)), tmp_path / "x.vtok"
+    monkeypatch.setattr(Trial, "measure", None)
+    for asked in (Asked(bytes=320, predicted=True), Asked(tokens=40, predicted=True, look_ahead=2)):
+        done = codec.encode_file(model, source, out, asked=asked)
+        assert done.bytes <= (asked.bytes or done.bytes) and done.tokens <= (asked.tokens or done.tokens)
+
+
+# --- one-pass prediction ---
+
+
+def search_errors(model, frames):
+    """[blocks] octaves from the searched to the predicted length, and whether the predicted one misses the quality."""
+    octaves, missed = [], []
+    with torch.inference_mode():
+        for step in codec.stream_steps(model, frames):
+            for group in groups_of(model, step):
+                errors = trial_of(model).measure(group, list(range(1, 33)))
+                psnr = 10 * np.log10(255**2 * group.frames.numel() / np.array(errors))
+                wanted = psnr[0] + (psnr.max() - psnr[0]) * (len(octaves) % 7 + 0.5) / 7
+                needed = int(np.argmax(psnr >= wanted)) + 1
+                got = int(model.halting.predict(group.tokens.embeddings, wanted)[0])
+                octaves.append(np.log2(got / needed))
+                missed.append(psnr[got - 1] < wanted)
+    return np.array(octaves), np.array(missed)
+
+
+def test_the_halting_head_learns_what_the_search_finds(tmp_path, fitted):
+    torch.manual_seed(0)
+    config = flexible.Config(**DCT, halting_depth=1, halting_width=32)
+    model = flexible.Model(config)
+    assert "model.halting, which is new" not in fitted.warm_start(fitted)
+    assert "model.halting, which is new" in model.warm_start(fitted)
+    with pytest.raises(ValueError, match="init_from does not fit.*halting"):
+        fitted.warm_start(model)
+    objective = flexible.Objective(flexible.ObjectiveConfig(halting=True), config)
+    optimizer = torch.optim.AdamW(model.halting.parameters(), 3e-3)
+    clips = torch.from_numpy(uneven(16 * 60, seed=20)).unflatten(0, (-1, 16, 4)).permute(0, 1, 5, 2, 3, 4)
+    rest = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("halting")}
+    for step, batch in enumerate(clips.repeat(3, 1, 1, 1, 1, 1)):
+        loss = objective(model, Clip(keys=["x"] * 16, video=batch.float() / 127.5 - 1), step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+    assert all(torch.equal(p, rest[n]) for n, p in model.named_parameters() if n in rest and p.grad is None)
+    stated = model.halting.stated()
+    octaves, missed = search_errors(model.eval(), uneven(240, seed=77))
+    print(stated, np.abs(octaves).mean(), missed.mean(), len(octaves))
+    assert len(octaves) >= 20 and np.abs(octaves).mean() <= stated["octaves"] + 0.25 and missed.mean() <= 0.25
+    source, out = video(tmp_path / "in.mkv", uneven(40)), tmp_path / "x.vtok"
+    done = codec.encode_file(model, source, out, asked=Asked(predicted_psnr_db=24.0))
+    header, lengths = lengths_in(out, model)
+    assert header.asked == "predicted_psnr_db" and len(set(lengths)) > 2 and "90% of blocks" in done.note
+
+
+def test_calibration_is_the_conformal_quantile():
+    head = HaltingHead(4, num_tokens=8, depth=1, width=8, num_heads=2, coverage=0.9)
+    assert head.stretch() == 1
+    errors = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    for piece in errors.split(700):
+        head.remember(piece)
+    assert int(head.seen) == 5000 and (errors[-KEPT:] <= np.log2(head.stretch())).float().mean() == pytest.approx(
+        0.9, abs=2e-3
+    )
+    twin = HaltingHead(4, num_tokens=8, depth=1, width=8, num_heads=2, coverage=0.9)
+    twin.load_state_dict(head.state_dict())
+    assert twin.stretch() == head.stretch()
+    with pytest.raises(ValueError, match="halting_coverage=1"):
+        HaltingHead(4, num_tokens=8, depth=1, width=8, num_heads=2, coverage=1)
+
+
+def test_shortest():
+    psnr = torch.tensor([[10.0, 20, 30, 40], [10, 30, 20, 25]])
+    assert shortest(psnr, torch.tensor([[5.0, 20, 41], [29, 31, 10]])).tolist() == [[1, 2, 4], [2, 4, 1]]
