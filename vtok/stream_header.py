@@ -13,7 +13,7 @@ CODINGS = ("packed", "static", "ar")
 MODELS = {"static": "the static entropy model", "ar": "the prior"}  # what a coding needs beside the codebooks
 ASKED = ("tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")  # what lengths of time blocks can be chosen for
 AHEAD = 8  # kinds of asking that the look-ahead is counted above
-FINGERPRINT_BYTES = 16
+FINGERPRINT_BYTES = PRIOR_BYTES = 8  # small files are mostly header, and 2^64 keeps accidents out
 
 
 class VtokFileError(ValueError):
@@ -50,8 +50,9 @@ class Header:
 
     model_id: `<family>-<hash>`. weights_sha256: 32 bytes, of the model's model.safetensors.
     size: (height, width) in pixels of the frames that went in, and of those that come out. fps: frames per second.
-    codebook_sizes: Q sizes. coding: "packed", "static" or "ar". entropy_sha256: of the static model or the prior; b""
-    when packed. fingerprint: 16 bytes (ar; b"" else), of what the prior's probabilities are where it was encoded.
+    codebook_sizes: Q sizes. coding: "packed", "static" or "ar". entropy_sha256: of the static model, or the start of
+    the prior's (more is cut off); b"" when packed. fingerprint: 8 bytes (ar; b"" else), of what its probabilities
+    are where it was encoded.
     build: that machine in words, for whoever cannot decode the file.
     budget: most tokens a group may hold; 0 where none was asked. tokens_per_second: Fraction(0) where none was asked.
     asked: what each group's own length was chosen for, one of ASKED; "" for lengths that follow from the two above.
@@ -76,7 +77,10 @@ class Header:
     def __post_init__(self) -> None:
         if self.coding not in CODINGS:
             raise ValueError(f"coding={self.coding!r} is unknown; choose one of {', '.join(CODINGS)}")
-        if len(self.weights_sha256) != 32 or len(self.entropy_sha256) != (32 if self.coding in MODELS else 0):
+        if self.coding == "ar":
+            object.__setattr__(self, "entropy_sha256", self.entropy_sha256[:PRIOR_BYTES])
+        size = {"static": 32, "ar": PRIOR_BYTES}.get(self.coding, 0)
+        if len(self.weights_sha256) != 32 or len(self.entropy_sha256) != size:
             raise ValueError("a sha256 has 32 bytes; entropy_sha256 goes with coding='static' and 'ar' only")
         if len(self.fingerprint) != (FINGERPRINT_BYTES if self.coding == "ar" else 0):
             raise ValueError(f"a fingerprint has {FINGERPRINT_BYTES} bytes, and goes with coding='ar' only")
@@ -124,9 +128,10 @@ def parse_header(body: bytes, version: int) -> Header:
     at += size
     weights, at = body[at : at + 32], at + 32
     entropy, fingerprint, build = b"", b"", ""
-    if coding in MODELS:
+    if coding == "static":
         entropy, at = body[at : at + 32], at + 32
     if coding == "ar":
+        entropy, at = body[at : at + PRIOR_BYTES], at + PRIOR_BYTES
         fingerprint, at = body[at : at + FINGERPRINT_BYTES], at + FINGERPRINT_BYTES
         size, at = take_varint(body, at)
         build, at = body[at : at + size].decode(), at + size

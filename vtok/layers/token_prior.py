@@ -199,6 +199,8 @@ class TokenPrior(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.scale.weight)
+        if self.chain is not None:  # begins as `parallel`: 0.3 of noise there cost 0.07 bits a token after 120 steps
+            nn.init.zeros_(self.chain.weight)
         for block in self.blocks:
             assert isinstance(block, Block)
             for last in (block.out, block.down):
