@@ -1,12 +1,13 @@
 """Adaptive against fixed length at the same bytes: what `vtok encode --bytes` gains over `--budget`, video by video.
 
     python benchmarks/adaptive.py EXPORT --videos DIR [--budgets 4,16,64] [--size model] [--fps F] [--coding packed]
-        [--look-ahead 0,4] [--predicted]
+        [--look-ahead 0,4] [--predicted] [--halting 18,21,24]
 
 Every video is encoded at each fixed budget K; the bytes of that file, header and all, are then what adaptive files may
 have: `whole` sees the video first, `ahead n` decides while streaming with a look-ahead of n blocks. PSNR is that of the
 decoded video's mean squared error over all frames; the difference is adaptive less fixed, its mean over videos with a
-95 % bootstrap interval.
+95 % bootstrap interval. `--halting` measures a model's halting head against the search instead, at each wanted PSNR:
+mean |predicted - searched| in tokens and in octaves over the blocks that can reach it, and how many then miss it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import vtok
 from vtok import codec
+from vtok.budget import search_length
 from vtok.data.inputs import collect
-from vtok.rate_control import Asked
+from vtok.loading import load_any
+from vtok.rate_control import Asked, Predicted, Trial, groups_of, mean_squared_error, mse_of
 from vtok.rows import bootstrap
 
 
@@ -33,9 +35,43 @@ def psnr_db(model, coded: Path, originals: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean(error)))
 
 
+def against_search(model, paths: list[Path], wanted: list[float], *, size, fps) -> None:
+    """Prints the one-pass prediction's error against the search by decoding."""
+    stated = model.halting.stated()
+    print(f"stated on training clips: {stated['octaves']:.2f} octaves, {stated['missed']:.0%} miss; calibrated for "
+          f"{1 - model.halting.coverage:.0%}")  # fmt: skip
+    print(f"{'wanted dB':>9} {'blocks':>6} {'searched':>8} {'predicted':>9} {'|tokens|':>8} {'octaves':>7} {'miss':>5}")
+    for psnr in wanted:
+        found: list[tuple[int, int, bool]] = []
+        for path in paths:
+            frames = codec.read_frames(path, size=size, fps=fps)
+            trial = Trial(model, size, mean_squared_error)
+            for step in codec.stream_steps(model, frames):
+                lengths = next(Predicted(model, psnr_db=psnr).lengths(iter([step])))
+                for group, length in zip(groups_of(model, step), lengths):
+                    search = search_length(
+                        lambda ks, trial=trial, group=group: trial.measure(group, ks),
+                        most=model.num_tokens,
+                        target=mse_of(psnr),
+                    )
+                    if search.met:
+                        missed = trial.measure(group, [length])[0] > mse_of(psnr)
+                        found.append((search.length, length, missed))
+                    trial.accept(group, length)
+        if not found:
+            print(f"{psnr:>9g} {0:>6}  no block reaches it")
+            continue
+        k, got, missed = (np.array(column, float) for column in zip(*found))
+        print(
+            f"{psnr:>9g} {len(k):>6} {k.mean():>8.1f} {got.mean():>9.1f} {np.abs(got - k).mean():>8.1f} "
+            f"{np.abs(np.log2(got / k)).mean():>7.2f} {missed.mean():>5.0%}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="export folder of a trained tokenizer")
+    parser.add_argument("model", help="export folder or run directory of a trained tokenizer")
     parser.add_argument("--videos", required=True, help="folder of videos")
     parser.add_argument("--budgets", default="4,16,64", help="fixed tokens a time block")
     parser.add_argument("--size", default="model", help="HxW, or `model` for the size it was trained at")
@@ -43,14 +79,18 @@ def main() -> None:
     parser.add_argument("--coding", default="packed")
     parser.add_argument("--look-ahead", default="0,4", help="blocks, several after commas")
     parser.add_argument("--predicted", action="store_true", help="also: lengths by the model's scorer")
+    parser.add_argument("--halting", help="wanted PSNRs in dB, after commas: the halting head against the search")
     parser.add_argument("--limit", type=int, help="of videos, evenly spread over the sorted names")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model = vtok.load(args.model)
+    model = load_any(args.model)
     size = codec.parse_size(args.size, model)
     paths = sorted(row.path for row in collect([args.videos]).rows)
     if args.limit:
         paths = [paths[i * len(paths) // args.limit] for i in range(min(args.limit, len(paths)))]
+    if args.halting:
+        wanted = [float(value) for value in args.halting.split(",")]
+        return against_search(model, paths, wanted, size=size, fps=args.fps)
     ways = {"whole": {}} | {f"ahead {n}": {"look_ahead": int(n)} for n in args.look_ahead.split(",") if n}
     if args.predicted:
         ways["scorer"] = {"predicted": True}

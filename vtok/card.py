@@ -266,6 +266,13 @@ def _describe_vtok(path: Path) -> str:
     limit = "all tokens" if not header.budget else f"at most {header.budget} tokens a group"
     if header.tokens_per_second:
         limit = f"at most {float(header.tokens_per_second):g} tokens/s"
+    if header.asked:
+        limit = f"chosen for {header.asked}={float(header.asked_value):g}"
+        limit += (
+            ""
+            if header.asked not in ("tokens", "bytes") or header.look_ahead is None
+            else (f", {header.look_ahead} groups ahead")
+        )
     return "\n".join(
         [
             f".vtok file {path} (records are not checked here; decoding checks them)",
