@@ -167,7 +167,7 @@ def test_padding_of_a_row_changes_nothing():
 # ---- coding
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=5), seed=st.integers(0, 1000))
 def test_ids_come_back_at_their_cost(counts, seed):
     prior = PRIOR
@@ -625,6 +625,7 @@ def test_damaged_and_foreign_priors_are_refused(shipped, tmp_path):
             load_prior(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flexible", "discrete"])
 def test_clips_of_any_length_and_tokens_on_a_grid(family, tmp_path):
     """Images and videos of 4 to 30 frames through `vtok tokenize`, a prior, files, and a draw."""
