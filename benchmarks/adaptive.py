@@ -25,8 +25,9 @@ from vtok import codec
 from vtok.budget import search_length
 from vtok.data.inputs import collect
 from vtok.loading import load_any
-from vtok.rate_control import Asked, Predicted, Trial, groups_of, mean_squared_error, mse_of
+from vtok.rate_control import Asked, Predicted
 from vtok.rows import bootstrap
+from vtok.trial import Trial, groups_of, mean_squared_error, mse_of
 
 
 def psnr_db(model, coded: Path, originals: np.ndarray) -> float:

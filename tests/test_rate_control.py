@@ -11,8 +11,11 @@ from vtok.data.encode import write_video
 from vtok.export import fit_entropy
 from vtok.families import flexible
 from vtok.layers.halting import KEPT, HaltingHead, shortest
+from vtok.layers.token_prior import TokenPrior, TokenPriorConfig
 from vtok.loading import Identity, identify
-from vtok.rate_control import Asked, Trial, groups_of, mse_of, squared_error
+from vtok.prior_coding import PriorModel
+from vtok.rate_control import Asked
+from vtok.trial import Trial, groups_of, mse_of, squared_error
 from vtok.types import Clip
 
 DCT = dict(
@@ -57,7 +60,12 @@ def blocks():
 def with_entropy(model):
     who = identify(model)
     pixels = torch.from_numpy(uneven(16)).permute(3, 0, 1, 2)[None]
-    return who.model_id, who.weights_sha256, fit_entropy(model, [Clip(keys=["a"], video=pixels)])
+    torch.manual_seed(1)
+    factors = [list(each) for each in model.index_factors]
+    shape = dict(width=16, depth=1, num_heads=2, head_width=8, context_groups=2, dropout=0.0)
+    config = TokenPriorConfig(list(model.codebook_sizes), factors, max_rank=model.num_tokens, **shape)
+    prior = PriorModel(config, TokenPrior(config).state_dict())
+    return who.model_id, who.weights_sha256, fit_entropy(model, [Clip(keys=["a"], video=pixels)]), prior
 
 
 def video(path, frames):
@@ -69,7 +77,7 @@ def lengths_in(path, model):
     with open(path, "rb") as file:
         reader = Reader(file)
         who = identify(model)
-        reader.expect(who.model_id, who.weights_sha256, entropy=who.entropy)
+        reader.expect(who.model_id, who.weights_sha256, entropy=who.coder(reader.header.coding))
         return reader.header, [n for chunk in reader for n in chunk.counts]
 
 
@@ -80,7 +88,7 @@ def error_of(model, path, frames):
 
 
 @pytest.mark.parametrize("which", ["fitted", "blocks"])
-@pytest.mark.parametrize("coding", ["packed", "static"])
+@pytest.mark.parametrize("coding", ["packed", "static", "ar"])
 @pytest.mark.parametrize("ahead", [None, 0, 2])
 def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahead):
     model, out = request.getfixturevalue(which), tmp_path / "x.vtok"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+ROUNDING = 1e-12  # of sums of rates: the same numbers added in another order
 MODES = ("full", "uniform", "pow2", "uniform_pow2", "truncnormal", "mixed")
 
 
@@ -176,7 +177,7 @@ def allocate_lagrange(distortion: Tensor, rate: Tensor, *, total: float) -> Tens
     """
     cost, price = distortion.detach().double().cpu(), rate.detach().double().cpu()
     least = float(price.amin(1).sum())
-    if total < least:
+    if total < least - ROUNDING * abs(least):
         raise ValueError(f"a total of {total:g} is too small: the cheapest levels of all groups take {least:g}")
     cost = torch.where(price.isinf(), torch.inf, cost)
     choice, multiplier = _by_multiplier(cost, price, torch.ones(len(cost), dtype=torch.float64), total)
@@ -208,6 +209,7 @@ def allocate_ahead(
     """
     cost, price = distortion.detach().double().cpu(), rate.detach().double().cpu()
     room = total - reserve - float(price[1:].amin(1).sum())
+    room += ROUNDING * abs(total)
     if room < float(price[0].min()):
         least = reserve + float(price.amin(1).sum())
         raise ValueError(f"a total of {total:g} is too small: the cheapest levels of all groups take {least:g}")

@@ -34,7 +34,8 @@ from vtok.data.view import View, fit
 from vtok.layers.perceptual import LPIPS, load_lpips
 from vtok.loading import identify, load_any
 from vtok.prior_coding import PriorModel
-from vtok.rate_control import Asked, Step, as_fraction, cut, shared_policy, simple_policy
+from vtok.rate_control import Asked, as_fraction, cut, shared_policy, simple_policy
+from vtok.trial import Step
 from vtok.types import Clip, Streaming, Tokens, to_uint8
 
 log = logging.getLogger(__name__)

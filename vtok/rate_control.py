@@ -22,7 +22,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -33,25 +33,28 @@ from torch import Tensor
 
 from vtok.bitstream import Chunk, StaticModel, Writer
 from vtok.budget import allocate_ahead, allocate_lagrange, interpolate_lengths, search_length, spread_lengths
-from vtok.layers.chunked import ChunkedTokenizer
 from vtok.layers.perceptual import LPIPS
-from vtok.metrics.distortion import clip_lpips
 from vtok.prior_coding import PriorModel
 from vtok.spending import BytePurse, Purse, TokenPurse
-from vtok.types import Clip, StreamState, Tokens, to_uint8
+from vtok.trial import (
+    Distance,
+    Group,
+    Step,
+    Trial,
+    groups_of,
+    lpips_distance,
+    mean_squared_error,
+    most_tokens,
+    mse_of,
+    squared_error,
+    stand_alone,
+)
+from vtok.types import Clip, Tokens
 
 log = logging.getLogger(__name__)
 Held = TypeVar("Held")
 NEAR = 256  # blocks that a decision weighs one by one; of those further off, a sample
 WAYS = ("budget", "tokens_per_second", "tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")
-
-
-@dataclass(frozen=True)
-class Step:
-    """All tokens [1, K] of one step of a stream, and the frames uint8 [T, H, W, 3] they stand for."""
-
-    tokens: Tokens
-    frames: np.ndarray
 
 
 class LengthPolicy(Protocol):
@@ -138,10 +141,6 @@ def as_fraction(value: Fraction | float) -> Fraction:
     return exact.limit_denominator(1 << 24)
 
 
-def _most(tokens: Tokens) -> int:
-    return int(tokens.rank.max()) + 1 if tokens.rank.numel() else 1
-
-
 class FixedLength:
     """The first `budget` tokens of every block; None keeps all."""
 
@@ -152,7 +151,7 @@ class FixedLength:
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
         for step in steps:
-            most = _most(step.tokens)
+            most = most_tokens(step.tokens)
             yield [min(self.budget or most, most)] * int(step.tokens.num_groups[0])
 
     def report(self) -> str:
@@ -176,7 +175,7 @@ class Rate:
     def _by_clock(self, tokens: Tokens) -> list[int]:
         if tokens.frames is None:
             raise ValueError("tokens_per_second needs a model that says how many frames its tokens stand for")
-        groups, frames, most = int(tokens.num_groups[0]), int(tokens.frames[0]), _most(tokens)
+        groups, frames, most = int(tokens.num_groups[0]), int(tokens.frames[0]), most_tokens(tokens)
         block = self.block or -(-frames // groups)
         out = []
         for g in range(groups):
@@ -252,114 +251,6 @@ def shared_policy(
     )
 
 
-# ---- what a length costs in quality ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Group:
-    """One time block: its tokens [1, K], numbered as group 0, and its frames uint8 [3, T, H, W] (None: let go)."""
-
-    tokens: Tokens
-    frames: Tensor | None
-    num_frames: int
-
-    @property
-    def ids(self) -> np.ndarray:
-        """[K, Q] int64."""
-        assert self.tokens.indices is not None
-        return self.tokens.indices[0].cpu().numpy()
-
-
-def groups_of(model: Any, step: Step) -> list[Group]:
-    """The groups of a step one by one. Raises: ValueError for tokens that do not say their frames."""
-    tokens = step.tokens
-    if tokens.frames is None:
-        raise ValueError("lengths block by block need a model that says how many frames its tokens stand for")
-    groups, frames = int(tokens.num_groups[0]), int(tokens.frames[0])
-    block = getattr(model.config, "block_frames", None) if groups > 1 else frames
-    block = block or -(-frames // groups)
-    video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)
-    out = []
-    for g in range(groups):
-        start, end = g * block, min((g + 1) * block, frames)
-        one = tokens.select(tokens.mask & (tokens.group == g))
-        one = replace(one, group=torch.zeros_like(one.group), frames=torch.full_like(tokens.frames, end - start))
-        one = replace(one, times=tokens.times[:, g : g + 1]) if tokens.times is not None else one
-        out.append(Group(one, video[:, start:end], end - start))
-    return out
-
-
-Distance = Callable[[Tensor, Tensor], Tensor]  # (recon, frames) uint8 [S, 3, T, H, W] -> [S] float64
-
-
-def squared_error(recon: Tensor, frames: Tensor) -> Tensor:
-    """[S] sum of squared differences of levels over all frames, pixels and channels."""
-    return (recon.float() - frames.float()).square().sum((1, 3, 4), dtype=torch.float64).sum(1)
-
-
-def mean_squared_error(recon: Tensor, frames: Tensor) -> Tensor:
-    """[S] the same, a value."""
-    return squared_error(recon, frames) / frames[0].numel()
-
-
-class Trial:
-    """Decodes the next block at lengths that are being tried, after the blocks accepted before it."""
-
-    rows_at_once = 1 << 22  # pixels of all lengths that are decoded together
-
-    def __init__(self, model: Any, size: tuple[int, int], distance: Distance) -> None:
-        self.model, self.distance = model, distance
-        self.state: StreamState = model.init_decode_state(1, size)
-
-    @torch.inference_mode()
-    def measure(self, group: Group, lengths: list[int]) -> list[float]:
-        """The distortion of the block at each length."""
-        assert group.frames is not None
-        frames = group.frames[None].to(group.tokens.embeddings.device)
-        step = max(1, self.rows_at_once // max(frames[0, 0].numel(), 1))
-        out: list[float] = []
-        for at in range(0, len(lengths), step):
-            here = lengths[at : at + step]
-            many = _repeat_tokens(group.tokens, len(here)).truncate(torch.tensor(here)[:, None])
-            video, _ = self.model.decode_step(many, _repeat_state(self.state, len(here)))
-            if video is None or video.shape[2] != group.num_frames:
-                raise ValueError("this model's decoder holds frames back: lengths cannot be tried block by block")
-            out += self.distance(to_uint8(video), frames.expand(len(here), -1, -1, -1, -1)).tolist()
-        return out
-
-    @torch.inference_mode()
-    def accept(self, group: Group, length: int) -> None:
-        """The block has this length."""
-        _, self.state = self.model.decode_step(group.tokens.truncate(torch.tensor([[length]])), self.state)
-
-
-def _repeat_tokens(tokens: Tokens, rows: int) -> Tokens:
-    names = ("embeddings", "lengths", "positions", "group", "rank", "indices", "mass", "source", "times", "frames")
-    return replace(tokens, **{name: _repeat(getattr(tokens, name), rows) for name in names})
-
-
-def _repeat_state(state: StreamState, rows: int) -> StreamState:
-    """The state of `rows` streams that have come the same way; decoding with it leaves the original alone."""
-    return replace(state, batch=rows, buffer=_repeat(state.buffer, rows), cache=_repeat(state.cache, rows))
-
-
-def _repeat(value: Any, rows: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.expand(rows, *value.shape[1:]).clone() if value.ndim and value.shape[0] == 1 else value
-    if isinstance(value, dict):
-        return {key: _repeat(item, rows) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [_repeat(item, rows) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def _stand_alone(model: Any) -> bool:
-    """Whether a block decodes to the same frames whatever the length of the blocks before it."""
-    chunks = getattr(type(model), "decode_step", None) is ChunkedTokenizer.decode_step
-    return chunks and model.blocks == 1
-
-
 # ---- a wanted quality ------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +270,7 @@ class Searched:
                 def measure(lengths: list[int], group: Group = group) -> list[float]:
                     return self.trial.measure(group, lengths)
 
-                found = search_length(measure, most=_most(group.tokens), target=self.target)
+                found = search_length(measure, most=most_tokens(group.tokens), target=self.target)
                 self.trial.accept(group, found.length)
                 self.blocks, self.missed = self.blocks + 1, self.missed + (not found.met)
                 self.scanned, self.probes = self.scanned + (not found.monotone), self.probes + found.probes
@@ -392,20 +283,6 @@ class Searched:
         words = f"{self.probes / self.blocks:.1f} decodes a block"
         words += f"; {self.scanned} of {self.blocks} blocks scanned: more tokens were worse" if self.scanned else ""
         return words + (f"; {self.missed} of {self.blocks} blocks do not reach it at any length" if self.missed else "")
-
-
-def mse_of(psnr_db: float) -> float:
-    """Mean squared error in levels of a PSNR with peak 255."""
-    return 255.0**2 / 10 ** (psnr_db / 10)
-
-
-def lpips_distance(net: LPIPS) -> Distance:
-    """Mean LPIPS over frames."""
-
-    def distance(recon: Tensor, frames: Tensor) -> Tensor:
-        return clip_lpips(net, recon, frames.contiguous())
-
-    return distance
 
 
 class Predicted:
@@ -467,7 +344,7 @@ class Allocated:
         self.model, self.purse, self.look_ahead, self.predicted = model, purse, look_ahead, predicted
         self.frames, self.again = frames, again
         self.trial, self.scout = (Trial(model, size, squared_error) for _ in range(2))
-        self.alone = predicted or _stand_alone(model)
+        self.alone = predicted or stand_alone(model)
         self.known: deque[_Known] = deque()
         self.sizes: list[int] = []  # groups of each step
         self.step_frames: list[int | None] = []
@@ -514,7 +391,7 @@ class Allocated:
         for g, group in enumerate(groups):
             distortion = self._curve(self.scout, group) if predicted is None else predicted[g]
             if not self.alone:
-                self.scout.accept(group, _most(group.tokens))
+                self.scout.accept(group, most_tokens(group.tokens))
             if self.alone or self.look_ahead is None:  # what is measured once, or again in a second pass
                 group.frames = None
             self.known.append(_Known(group, distortion, self.purse.prices(group.ids, chosen=False)))
@@ -526,7 +403,7 @@ class Allocated:
 
     def _curve(self, trial: Trial, group: Group) -> Tensor:
         """[K] squared error of 1, 2 ... K tokens."""
-        most = _most(group.tokens)
+        most = most_tokens(group.tokens)
         menu = spread_lengths(most)
         return interpolate_lengths(torch.tensor(trial.measure(group, menu), dtype=torch.float64), menu, most)
 
@@ -534,7 +411,7 @@ class Allocated:
         device = step.tokens.embeddings.device
         video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)[None].to(device)
         table = self.model.predict_distortion(Clip(keys=["stream"], video=video))[0].double().cpu()  # [G, S]
-        most = _most(groups[0].tokens)
+        most = most_tokens(groups[0].tokens)
         unit = most // table.shape[1]
         menu = [unit * (s + 1) for s in range(table.shape[1])]
         # below the shortest length it knows, the scorer says nothing: such lengths count as bad as that one, and more
@@ -594,7 +471,7 @@ class Allocated:
             return
         distortion, prices = _stack(self.known)
         choice, unit, limit = torch.zeros(len(prices), dtype=torch.int64), self.purse.unit, self.purse.total
-        size, floor = self._size(choice, first), float(prices[:, 0].sum())
+        size, floor = self._size(choice, first), float(prices.amin(1).sum())
         if size > limit:
             raise self.purse.short_of((size - limit) * unit)
         low, high, capacity = floor, math.inf, max(self.purse.left(), floor)

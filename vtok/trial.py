@@ -1,0 +1,150 @@
+"""One time block of a video at lengths that are being tried: what the decoder makes of it, and how far that is off.
+
+Letters: S lengths, T frames, H height, W width, G groups (time blocks), K tokens of a group, Q ids a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtok.layers.chunked import ChunkedTokenizer
+from vtok.layers.perceptual import LPIPS
+from vtok.metrics.distortion import clip_lpips
+from vtok.types import StreamState, Tokens, to_uint8
+
+
+@dataclass(frozen=True)
+class Step:
+    """All tokens [1, K] of one step of a stream, and the frames uint8 [T, H, W, 3] they stand for."""
+
+    tokens: Tokens
+    frames: np.ndarray
+
+
+def most_tokens(tokens: Tokens) -> int:
+    return int(tokens.rank.max()) + 1 if tokens.rank.numel() else 1
+
+
+@dataclass
+class Group:
+    """One time block: its tokens [1, K], numbered as group 0, and its frames uint8 [3, T, H, W] (None: let go)."""
+
+    tokens: Tokens
+    frames: Tensor | None
+    num_frames: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[K, Q] int64."""
+        assert self.tokens.indices is not None
+        return self.tokens.indices[0].cpu().numpy()
+
+
+def groups_of(model: Any, step: Step) -> list[Group]:
+    """The groups of a step one by one. Raises: ValueError for tokens that do not say their frames."""
+    tokens = step.tokens
+    if tokens.frames is None:
+        raise ValueError("lengths block by block need a model that says how many frames its tokens stand for")
+    groups, frames = int(tokens.num_groups[0]), int(tokens.frames[0])
+    block = getattr(model.config, "block_frames", None) if groups > 1 else frames
+    block = block or -(-frames // groups)
+    video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)
+    out = []
+    for g in range(groups):
+        start, end = g * block, min((g + 1) * block, frames)
+        one = tokens.select(tokens.mask & (tokens.group == g))
+        one = replace(one, group=torch.zeros_like(one.group), frames=torch.full_like(tokens.frames, end - start))
+        one = replace(one, times=tokens.times[:, g : g + 1]) if tokens.times is not None else one
+        out.append(Group(one, video[:, start:end], end - start))
+    return out
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (recon, frames) uint8 [S, 3, T, H, W] -> [S] float64
+
+
+def squared_error(recon: Tensor, frames: Tensor) -> Tensor:
+    """[S] sum of squared differences of levels over all frames, pixels and channels."""
+    return (recon.float() - frames.float()).square().sum((1, 3, 4), dtype=torch.float64).sum(1)
+
+
+def mean_squared_error(recon: Tensor, frames: Tensor) -> Tensor:
+    """[S] the same, a value."""
+    return squared_error(recon, frames) / frames[0].numel()
+
+
+class Trial:
+    """Decodes the next block at lengths that are being tried, after the blocks accepted before it."""
+
+    rows_at_once = 1 << 22  # pixels of all lengths that are decoded together
+
+    def __init__(self, model: Any, size: tuple[int, int], distance: Distance) -> None:
+        self.model, self.distance = model, distance
+        self.state: StreamState = model.init_decode_state(1, size)
+
+    @torch.inference_mode()
+    def measure(self, group: Group, lengths: list[int]) -> list[float]:
+        """The distortion of the block at each length."""
+        assert group.frames is not None
+        frames = group.frames[None].to(group.tokens.embeddings.device)
+        step = max(1, self.rows_at_once // max(frames[0, 0].numel(), 1))
+        out: list[float] = []
+        for at in range(0, len(lengths), step):
+            here = lengths[at : at + step]
+            many = _repeat_tokens(group.tokens, len(here)).truncate(torch.tensor(here)[:, None])
+            video, _ = self.model.decode_step(many, _repeat_state(self.state, len(here)))
+            if video is None or video.shape[2] != group.num_frames:
+                raise ValueError("this model's decoder holds frames back: lengths cannot be tried block by block")
+            out += self.distance(to_uint8(video), frames.expand(len(here), -1, -1, -1, -1)).tolist()
+        return out
+
+    @torch.inference_mode()
+    def accept(self, group: Group, length: int) -> None:
+        """The block has this length."""
+        _, self.state = self.model.decode_step(group.tokens.truncate(torch.tensor([[length]])), self.state)
+
+
+def _repeat_tokens(tokens: Tokens, rows: int) -> Tokens:
+    names = ("embeddings", "lengths", "positions", "group", "rank", "indices", "mass", "source", "times", "frames")
+    return replace(tokens, **{name: _repeat(getattr(tokens, name), rows) for name in names})
+
+
+def _repeat_state(state: StreamState, rows: int) -> StreamState:
+    """The state of `rows` streams that have come the same way; decoding with it leaves the original alone."""
+    return replace(state, batch=rows, buffer=_repeat(state.buffer, rows), cache=_repeat(state.cache, rows))
+
+
+def _repeat(value: Any, rows: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.expand(rows, *value.shape[1:]).clone() if value.ndim and value.shape[0] == 1 else value
+    if isinstance(value, dict):
+        return {key: _repeat(item, rows) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_repeat(item, rows) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def stand_alone(model: Any) -> bool:
+    """Whether a block decodes to the same frames whatever the length of the blocks before it."""
+    chunks = getattr(type(model), "decode_step", None) is ChunkedTokenizer.decode_step
+    return chunks and model.blocks == 1
+
+
+def mse_of(psnr_db: float) -> float:
+    """Mean squared error in levels of a PSNR with peak 255."""
+    return 255.0**2 / 10 ** (psnr_db / 10)
+
+
+def lpips_distance(net: LPIPS) -> Distance:
+    """Mean LPIPS over frames."""
+
+    def distance(recon: Tensor, frames: Tensor) -> Tensor:
+        return clip_lpips(net, recon, frames.contiguous())
+
+    return distance
