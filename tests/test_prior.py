@@ -715,6 +715,25 @@ def test_samples_cost_what_the_prior_expects():
     assert np.array_equal(one, two) and np.array_equal(one[0], one[1])
 
 
+@pytest.mark.slow
+def test_a_chain_of_digits_knows_what_parallel_cannot(home, tmp_path):
+    """Ids (d, 2 d mod 5, 0) of a random d, as the split halves of a large codebook may be: 2.3 bits, or twice that."""
+    model = vtok.load(home / "export")
+    videos, rng = corpus_videos(0, 48), np.random.default_rng(0)
+
+    def make(n, ids):
+        d = rng.integers(0, 5, ids.shape)
+        return d + 5 * (2 * d % 5)
+
+    for split in ("train", "val"):
+        write_tokens(tmp_path / "tokens" / split, model, videos, ["x"] * 48, make=make)
+    bits = {}
+    for digits in ("chain", "parallel"):
+        ask = dict(model=home / "export", out=tmp_path / digits, how=replace(FAST, steps=120, lr=1e-2), digits=digits)
+        bits[digits] = train_prior(tmp_path / "tokens", **ask, **SMALL)[-1]["ar"]
+    assert bits["chain"] < 3.0 < 4.3 < bits["parallel"]
+
+
 def test_labels_are_learned_and_guidance_goes_beyond(home, tmp_path):
     """Ids that begin with the number of their label: what is drawn for a label begins so, and more so when guided."""
     model = vtok.load(home / "export")
