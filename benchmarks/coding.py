@@ -73,7 +73,8 @@ def main() -> None:
             files = [file_of(sample, who, coding, budget) for sample in samples]
             total = sum(len(data) for data, _, _ in files)
             packed = packed or total
-            speeds = [f"{tokens / max(1e-9, sum(each[n] for each in files)):,.0f}" for n in (1, 2)]
+            seconds = (sum(writing for _, writing, _ in files), sum(reading for _, _, reading in files))
+            speeds = [f"{tokens / max(1e-9, each):,.0f}" for each in seconds]
             saved = f"{1 - total / packed:.1%}"
             table.add_row(
                 str(budget), coding, f"{total / len(samples):.1f}", f"{8 * total / tokens:.3f}", saved, *speeds
