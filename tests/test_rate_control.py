@@ -92,13 +92,13 @@ def error_of(model, path, frames):
 @pytest.mark.parametrize("ahead", [None, 0, 2])
 def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahead):
     model, out = request.getfixturevalue(which), tmp_path / "x.vtok"
-    source, frames = video(tmp_path / "in.mkv", uneven(43)), 43
+    source, frames = video(tmp_path / "in.mkv", uneven(27)), 27
     whole = codec.encode_file(model, source, out, coding=coding)
     with pytest.raises(ValueError, match="bytes=60 is too small.* ask for that or more") as caught:
         codec.encode_file(model, source, out, coding=coding, asked=Asked(bytes=60, look_ahead=ahead))
     assert not list(tmp_path.glob(".*"))
     least = int(str(caught.value).split(" bytes, ask")[0].split()[-1])
-    spread = [least + (whole.bytes - least) * i // 4 for i in range(5)]
+    spread = [least + (whole.bytes - least) * i // 2 for i in range(3)]
     tokens = []
     for limit in [*spread, whole.bytes + 100]:
         done = codec.encode_file(model, source, out, coding=coding, asked=Asked(bytes=limit, look_ahead=ahead))
@@ -107,9 +107,9 @@ def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahe
         assert (header.asked, header.asked_value, header.look_ahead) == ("bytes", limit, ahead)
         assert min(lengths) >= 1 and len(lengths) == -(-frames // model.config.block_frames)
         tokens.append(sum(lengths))
-    assert tokens[0] < tokens[-1] and tokens[0] < tokens[2], tokens
+    assert tokens[0] < tokens[-1] and tokens[0] < tokens[1], tokens
     if which == "fitted":  # of an untrained model, fewer tokens can be better
-        assert tokens[2] < tokens[-1] == whole.tokens
+        assert tokens[1] < tokens[-1] == whole.tokens
     if which == "fitted" and ahead is None:  # the size is measured: what is named is the least, and little is left
         assert tokens[0] == len(lengths)
         with pytest.raises(ValueError, match="too small"):
@@ -119,7 +119,7 @@ def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahe
 @pytest.mark.parametrize("frames", [1, 17, 100])
 def test_an_image_a_clip_and_a_long_video(tmp_path, fitted, frames):
     source, out = video(tmp_path / "in.mkv", uneven(frames)), tmp_path / "x.vtok"
-    for asked in (Asked(bytes=400), Asked(bytes=400, look_ahead=1), Asked(tokens=60), Asked(tokens_per_second=200)):
+    for asked in (Asked(bytes=400), Asked(bytes=400, look_ahead=1)):
         done = codec.encode_file(fitted, source, out, asked=asked)
         assert done.frames == frames and codec.decode_file(fitted, out, tmp_path / "out.mkv").frames == frames
         assert done.bytes <= (asked.bytes or done.bytes) and done.tokens <= (asked.tokens or done.tokens)
@@ -250,6 +250,7 @@ def search_errors(model, frames):
     return np.array(octaves), np.array(missed)
 
 
+@pytest.mark.slow
 def test_the_halting_head_learns_what_the_search_finds(tmp_path, fitted):
     torch.manual_seed(0)
     config = flexible.Config(**DCT, halting_depth=1, halting_width=32)
@@ -270,7 +271,6 @@ def test_the_halting_head_learns_what_the_search_finds(tmp_path, fitted):
     assert all(torch.equal(p, rest[n]) for n, p in model.named_parameters() if n in rest and p.grad is None)
     stated = model.halting.stated()
     octaves, missed = search_errors(model.eval(), uneven(240, seed=77))
-    print(stated, np.abs(octaves).mean(), missed.mean(), len(octaves))
     assert len(octaves) >= 20 and np.abs(octaves).mean() <= stated["octaves"] + 0.25 and missed.mean() <= 0.25
     source, out = video(tmp_path / "in.mkv", uneven(40)), tmp_path / "x.vtok"
     done = codec.encode_file(model, source, out, asked=Asked(predicted_psnr_db=24.0))
