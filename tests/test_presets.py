@@ -28,8 +28,9 @@ _DISCRETE = ("vidtok_fsq_488", "vidtok_fsq_488_stage2", "vidtok_kl_488", "magvit
              "cosmos_fsq_488", "cosmos_fsq_488_stage2", "cosmos_fsq_81616", "omnitokenizer_vq_image",
              "omnitokenizer_vq", "onevae_kl", "onevae_fsq", "onevae_kl_81616", "onevae_fsq_81616", "hitvideo",
              "signvip_fsq", "phenaki")  # fmt: skip
+_FLOW = ("flextok", "videoflextok", "flextok_pixel")
 DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
-FULL = [*(f"flexible/{name}" for name in _FLEXIBLE), *DISCRETE]
+FULL = [*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE]
 
 
 def test_every_preset_has_a_twin():
@@ -66,6 +67,9 @@ _SIZES = {
         *(f"model.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "scorer_depth")),
         *(f"model.teacher_config.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size")),
         *(f"objective.prior.{k}" for k in ("width", "depth", "num_heads")),
+        # decoded by a flow
+        *("model.num_frames", "data.num_frames", "model.decoder_width", "objective.align.width", "optim.lr"),
+        *("model.latents_config.conv", "objective.align.tower.size"),
     },
     "discrete": _COMMON
     | {
