@@ -22,8 +22,8 @@ from torch import Tensor
 
 av.logging.set_level(None)  # libav prints to stderr otherwise
 
-# x265 and SVT-AV1 write to stderr past libav's logging. x264's macroblock tree, with B-frames, reads memory beyond small
-# frames (64 pixels a side and less): the same frames came out in up to seven ways, whatever the number of threads.
+# x265 and SVT-AV1 write to stderr past libav's logging. x264's macroblock tree, with B-frames, reads memory beyond
+# small frames (64 pixels a side and less): the same frames came out in up to seven ways, whatever the threads.
 _DEFAULTS = {"libx265": {"x265-params": "log-level=none"}, "libx264": {"mbtree": "0"}}
 os.environ.setdefault("SVT_LOG", "1")
 
