@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from test_contract import CONV, FLOW, LATENTS, build_model, clip, video
 
+from vtok import codec
 from vtok.budget import NestedConfig
+from vtok.data.encode import write_video
 from vtok.families import discrete, flow
 from vtok.layers.conv3d import ConvConfig
 from vtok.layers.flow import SamplerConfig
 from vtok.quantize import QuantizerConfig
+from vtok.rate_control import Asked
 from vtok.types import Clip, to_uint8
 from vtok.vision import TowerConfig
 
@@ -243,3 +247,28 @@ def test_bad_settings_name_the_key(changed, message):
 def test_bad_objectives_name_the_key(changed, message):
     with pytest.raises(ValueError, match=message):
         objective(flow.Config(**FLOW, latents_config=LATENTS), **changed)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 30])
+def test_files_of_drawn_videos_are_never_larger_than_asked(tmp_path, frames):
+    """Latent frames stand for 1 and then 4 frames each, and a decoder that draws chunks holds frames back."""
+    model, _ = build_model("flow", "latents")
+    model.float()
+    path, out = tmp_path / "video.mp4", tmp_path / "video.vtok"
+    write_video(path, to_uint8(smooth(1, frames)[0]).permute(1, 2, 3, 0), fps=8)
+    groups = 1 + -(-(frames - 1) // 4)
+    whole = codec.encode_file(model, path, out)
+    assert (whole.frames, whole.groups, whole.tokens) == (frames, groups, 4 * groups)
+
+    def coded(**asked) -> codec.Encoded:
+        return codec.encode_file(model, path, out, asked=Asked(**asked))
+
+    for asked in (dict(tokens=2 * groups), dict(tokens=2 * groups, look_ahead=1)):
+        assert groups <= coded(**asked).tokens <= 2 * groups
+    assert coded(budget=1).tokens == groups
+    assert coded(bytes=230).bytes <= 230
+    with pytest.raises(ValueError, match="bytes=60 is too small"):
+        coded(bytes=60)
+    assert coded(tokens_per_second=4).tokens <= max(4 * frames / 8, 1)
+    assert coded(psnr_db=60.0).tokens <= whole.tokens
+    assert np.stack(list(codec.decode_frames(model, out))).shape == (frames, 16, 16, 3)

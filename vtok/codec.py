@@ -68,6 +68,7 @@ def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
     held: list[np.ndarray] = []
     given: list[np.ndarray] = []  # to the model, not yet coded
     state: Any = None
+    begins = True
 
     @torch.inference_mode()
     def advance() -> Tokens | None:
@@ -81,10 +82,12 @@ def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
         return tokens
 
     def step(tokens: Tokens) -> Step:
+        nonlocal begins
         count = len(given) if tokens.frames is None else int(tokens.frames[0])
         here = np.stack(given[:count])
         del given[:count]
-        return Step(tokens, here)
+        first, begins = begins, False
+        return Step(tokens, here, begins=first)
 
     size = None
     for frame in frames:

@@ -41,6 +41,7 @@ from vtok.trial import (
     Group,
     Step,
     Trial,
+    frames_of_groups,
     groups_of,
     lpips_distance,
     mean_squared_error,
@@ -48,6 +49,7 @@ from vtok.trial import (
     mse_of,
     squared_error,
     stand_alone,
+    usual_frames,
 )
 from vtok.types import Clip, Tokens
 
@@ -162,33 +164,33 @@ class Rate:
     """As many tokens by the end of each block as a clock allows, at least one a block."""
 
     def __init__(self, model: Any, *, tokens_per_second: Fraction | float, fps: Fraction) -> None:
-        self.rate, self.fps, self.frames = as_fraction(tokens_per_second), fps, 0
-        self.block = getattr(model.config, "block_frames", None)
+        self.model, self.rate, self.fps = model, as_fraction(tokens_per_second), fps
+        self.frames = self.debt = 0
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
         for step in steps:
-            yield self._by_clock(step.tokens)
+            yield self._by_clock(step)
 
     def report(self) -> str:
         return ""
 
-    def _by_clock(self, tokens: Tokens) -> list[int]:
-        if tokens.frames is None:
+    def _by_clock(self, step: Step) -> list[int]:
+        if step.tokens.frames is None:
             raise ValueError("tokens_per_second needs a model that says how many frames its tokens stand for")
-        groups, frames, most = int(tokens.num_groups[0]), int(tokens.frames[0]), most_tokens(tokens)
-        block = self.block or -(-frames // groups)
-        out = []
-        for g in range(groups):
-            here = min(block, frames - g * block)
+        most, out = most_tokens(step.tokens), []
+        parts = frames_of_groups(self.model, step)
+        for g, here in enumerate(parts):
             # What the clock allows by the end of this block less what it allowed by its start: a rate that is met
             # exactly in the long run, and never passed.
             start, end = (int(self.rate * n / self.fps) for n in (self.frames, self.frames + here))
-            if end == start and here == block:
+            length = end - start - self.debt
+            self.debt = max(1 - length, 0)  # of a first block of one frame, and of a short last one
+            if self.debt and here == max(parts) and not (step.begins and g == 0 and here == 1):
                 raise ValueError(
-                    f"tokens_per_second={float(self.rate):g} leaves a block of {block} frames "
-                    f"({float(block / self.fps):.3f} s) without a token; ask for {float(self.fps / block):.3f} or more"
+                    f"tokens_per_second={float(self.rate):g} leaves a block of {here} frames "
+                    f"({float(here / self.fps):.3f} s) without a token; ask for {float(self.fps / here):.3f} or more"
                 )
-            out.append(min(max(1, end - start), most))
+            out.append(min(max(1, length), most))
             self.frames += here
         return out
 
@@ -349,7 +351,8 @@ class Allocated:
         self.sizes: list[int] = []  # groups of each step
         self.step_frames: list[int | None] = []
         self.past: deque[tuple[Tensor, Tensor]] = deque(maxlen=NEAR)
-        self.seen = self.block = 0  # frames so far, and of a block
+        self.seen = 0  # frames so far
+        self.block = usual_frames(model)  # of a block, where the model says
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
         if self.look_ahead is None:
@@ -398,7 +401,7 @@ class Allocated:
         self.sizes.append(len(groups))
         self.step_frames.append(int(step.tokens.frames[0]) if step.tokens.frames is not None else None)
         self.seen += sum(group.num_frames for group in groups)
-        self.block = max(self.block, groups[0].num_frames)
+        self.block = max(self.block, *(group.num_frames for group in groups))
         return True
 
     def _curve(self, trial: Trial, group: Group) -> Tensor:

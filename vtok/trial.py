@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtok.layers.chunked import ChunkedTokenizer
 from vtok.layers.perceptual import LPIPS
+from vtok.layers.stream import StreamedTokenizer, cut_evenly
 from vtok.metrics.distortion import clip_lpips
 from vtok.types import StreamState, Tokens, to_uint8
 
@@ -25,6 +26,7 @@ class Step:
 
     tokens: Tokens
     frames: np.ndarray
+    begins: bool = False  # the first step of its stream
 
 
 def most_tokens(tokens: Tokens) -> int:
@@ -51,18 +53,29 @@ def groups_of(model: Any, step: Step) -> list[Group]:
     tokens = step.tokens
     if tokens.frames is None:
         raise ValueError("lengths block by block need a model that says how many frames its tokens stand for")
-    groups, frames = int(tokens.num_groups[0]), int(tokens.frames[0])
-    block = getattr(model.config, "block_frames", None) if groups > 1 else frames
-    block = block or -(-frames // groups)
     video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)
-    out = []
-    for g in range(groups):
-        start, end = g * block, min((g + 1) * block, frames)
+    out, end = [], 0
+    for g, length in enumerate(frames_of_groups(model, step)):
+        start, end = end, end + length
         one = tokens.select(tokens.mask & (tokens.group == g))
         one = replace(one, group=torch.zeros_like(one.group), frames=torch.full_like(tokens.frames, end - start))
         one = replace(one, times=tokens.times[:, g : g + 1]) if tokens.times is not None else one
         out.append(Group(one, video[:, start:end], end - start))
     return out
+
+
+def frames_of_groups(model: Any, step: Step) -> list[int]:
+    """Frames of each group of a step."""
+    assert step.tokens.frames is not None
+    frames, groups = int(step.tokens.frames[0]), int(step.tokens.num_groups[0])
+    if isinstance(model, StreamedTokenizer):
+        return model.group_lengths(frames, begins=step.begins)
+    return cut_evenly(frames, -(-frames // groups))
+
+
+def usual_frames(model: Any) -> int:
+    """Frames of a group that is neither the first nor the last; 0 where a model does not say."""
+    return model.group_lengths(1 << 10, begins=False)[0] if isinstance(model, StreamedTokenizer) else 0
 
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (recon, frames) uint8 [S, 3, T, H, W] -> [S] float64
@@ -97,9 +110,10 @@ class Trial:
         for at in range(0, len(lengths), step):
             here = lengths[at : at + step]
             many = _repeat_tokens(group.tokens, len(here)).truncate(torch.tensor(here)[:, None])
-            video, _ = self.model.decode_step(many, _repeat_state(self.state, len(here)))
-            if video is None or video.shape[2] != group.num_frames:
-                raise ValueError("this model's decoder holds frames back: lengths cannot be tried block by block")
+            video, state = self.model.decode_step(many, _repeat_state(self.state, len(here)))
+            # a decoder that waits for more is asked what it would make of a video that ended here
+            parts = [part for part in (video, self.model.decode_flush(state)) if part is not None]
+            video = torch.cat(parts, 2)[:, :, -group.num_frames :]
             out += self.distance(to_uint8(video), frames.expand(len(here), -1, -1, -1, -1)).tolist()
         return out
 

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vtok.layers.stream import StreamedTokenizer, join, pixels_of
+from vtok.layers.stream import StreamedTokenizer, cut_evenly, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens, resolve_budget
 
 
@@ -72,6 +72,9 @@ class ChunkedTokenizer(StreamedTokenizer):
     def lookup(self, indices: Tensor) -> Tensor:
         """Token ids [..., Q] -> embeddings [..., D]."""
         raise NotImplementedError
+
+    def group_lengths(self, frames: int, *, begins: bool) -> list[int]:
+        return cut_evenly(frames, self.block_frames)
 
     def _split(self, video: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, int]:
         """A clip as chunks: [B * n, C, num_frames or T, H, W], lengths [B * n], n chunks a clip."""

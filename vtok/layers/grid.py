@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.layers.stream import StreamedTokenizer, join, pixels_of
+from vtok.layers.stream import StreamedTokenizer, cut_evenly, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens
 
 
@@ -149,6 +149,9 @@ class GridTokenizer(StreamedTokenizer):
         raise NotImplementedError
 
     # ---- lengths and places
+
+    def group_lengths(self, frames: int, *, begins: bool) -> list[int]:
+        return cut_evenly(frames, self.group_frames, first=int(begins))
 
     def groups(self, frames: Tensor) -> Tensor:
         """Groups that clips of so many frames have: 1 + ceil((frames - 1) / group_frames)."""

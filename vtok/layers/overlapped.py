@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vtok.layers.stream import StreamedTokenizer, join, pixels_of
+from vtok.layers.stream import StreamedTokenizer, cut_evenly, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens, resolve_budget
 
 
@@ -72,6 +72,9 @@ class OverlappedTokenizer(StreamedTokenizer):
         raise NotImplementedError
 
     # ---- lengths
+
+    def group_lengths(self, frames: int, *, begins: bool) -> list[int]:
+        return cut_evenly(frames, self.group_frames, first=int(begins))
 
     def groups(self, frames: Tensor) -> Tensor:
         """Groups that clips of so many frames have: 1 + ceil((frames - 1) / group_frames)."""

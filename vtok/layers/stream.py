@@ -28,6 +28,10 @@ class StreamedTokenizer(nn.Module):
     def _drain(self, state: StreamState, *, final: bool) -> Tokens | None:
         raise NotImplementedError
 
+    def group_lengths(self, frames: int, *, begins: bool) -> list[int]:
+        """Frames of each group among so many frames of a stream, from its beginning or later on."""
+        raise NotImplementedError
+
     def init_state(self, batch: int, size: tuple[int, int]) -> StreamState:
         """State of an encoding stream of `batch` videos of (H, W) = size, all of one length."""
         return StreamState(batch, size)
@@ -67,6 +71,12 @@ class StreamedTokenizer(nn.Module):
             codebook_sizes=self.codebook_sizes,
             frames=frames,
         )
+
+
+def cut_evenly(frames: int, each: int, *, first: int = 0) -> list[int]:
+    """`frames` as one part of `first`, where that is not 0, and parts of `each`; the last may be smaller."""
+    ends = [min(end, frames) for end in range(first or each, frames + each, each)]
+    return [end - start for start, end in zip([0, *ends], ends) if end > start]
 
 
 def pixels_of(model: Any, clip: Clip) -> Tensor:
