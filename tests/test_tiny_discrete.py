@@ -121,6 +121,7 @@ def test_cosmos_81616(lab, networks):
     check(result, "l1", "perceptual")
 
 
+@pytest.mark.long
 def test_omnitokenizer_of_images_then_of_both(lab):
     first = learn(lab, "omnitokenizer_vq_image_tiny")
     check(first, "l1", "perceptual", "quantizer", "feature_matching", *GAME)
