@@ -187,7 +187,7 @@ def test_grey_and_ten_bit_videos_decode(pix_fmt):
 
 
 def _flipped(data: bytes, count: int) -> bytes:
-    rng, out = random.Random(0), bytearray(data)
+    rng, out = random.Random(1), bytearray(data)
     for _ in range(count):
         out[rng.randint(len(data) * 3 // 10, len(data) * 7 // 10)] ^= 0xFF
     return bytes(out)
@@ -200,7 +200,7 @@ def _flipped(data: bytes, count: int) -> bytes:
         (lambda: random.Random(0).randbytes(4000), "Invalid data"),
         (lambda: b"\x89PNG\r\n" + b"0" * 999, "Invalid data"),
         (lambda: sample()[: len(sample()) // 2], "Invalid data"),
-        (lambda: _flipped(sample(), 8), "Invalid data"),
+        (lambda: _flipped(sample(), 2), "Invalid data"),
         (lambda: _flipped(sample(), 300), "Invalid data"),
         (lambda: sample("matroska")[: len(sample("matroska")) // 2], "cut short: the video ends at"),
         (lambda: sample("avi", "mpeg4")[: len(sample("avi", "mpeg4")) // 2], "cut short"),

@@ -102,7 +102,7 @@ class ChunkedTokenizer(StreamedTokenizer):
         quantized = self.encode_chunks(chunks)
         tokens = self._tokens(quantized, chunks.block_valid, count, lengths)
         if clip.times is not None:
-            tokens = replace(tokens, times=self._group_times(clip.times, lengths, int(tokens.num_groups.max())))
+            tokens = replace(tokens, times=self._group_times(clip.times, lengths))
         if budget is None:
             return tokens
         groups = tokens.num_groups
@@ -133,31 +133,6 @@ class ChunkedTokenizer(StreamedTokenizer):
             frames=frames,
         )
         return everything
-
-    def _group_times(self, times: Tensor, lengths: Tensor, groups: int) -> Tensor:
-        """[B, G, 2] seconds of the first and last frame of every group."""
-        first = torch.arange(groups, device=times.device) * self.block_frames
-        last = first + self.block_frames - 1
-        edges = torch.stack([first, last], -1).flatten().expand(times.shape[0], -1)
-        edges = torch.minimum(edges, lengths[:, None] - 1)
-        return times.gather(1, edges).reshape(times.shape[0], groups, 2)
-
-    def _slots(self, tokens: Tokens, groups: int) -> tuple[Tensor, Tensor]:
-        """Ragged tokens back in their places: codes [B, G, K, D] (zero where absent), keep [B, G, K] bool."""
-        batch, _, dim = tokens.embeddings.shape
-        count = self.num_tokens
-        mask = tokens.mask
-        if mask.any() and (int(tokens.group[mask].max()) >= groups or int(tokens.rank[mask].max()) >= count):
-            raise ShapeError(
-                f"tokens reach past the {groups} groups of {count} tokens that {tokens.frames} frames have"
-            )
-        where = torch.where(mask, tokens.group * count + tokens.rank, groups * count)
-        codes = tokens.embeddings.new_zeros(batch, groups * count + 1, dim)
-        codes = codes.scatter(1, where[..., None].expand(-1, -1, dim), tokens.embeddings)
-        keep = torch.zeros(batch, groups * count + 1, dtype=torch.bool, device=where.device)
-        keep = keep.scatter(1, where, True)
-        codes, keep = codes[:, :-1], keep[:, :-1]
-        return codes.reshape(batch, groups, count, dim), keep.reshape(batch, groups, count)
 
     def decode(self, tokens: Tokens, *, size: tuple[int, int]) -> Tensor:
         """Video [B, C, T, H, W] in [-1, 1] with T = max(tokens.frames); frames past a clip's own repeat its last."""
@@ -217,11 +192,7 @@ class ChunkedTokenizer(StreamedTokenizer):
 
         `tokens.frames` says how many frames they hold, equal over the batch.
         """
-        if tokens.frames is None or tokens.frames.shape[0] != state.batch:
-            raise ShapeError(f"a decoding stream of {state.batch} videos needs Tokens.frames of that many")
-        frames = int(tokens.frames[0])
-        if bool((tokens.frames != frames).any()):
-            raise ShapeError("a stream decodes videos of one length: Tokens.frames differ over the batch")
+        frames = self._frames_of_step(tokens, state)
         groups = -(-frames // self.block_frames)
         codes, keep = self._slots(tokens, groups)
         past = state.buffer  # groups of the unfinished chunk: (codes, keep)

@@ -219,7 +219,7 @@ class GridTokenizer(StreamedTokenizer):
         valid = torch.arange(int(groups.max()), device=video.device) < groups[:, None]
         tokens = self._tokens(self._code(video, valid), valid, size, lengths, begins=True)
         if clip.times is not None:
-            tokens = replace(tokens, times=self._group_times(clip.times, lengths, int(groups.max())))
+            tokens = replace(tokens, times=self._group_times(clip.times, lengths))
         return tokens if budget is None else self._within(tokens, budget, lengths, size)
 
     def _pieces(self, groups: int) -> list[tuple[int, int]]:
@@ -302,13 +302,6 @@ class GridTokenizer(StreamedTokenizer):
             "clips; ask for one of these numbers (clips of one length at a time), or leave the budget out"
         )
 
-    def _group_times(self, times: Tensor, lengths: Tensor, groups: int) -> Tensor:
-        """[B, G, 2] seconds of the first and last frame of every group."""
-        last = torch.arange(groups, device=times.device) * self.group_frames
-        first = (last - self.group_frames + 1).clamp_min(0)
-        edges = torch.minimum(torch.stack([first, last], -1).flatten(), lengths[:, None] - 1)
-        return times.gather(1, edges).reshape(times.shape[0], groups, 2)
-
     def _grids(
         self, tokens: Tokens, groups: int, size: tuple[int, int], *, begins: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -385,11 +378,7 @@ class GridTokenizer(StreamedTokenizer):
 
         `tokens.frames` says how many frames they hold, equal over the batch.
         """
-        if tokens.frames is None or tokens.frames.shape[0] != state.batch:
-            raise ShapeError(f"a decoding stream of {state.batch} videos needs Tokens.frames of that many")
-        frames = int(tokens.frames[0])
-        if bool((tokens.frames != frames).any()):
-            raise ShapeError("a stream decodes videos of one length: Tokens.frames differ over the batch")
+        frames = self._frames_of_step(tokens, state)
         begins = state.done == 0
         groups = begins + -(-(frames - begins) // self.group_frames)
         codes, keep = self._grids(tokens, groups, state.size, begins=begins)

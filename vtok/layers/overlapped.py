@@ -122,7 +122,7 @@ class OverlappedTokenizer(StreamedTokenizer):
             coded = self._in_time(every, count)
         tokens = self._tokens(coded, groups, lengths)
         if clip.times is not None:
-            tokens = replace(tokens, times=self._group_times(clip.times, lengths, int(tokens.num_groups.max())))
+            tokens = replace(tokens, times=self._group_times(clip.times, lengths))
         if budget is None:
             return tokens
         resolved = resolve_budget(budget, groups=groups, max_per_group=self.num_tokens)
@@ -159,27 +159,6 @@ class OverlappedTokenizer(StreamedTokenizer):
             codebook_sizes=self.codebook_sizes if ids else (),
             frames=frames,
         )
-
-    def _group_times(self, times: Tensor, lengths: Tensor, groups: int) -> Tensor:
-        """[B, G, 2] seconds of the first and last frame of every group."""
-        last = torch.arange(groups, device=times.device) * self.group_frames
-        first = (last - self.group_frames + 1).clamp_min(0)
-        edges = torch.minimum(torch.stack([first, last], -1).flatten(), lengths[:, None] - 1)
-        return times.gather(1, edges).reshape(times.shape[0], groups, 2)
-
-    def _slots(self, tokens: Tokens, groups: int) -> tuple[Tensor, Tensor]:
-        """Ragged tokens back in their places: codes [B, G, K, D] (zero where absent), keep [B, G, K] bool."""
-        batch, _, dim = tokens.embeddings.shape
-        count, mask = self.num_tokens, tokens.mask
-        if mask.any() and (int(tokens.group[mask].max()) >= groups or int(tokens.rank[mask].max()) >= count):
-            raise ShapeError(
-                f"tokens reach past the {groups} groups of {count} tokens that {tokens.frames} frames have"
-            )
-        where = torch.where(mask, tokens.group * count + tokens.rank, groups * count)
-        codes = tokens.embeddings.new_zeros(batch, groups * count + 1, dim)
-        codes = codes.scatter(1, where[..., None].expand(-1, -1, dim), tokens.embeddings)
-        keep = torch.zeros(batch, groups * count + 1, dtype=torch.bool, device=where.device).scatter(1, where, True)
-        return codes[:, :-1].reshape(batch, groups, count, dim), keep[:, :-1].reshape(batch, groups, count)
 
     def decode(self, tokens: Tokens, *, size: tuple[int, int]) -> Tensor:
         """Video [B, C, T, H, W] in [-1, 1] with T = max(tokens.frames); frames past a clip's own repeat its last."""
@@ -264,11 +243,7 @@ class OverlappedTokenizer(StreamedTokenizer):
 
         `tokens.frames` says how many frames they hold, equal over the batch.
         """
-        if tokens.frames is None or tokens.frames.shape[0] != state.batch:
-            raise ShapeError(f"a decoding stream of {state.batch} videos needs Tokens.frames of that many")
-        frames = int(tokens.frames[0])
-        if bool((tokens.frames != frames).any()):
-            raise ShapeError("a stream decodes videos of one length: Tokens.frames differ over the batch")
+        frames = self._frames_of_step(tokens, state)
         seen = state.cache.get("seen", 0)
         groups = self.count_groups(frames, begins=not seen)
         state.cache["seen"] = seen + frames

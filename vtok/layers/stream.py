@@ -20,6 +20,7 @@ class StreamedTokenizer(nn.Module):
 
     channels: int
     codebook_sizes: tuple[int, ...]
+    num_tokens: int  # of a group, where tokens are nested
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Token ids [..., Q] -> embeddings [..., D]."""
@@ -51,6 +52,37 @@ class StreamedTokenizer(nn.Module):
     def flush(self, state: StreamState) -> Tokens | None:
         """Tokens of the frames left over, as the end of the video; None when there are none."""
         return self._drain(state, final=True)
+
+    def _slots(self, tokens: Tokens, groups: int) -> tuple[Tensor, Tensor]:
+        """Ragged nested tokens back in their places: codes [B, G, K, D] (zero where absent), keep [B, G, K] bool."""
+        batch, _, dim = tokens.embeddings.shape
+        count, mask = self.num_tokens, tokens.mask
+        if mask.any() and (int(tokens.group[mask].max()) >= groups or int(tokens.rank[mask].max()) >= count):
+            raise ShapeError(
+                f"tokens reach past the {groups} groups of {count} tokens that {tokens.frames} frames have"
+            )
+        where = torch.where(mask, tokens.group * count + tokens.rank, groups * count)
+        codes = tokens.embeddings.new_zeros(batch, groups * count + 1, dim)
+        codes = codes.scatter(1, where[..., None].expand(-1, -1, dim), tokens.embeddings)
+        keep = torch.zeros(batch, groups * count + 1, dtype=torch.bool, device=where.device).scatter(1, where, True)
+        return codes[:, :-1].reshape(batch, groups, count, dim), keep[:, :-1].reshape(batch, groups, count)
+
+    def _group_times(self, times: Tensor, lengths: Tensor) -> Tensor:
+        """[B, G, 2] seconds of the first and last frame of every group of whole clips."""
+        parts = torch.tensor(self.group_lengths(int(lengths.max()), begins=True), device=times.device)
+        last = parts.cumsum(0) - 1
+        edges = torch.minimum(torch.stack([last - parts + 1, last], -1).flatten(), lengths[:, None] - 1)
+        return times.gather(1, edges).unflatten(1, (-1, 2))
+
+    @staticmethod
+    def _frames_of_step(tokens: Tokens, state: StreamState) -> int:
+        """How many frames the tokens of a decoding step hold. Raises: ShapeError where they differ over the batch."""
+        if tokens.frames is None or tokens.frames.shape[0] != state.batch:
+            raise ShapeError(f"a decoding stream of {state.batch} videos needs Tokens.frames of that many")
+        frames = int(tokens.frames[0])
+        if bool((tokens.frames != frames).any()):
+            raise ShapeError("a stream decodes videos of one length: Tokens.frames differ over the batch")
+        return frames
 
     def init_decode_state(self, batch: int, size: tuple[int, int]) -> StreamState:
         """State of a decoding stream that makes frames of (H, W) = size."""
