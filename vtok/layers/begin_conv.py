@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from vtok.layers.causal import CausalConv3d
 from vtok.layers.conv_blocks import ResBlock, Upsample
 
-_GRAIN = 0.6  # of a sampling kernel's variance is its square: what tells edges and textures from their mean
-_OFFSET = 0.2  # rms of the constant before an encoder's last norm
+_GRAIN = 0.8  # of a sampling kernel's variance is its square: what tells edges and textures from their mean
 
 
 @torch.no_grad()
@@ -57,15 +56,6 @@ def _turn(conv: CausalConv3d, *, copies: int) -> None:
         grain = torch.randn_like(weight) / conv.weight[0].numel() ** 0.5
         weight = (1 - _GRAIN**2) ** 0.5 * weight + _GRAIN * grain
     conv.weight.copy_(weight.repeat(copies, 1, 1, 1, 1))
-
-
-@torch.no_grad()
-def keep_size(block: ResBlock) -> None:
-    """A constant, in place, that a residual block adds to what a norm reads next: the norm would make a pale place and
-    a strong one of the same colour alike."""
-    bias = block.conv2[-1].bias
-    assert isinstance(bias, Tensor)
-    nn.init.normal_(bias, std=_OFFSET)
 
 
 @torch.no_grad()

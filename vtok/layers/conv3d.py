@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from vtok.layers.begin_conv import keep_places, keep_size
+from vtok.layers.begin_conv import keep_places
 from vtok.layers.causal import Axes, Cache, CausalConv3d, begins
 from vtok.layers.conv_blocks import (
     AdaptiveNorm,
@@ -141,7 +141,6 @@ class ConvEncoder(_Backbone):
         self.conv_out = conv_chain(widths[-1], latent_channels, self.kernels, config)
         self.begin()
         keep_places(self, besides=[self.conv_in])
-        keep_size(self.mid[f"block{config.mid_blocks - 1}"])  # pyright: ignore[reportArgumentType]
 
     def downsample(self, channels: int, factor: Axes) -> nn.ModuleDict:
         """`space` and `time`, or `joint`; empty where nothing is halved."""
