@@ -5,6 +5,7 @@ A new family joins by one entry in FAMILIES. Laws of tokenizers (decode, lookup,
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -145,7 +146,7 @@ each_form = pytest.mark.parametrize("case", CASES, ids="-".join)
 
 def make_config(family: str, form: str) -> Any:
     small, forms = FAMILIES[family]
-    return load_family(family).Config(**small | forms[form])
+    return load_family(family).Config(**copy.deepcopy(small | forms[form]))  # a test may set what is nested in it
 
 
 def build_model(family: str, form: str, *, seed: int = 0) -> tuple[Any, Any]:

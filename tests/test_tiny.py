@@ -115,10 +115,12 @@ def teacher(lab) -> Result:
     return learn(lab, "titok_teacher_tiny")
 
 
+@pytest.mark.long
 def test_titok_teacher(teacher):
     check(teacher, "l2", "quantizer")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["titok", "one_d_piece"])
 def test_both_stages(lab, teacher, family):
     """The first stage learns the teacher's ids, the second begins with its weights and learns pixels."""
@@ -170,6 +172,7 @@ def test_larp(lab):
     check(result, *VIDEO_TERMS)
 
 
+@pytest.mark.long
 def test_adaptok_and_its_scorer(lab):
     result = learn(lab, "adaptok_tiny", f"objective.perceptual_weights={lab.lpips}")
     check(result, *VIDEO_TERMS)

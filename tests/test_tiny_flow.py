@@ -58,12 +58,8 @@ def velocity_error(lit, clips) -> float:
     return sum(seen) / len(seen)
 
 
-LONG = pytest.mark.long  # the third one runs through all that these do
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param("flextok_pixel", marks=LONG), pytest.param("flextok", marks=LONG), "videoflextok"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["flextok_pixel", "flextok", "videoflextok"])
 def test_twins_learn(lab, tower, latents, name):
     given = settings(lab, f"objective.align.tower.name={tower}")
     given += [] if "pixel" in name else [f"model.latents={latents}"]
