@@ -43,6 +43,7 @@ class Features:
 
     patches: [B, T, N, D]. grid: (h, w) with h * w = N. times: [B, T] seconds. frame: [B, T, D], one vector a frame.
     attention: by layer, [B, T, N], attention received per patch. keys: [B, T, N, Dk], attention keys.
+    lengths: [B] int64, real frames of each clip (the rest is padding, zeros); None when all T are real.
     """
 
     patches: Tensor
@@ -51,6 +52,7 @@ class Features:
     frame: Tensor | None = None
     attention: dict[int, Tensor] | None = None
     keys: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check("Features.patches", self.patches, (None, None, None, None), "float")
@@ -60,8 +62,24 @@ class Features:
         _check("Features.times", self.times, (batch, frames))
         _check("Features.frame", self.frame, (batch, frames, None))
         _check("Features.keys", self.keys, (batch, frames, patches, None))
+        _check("Features.lengths", self.lengths, (batch,), "int")
+        if self.lengths is not None and batch and not 1 <= int(self.lengths.min()) <= int(self.lengths.max()) <= frames:
+            low, high = int(self.lengths.min()), int(self.lengths.max())
+            raise ShapeError(f"Features.lengths lies in [{low}, {high}], the features have {frames} frames")
         for layer, received in (self.attention or {}).items():
             _check(f"Features.attention[{layer}]", received, (batch, frames, patches))
+
+    def count(self) -> Tensor:
+        """[B] int64: real frames of each clip."""
+        if self.lengths is not None:
+            return self.lengths
+        batch, frames = self.patches.shape[:2]
+        return torch.full((batch,), frames, device=self.patches.device)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool: True on real frames."""
+        return torch.arange(self.patches.shape[1], device=self.patches.device) < self.count()[:, None]
 
 
 @dataclass

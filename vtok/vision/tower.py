@@ -190,6 +190,7 @@ class Tower:
             frame=out.get("frame"),
             attention={asked: out[asked] for asked in layers} or None,
             keys=out.get("keys"),
+            lengths=None if lengths is None else self.feature_frames(lengths.to(out["patches"].device)),
         )
 
     def _see(

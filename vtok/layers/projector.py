@@ -1,0 +1,109 @@
+"""What families that read a frozen tower and speak to a frozen LLM share: features in, tokens as wide as its words out.
+
+    Clip --tower, by reference--> Features --projector--> patches as wide as the LLM's embeddings --compress--> Tokens
+
+Tokens are made after the projector, in the space of the LLM's words: a compressor then begins where the projector of
+all tokens (families/reducer.py without a reducer, stage 0) ended, aligned with the LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.types import Budget, Clip, Features, Tokens
+
+
+@dataclass
+class ProjectorConfig:
+    """Fields that every such family's Config has beside its `tower`; 0 is filled in when a fresh model is built."""
+
+    in_dim: int = 0  # D of the tower's features
+    embedding_dim: int = 0  # width of the LLM's word embeddings
+    embedding_rms: float = 0.0  # root mean square of one number of these: the scale the projector's output begins with
+
+
+class MLPProjector(nn.Module):
+    """Two layers with GELU between, patches [..., in_dim] -> [..., dim] (LLaVA-1.5, https://arxiv.org/abs/2310.03744).
+
+    The output is normalised over its width and scaled to the word embeddings' RMS (times a learned gain that begins
+    at 1), so that a frozen LLM meets vectors of the size it knows from the first step; the papers' projectors are not.
+    """
+
+    def __init__(self, in_dim: int, dim: int, *, rms: float):
+        super().__init__()
+        self.rms = rms
+        self.norm = nn.LayerNorm(in_dim)
+        self.hidden, self.out = nn.Linear(in_dim, dim), nn.Linear(dim, dim)
+        self.gain, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.out(nn.functional.gelu(self.hidden(self.norm(x.to(self.out.weight.dtype)))))
+        return self.scaled(x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x [..., dim] at the scale of the word embeddings."""
+        x = nn.functional.layer_norm(x, x.shape[-1:])
+        return (x * self.gain + self.shift) * self.rms
+
+
+class ProjectorModel(nn.Module):
+    """Base of `Model`: the tower by reference, `encode`, the projector. A family gives `compress`.
+
+    Args:
+        config: its `tower` has a name; `in_dim`, `embedding_dim`, `embedding_rms` as in `ProjectorConfig`.
+        load: makes the tower of `config.tower`, once, when features are asked of a video.
+    """
+
+    def __init__(self, config: Any, *, load: Callable[[Any], Any]):
+        super().__init__()
+        for name in ("in_dim", "embedding_dim", "embedding_rms"):
+            if not getattr(config, name) > 0:
+                raise ValueError(
+                    f"model.{name}={getattr(config, name)} must be above 0: it is the tower's or the LLM's"
+                )
+        self.config, self.embedding_dim = config, config.embedding_dim
+        self.projector = MLPProjector(config.in_dim, config.embedding_dim, rms=config.embedding_rms)
+        self._load = load
+        self._tower: Any = None  # no module: not in the state_dict, not in the engine
+
+    @property
+    def tower(self) -> Any:
+        """The frozen tower (`vtok.vision.Tower`), loaded at the first use."""
+        if self._tower is None:
+            self._tower = self._load(self.config.tower)
+        return self._tower
+
+    def features(self, clip: Clip, **asked: Any) -> Features:
+        """The clip's cached features of the tower where it brings them, else those of its video."""
+        found = (clip.features or {}).get(self.config.tower.name)
+        return self.tower.features(clip, **asked) if found is None else found
+
+    def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
+        return self.compress(self.features(clip), budget=budget, prompt=clip.prompt)
+
+    def project(self, features: Features) -> Features:
+        """The features with patches as wide as the LLM's words; everything else as it was."""
+        if features.patches.shape[-1] != self.config.in_dim:
+            raise ValueError(
+                f"the features are {features.patches.shape[-1]} wide, model.in_dim={self.config.in_dim}: are they of "
+                f"the tower {self.config.tower.name!r}?"
+            )
+        return replace(features, patches=self.projector(features.patches))
+
+    def compress(self, features: Features, *, budget: Budget | None = None, prompt: list[str] | None = None) -> Tokens:
+        raise NotImplementedError
+
+    def warm_start(self, source: nn.Module) -> str:
+        """Begin with another projector model's weights, where names and shapes are equal; the projector's must be."""
+        own, given = self.state_dict(), source.state_dict()
+        taken = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+        missing = [k for k in own if k.startswith("projector.") and k not in taken]
+        if missing:
+            raise ValueError(f"init_from: the source has no {', '.join(missing)} of the shapes this model has")
+        self.load_state_dict(taken, strict=False)
+        return f"{len(taken)} of {len(own)} tensors taken"
