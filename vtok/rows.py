@@ -25,13 +25,24 @@ DISTORTIONS = ("psnr_db", "ssim", "tdiff_psnr_db", "lpips")
 FRECHET = {"rfvd": ("rfvd_clips", "eval.fvd_weights"), "rfid": ("rfid_frames", "eval.fid_weights")}
 
 
-def bootstrap(values: Tensor, *, seed: int) -> list[float] | None:
-    """95 % percentile interval of the mean over clips, from 1000 resamples of the clips; None below two clips."""
-    values = values[~values.isnan()]
-    if len(values) < 2:
+def bootstrap(values: Tensor, *, seed: int, clusters: Tensor | None = None) -> list[float] | None:
+    """95 % percentile interval of the mean over clips, from 1000 resamples of the clips; None below two clips.
+
+    clusters: [n] int64, the video each value is of: videos are drawn, each with all its values (answers to questions
+    of one video are alike, and an interval over questions would be too narrow).
+    """
+    known = ~values.isnan()
+    values = values[known]
+    if clusters is None:
+        sums, counts = values, torch.ones_like(values)
+    else:
+        names, where = clusters[known].unique(return_inverse=True)
+        sums = torch.zeros(len(names), dtype=values.dtype).index_add_(0, where, values)
+        counts = torch.zeros_like(sums).index_add_(0, where, torch.ones_like(values))
+    if len(sums) < 2:
         return None
-    draw = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
-    means = values[draw].mean(1)
+    draw = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=torch.Generator().manual_seed(seed))
+    means = sums[draw].sum(1) / counts[draw].sum(1)
     return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
 
 

@@ -1,0 +1,72 @@
+"""What tokens cost an LLM, against torch's own counter; scores of answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtok.metrics.cost import shape_of
+from vtok.metrics.language import by_kind, chance, exact_match, retained, token_f1
+from vtok.rows import bootstrap
+
+transformers = pytest.importorskip("transformers")
+
+
+def models():
+    small = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    gqa = transformers.LlamaConfig(**small, num_key_value_heads=2)
+    wide = transformers.Qwen3Config(**small, num_key_value_heads=1, head_dim=16)
+    gpt = transformers.GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    return [
+        transformers.AutoModelForCausalLM.from_config(each, attn_implementation="eager") for each in (gqa, wide, gpt)
+    ]
+
+
+@pytest.mark.parametrize("which", range(3), ids=["grouped", "wide-heads", "gpt2"])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_prefill_is_what_torch_counts(which, tokens):
+    model = models()[which].eval()
+    shape = shape_of(model, model.config)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), logits_to_keep=1, use_cache=True)
+    # torch counts attention over all pairs of positions, past and future
+    both = 4 * tokens * tokens * shape.layers * shape.heads * shape.head_dim
+    causal = 4 * (tokens * (tokens + 1) // 2) * shape.layers * shape.heads * shape.head_dim
+    assert shape.prefill_flops(tokens) - causal + both == counter.get_total_flops()
+    cache = out.past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert shape.kv_bytes(tokens, bytes_per_number=4) == held
+
+
+def test_experts_are_refused():
+    model = nn.ModuleDict({"experts": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="mixture of experts"):
+        shape_of(model, transformers.GPT2Config())
+
+
+def test_scores():
+    assert exact_match("The Red square.", "red square") == 1 and exact_match("red", "red square") == 0
+    assert token_f1("a red red square", "red square") == pytest.approx(0.8)
+    assert token_f1("", "") == 1 and token_f1("", "x") == 0
+    assert by_kind([1, 0, 1], ["order", "colour", "order"]) == {"colour": 0.0, "order": 1.0}
+    assert chance([{"choices": ["a", "b"]}, {"choices": ["a", "b", "c", "d"]}]) == 0.375
+    assert math.isnan(chance([{"choices": None}]))
+    assert retained(0.75, full=1.0, chance=0.5) == 0.5 and math.isnan(retained(0.5, full=0.4, chance=0.5))
+
+
+def test_an_interval_clustered_by_video_is_wider_where_questions_of_a_video_agree():
+    generator = torch.Generator().manual_seed(1)
+    videos = (torch.rand(40, generator=generator) < 0.5).double()
+    values, clusters = videos.repeat_interleave(8), torch.arange(40).repeat_interleave(8)
+    low, high = bootstrap(values, seed=0)
+    clustered = bootstrap(values, seed=0, clusters=clusters)
+    assert 2 < (clustered[1] - clustered[0]) / (high - low) < 3.5  # sqrt(8) in expectation
+    assert clustered[0] < float(values.mean()) < clustered[1]
+    assert bootstrap(values[:8], seed=0, clusters=clusters[:8]) is None  # one video
