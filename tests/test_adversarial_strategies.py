@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,13 +104,13 @@ class Data(pl.LightningDataModule):
         return self.loader(10**6, 1)
 
 
-def settings(out: Path, asked: str) -> RunConfig:
-    """The run "PROCESSES,STRATEGY,PRECISION,KIND"."""
+def settings(out: Path, asked: str, *, name: str = "", steps: int = 0, init_from: str = "") -> RunConfig:
+    """The run "PROCESSES,STRATEGY,PRECISION,KIND", under another name, of other steps, with losses of another run."""
     processes, chosen, precision, kind = asked.split(",")
     model, objective = READERS.get(kind, (DISCRETE, {"log_variance": "mean"}))
     trainer = {
         "accelerator": "cpu", "strategy": chosen, "precision": precision, "devices": int(processes),
-        "max_steps": STEPS if kind == "game" else 2, "log_every": 1, "progress": False, "tensorboard": False,
+        "max_steps": steps or (STEPS if kind == "game" else 2), "log_every": 1, "progress": False, "tensorboard": False,
         "statistics_clips": BATCH // 2,  # those of the first rank
     }  # fmt: skip
     if chosen == "deepspeed_3":  # below these sizes parameters stay whole, and nothing of ZeRO-3 would be tested
@@ -120,15 +121,15 @@ def settings(out: Path, asked: str) -> RunConfig:
     if kind == "game" and chosen != "deepspeed_3":
         optim["ema_decay"] = 0.9
     values = {
-        "name": asked.replace(",", "-"), "out": str(out), "model": model, "optim": optim, "trainer": trainer,
-        "objective": {**objective, "adversarial": game},
+        "name": name or asked.replace(",", "-"), "out": str(out), "model": model, "optim": optim, "trainer": trainer,
+        "objective": {**objective, "adversarial": game, "init_from": init_from},
         "data": {"shards": "stream", "val_shards": "stream", "batch_size": BATCH},
     }  # fmt: skip
     return loads(values)
 
 
-def run(out: Path, asked: str) -> Path:
-    config = settings(out, asked)
+def run(out: Path, asked: str, **changed: Any) -> Path:
+    config = settings(out, asked, **changed)
     return train(config, data=Data(config.model.num_frames))
 
 
@@ -247,6 +248,40 @@ def test_zero_3_gathers_whatever_a_family_reads(games, tmp_path):
     for plain, sharded in pairs:
         assert_same_numbers(lines(out, sharded), lines(out, plain))
     assert_same_numbers(lines(games, SHARDED[1]), lines(games, SHARDED[0]))  # with random numbers of each rank
+
+
+def assert_took_over(begun: Path, source: Path, *, tolerance: float) -> None:
+    """After START steps, in which the discriminator rests, it is still the one of `source`, averages and all."""
+    ours, theirs = (strategy.consolidate(path / "checkpoints" / "last.ckpt") for path in (begun, source))
+    names = [name for name in theirs if name.startswith("objective.adversarial.")]
+    assert any("real_average" in name and bool(theirs[name].any()) for name in names)
+    for name in names:
+        assert torch.allclose(ours[name], theirs[name], rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.slow
+def test_losses_begin_with_those_of_a_sharded_run(games, tmp_path):
+    source, same = (games / f"{asked}-{PLAIN}-game" for asked in ("2-deepspeed_3", "1-auto"))
+    begun = run(tmp_path, f"1,auto,{PLAIN},game", name="begun", steps=START, init_from=str(source))
+    assert_took_over(begun, same, tolerance=2e-5)
+
+
+@pytest.mark.slow
+def test_losses_of_another_run_are_read_when_a_run_begins_and_never_again(tmp_path, capsys):
+    asked = f"1,auto,{PLAIN},game"
+    source = run(tmp_path, asked, name="source", steps=START + 1)
+    given: dict[str, Any] = {"name": "begun", "init_from": str(source)}
+    begun = run(tmp_path, asked, steps=START, **given)
+    assert_took_over(begun, source, tolerance=0)
+    shutil.rmtree(source)
+    capsys.readouterr()
+    run(tmp_path, asked, steps=START + 1, **given)
+    assert f"resuming {begun} at step {START}" in capsys.readouterr().out
+    assert strategy.describe(begun / "checkpoints" / "last.ckpt")["step"] == START + 1
+    with pytest.raises(FileNotFoundError, match=r"objective.init_from='.*/source': no such checkpoint"):
+        run(tmp_path, asked, name="anew", init_from=str(source))
+    with pytest.raises(ValueError, match=r"objective.init_from=.*not a checkpoint of vtok"):
+        run(tmp_path, asked, name="anew", init_from=str(begun / "checkpoints"))  # a folder of some other kind
 
 
 # without processes

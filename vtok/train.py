@@ -252,8 +252,19 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
             except RuntimeError as error:
                 raise ValueError(f"init_from={config.init_from!r} does not fit model.*: {error}") from error
     objective = family.Objective(config.objective, config.model, load=vtok.load)
+    if fresh and hasattr(objective, "begin"):  # losses that can go on with what another run's have learned
+        objective.begin(_state_of)
     kind = LitTokenizer if hasattr(model, "decode") else LitCompressor
     return kind(config, model, objective, fresh=fresh)
+
+
+def _state_of(source: str) -> dict[str, torch.Tensor]:
+    """The whole state dict, model and objective, of a run's last checkpoint, or of a checkpoint; sharded ones too."""
+    path = Path(source)
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    strategy.describe(path)  # says what is missing; an export, say, is a folder as well
+    return strategy.consolidate(path)
 
 
 def finished(about: dict[str, Any], config: RunConfig) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from vtok.layers.i3d import load_i3d_distance
@@ -49,22 +47,6 @@ class PixelConfig:
 
 
 PARTS = ("adversarial", "log_variance")  # what learns beside the model
-
-
-def _objective_of(source: str | Path) -> dict[str, Tensor]:
-    """The `objective.*` tensors of a run's last checkpoint, or of a checkpoint, without that prefix."""
-    path = Path(source)
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if path.is_dir():
-        raise ValueError(
-            f"objective.init_from={str(source)!r}: {path} is a folder of DeepSpeed shards. Make a file of it once: "
-            'torch.save({"state_dict": vtok.strategy.consolidate(FOLDER)}, "whole.ckpt"), and give that'
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"objective.init_from={str(source)!r}: there is no checkpoint at {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True).get("state_dict", {})
-    return {k.removeprefix("objective."): v for k, v in state.items() if k.startswith("objective.")}
 
 
 class PixelObjective(nn.Module):
@@ -133,34 +115,39 @@ class PixelObjective(nn.Module):
             self.log_variance = LogVariance(values=values if c.log_variance == "sum" else 1)
         if c.adversarial.weight:
             self.adversarial = Adversarial(c.adversarial, channels=channels, frames=frames, size=size)
-        self.begin(c.init_from, without=c.init_without)
+        unknown = sorted(set(c.init_without) - set(PARTS))
+        if unknown or (c.init_without and not c.init_from):
+            why = f"choose from {', '.join(PARTS)}" if unknown else "has no effect without objective.init_from"
+            raise ValueError(f"objective.init_without={list(c.init_without)}: {why}")
 
-    def begin(self, source: str | Path, *, without: Sequence[str] = ()) -> None:
-        """Take over what another run's losses have learned: the discriminator with LeCam's averages, the learned
+    def begin(self, load: Callable[[str], dict[str, Tensor]]) -> None:
+        """Take over what the losses of `init_from` have learned: the discriminator with LeCam's averages, the learned
         variance. Moments of the optimizer begin anew. (`init_from` of the run is about the model alone: exports hold no
-        losses.)
+        losses.) For a run that begins: one that goes on has all of it in its own checkpoint.
 
         Args:
-            source: its folder, or a checkpoint; "" does nothing. without: parts that keep their initial weights.
-        Raises: FileNotFoundError; ValueError for parts that are unknown, missing or of another shape there.
+            load: run or checkpoint -> its whole state dict, with `objective.*`; not called without `init_from`.
+        Raises: what `load` raises; ValueError for parts that are missing or of another shape there.
         """
-        unknown = sorted(set(without) - set(PARTS))
-        if unknown or (without and not source):
-            why = f"choose from {', '.join(PARTS)}" if unknown else "has no effect without objective.init_from"
-            raise ValueError(f"objective.init_without={list(without)}: {why}")
-        if not source:
+        c = self.config
+        if not c.init_from:
             return
-        state = _objective_of(source)
+        try:
+            state = load(c.init_from)
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"objective.init_from={c.init_from!r}: {error}") from error
         for part in PARTS:
             module = getattr(self, part)
-            if module is None or part in without:
+            if module is None or part in c.init_without:
                 continue
-            found = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+            prefix = f"objective.{part}."
+            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             try:
                 module.load_state_dict(found, strict=True)
             except RuntimeError as error:
                 raise ValueError(
-                    f"objective.init_from={str(source)!r} does not fit objective.{part}: {error}. Give both runs the "
+                    f"objective.init_from={c.init_from!r} does not fit objective.{part}: {error}. Give both runs the "
                     f"same settings, or let it begin anew with objective.init_without=[{part}]"
                 ) from error
 
