@@ -79,8 +79,8 @@ class PixelObjective(nn.Module):
             if not path:
                 network = "I3D" if key == "video_perceptual" else "RAFT"
                 raise ValueError(
-                    f"objective.{key}={weight} needs objective.{key}_weights, a file of {network} weights (see "
-                    "docs/formats.md)"
+                    f"objective.{key}={weight} needs objective.{key}_weights, a file of {network} weights "
+                    f"(docs/formats.md says how to make one); objective.{key}=0 trains without"
                 )
             if channels != 3:
                 raise ValueError(
@@ -96,9 +96,12 @@ class PixelObjective(nn.Module):
             self.flow = load_flow(c.flow_weights, c.flow_sha256, scale=c.flow_scale, updates=c.flow_updates)
         if c.perceptual or c.gram or distances:
             if not c.perceptual_weights:
+                asking = [f"objective.{key}=0" for key in ("perceptual", "gram") if getattr(c, key)]
+                asking += ["objective.scorer_metric=mse"] * distances
                 raise ValueError(
                     f"objective.perceptual={c.perceptual}, gram={c.gram}{', scorer_metric=lpips' * distances}: needs "
-                    f"objective.perceptual_weights, a file of {c.perceptual_net} weights (see docs/formats.md)"
+                    f"objective.perceptual_weights, a file of {c.perceptual_net} weights (docs/formats.md says how to "
+                    f"make one); {' '.join(asking)} trains without"
                 )
             if channels != 3:
                 raise ValueError(
