@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vtok.config import RunConfig, load
-from vtok.lit import parameter_groups
+from vtok.optim import parameter_groups
 from vtok.train import build, train
 from vtok.types import Clip
 

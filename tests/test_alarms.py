@@ -18,6 +18,7 @@ from vtok import train as training
 from vtok.alarms import Alarms, codebook_line, even_use
 from vtok.config import AlarmConfig, load
 from vtok.losses import codebook_report
+from vtok.optim import total_norms
 from vtok.types import Loss
 
 ROOT = Path(__file__).parent.parent
@@ -176,12 +177,12 @@ def test_a_bare_off_of_yaml_is_off(tmp_path):
 
 def test_norms_of_parts_make_the_joint_norm():
     gradients = [torch.randn(5, 3), torch.randn(7), torch.randn(2, 2), torch.randn(4)]
-    joint, parts = lit.total_norms(gradients, ["", "", "objective.adversarial", "objective.adversarial"])
+    joint, parts = total_norms(gradients, ["", "", "objective.adversarial", "objective.adversarial"])
     assert joint == torch.nn.utils.get_total_norm(gradients)
     assert list(parts) == ["model", "adversarial"]
     assert parts["model"] == torch.nn.utils.get_total_norm(gradients[:2])
     assert joint.item() == pytest.approx(math.hypot(*[p.item() for p in parts.values()]))
-    assert lit.total_norms(gradients, [""] * 4)[1] == {}
+    assert total_norms(gradients, [""] * 4)[1] == {}
 
 
 # whole runs

@@ -17,7 +17,7 @@ from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
 from vtok.layers.begin import patch_of_token
 from vtok.layers.prior import PriorConfig
 from vtok.layers.sampling import draw
-from vtok.lit import freeze
+from vtok.optim import freeze
 from vtok.quantize import QuantizerConfig
 from vtok.types import Clip
 

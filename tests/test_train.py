@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from vtok import curves, lit, loop, strategy
+from vtok import optim as optim_room
 from vtok import train as training
 from vtok.config import OptimConfig, load, loads
 from vtok.curves import contact_sheet, duration, keep_until
@@ -101,13 +102,13 @@ def metrics(run: Path, *, timeless: bool = False) -> list[dict]:
 
 def test_rate_warms_up_and_reaches_its_minimum():
     cosine = OptimConfig(warmup_steps=10, min_lr_ratio=0.1)
-    assert lit.rate(cosine, 0, 0.0) == pytest.approx(0.1)
-    assert lit.rate(cosine, 50, 0.5) == pytest.approx(0.55)
-    assert lit.rate(cosine, 100, 1.0) == pytest.approx(0.1)
+    assert optim_room.rate(cosine, 0, 0.0) == pytest.approx(0.1)
+    assert optim_room.rate(cosine, 50, 0.5) == pytest.approx(0.55)
+    assert optim_room.rate(cosine, 100, 1.0) == pytest.approx(0.1)
     flat = OptimConfig(warmup_steps=0, schedule="constant")
-    assert {lit.rate(flat, s, s / 10) for s in range(11)} == {1.0}
+    assert {optim_room.rate(flat, s, s / 10) for s in range(11)} == {1.0}
     wsd = OptimConfig(warmup_steps=0, schedule="wsd", min_lr_ratio=0.2)
-    assert [lit.rate(wsd, 1, p) for p in (0.0, 0.79, 0.9, 1.0)] == pytest.approx([1, 1, 0.6, 0.2])
+    assert [optim_room.rate(wsd, 1, p) for p in (0.0, 0.79, 0.9, 1.0)] == pytest.approx([1, 1, 0.6, 0.2])
 
 
 def test_step_seeds_are_distinct_over_seed_step_and_rank():
@@ -118,7 +119,7 @@ def test_step_seeds_are_distinct_over_seed_step_and_rank():
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(tmp_path):
     module = training.build(settings(tmp_path))
     optim = OptimConfig(weight_decay=0.3, lr_multipliers={"model": 0.5, "model.inward": 0.1})
-    groups = lit.parameter_groups(module, optim)
+    groups = optim_room.parameter_groups(module, optim)
     names = {id(p): n for n, p in module.named_parameters()}
     seen = [names[id(p)] for g in groups for p in g["params"]]
     assert sorted(seen) == sorted(n for n, p in module.named_parameters() if p.requires_grad)
@@ -132,7 +133,7 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(tmp_pat
     assert of["model.inward.weight"]["factor"] == 0.1 and of["model.registers"]["factor"] == 0.5
     assert of["objective.discriminator.0.bias"]["part"] == "objective.discriminator"
     with pytest.raises(ValueError, match="lr_multipliers: 'encoder'.*model.inward"):
-        lit.parameter_groups(module, OptimConfig(lr_multipliers={"encoder": 1.0}))
+        optim_room.parameter_groups(module, OptimConfig(lr_multipliers={"encoder": 1.0}))
 
 
 def test_codebook_use_counts_real_tokens_only():
