@@ -6,8 +6,8 @@
 Every video is encoded at each fixed budget K; the bytes of that file, header and all, are then what adaptive files may
 have: `whole` sees the video first, `ahead n` decides while streaming with a look-ahead of n blocks. PSNR is that of the
 decoded video's mean squared error over all frames; the difference is adaptive less fixed, its mean over videos with a
-95 % bootstrap interval. `--halting` measures a model's halting head against the search instead, at each wanted PSNR:
-mean |predicted - searched| in tokens and in octaves over the blocks that can reach it, and how many then miss it.
+95 % bootstrap interval. `--halting` measures a model's halting head against the search instead, at each wanted PSNR, as
+`vtok calibrate --against` does for shards.
 """
 
 from __future__ import annotations
@@ -22,52 +22,17 @@ import numpy as np
 import torch
 
 from vtok import codec
-from vtok.budget import search_length
+from vtok.calibrate import against_search, print_rows
 from vtok.data.inputs import collect
 from vtok.loading import load_any
-from vtok.rate_control import Asked, Predicted
+from vtok.rate_control import Asked
 from vtok.rows import bootstrap
-from vtok.trial import Trial, groups_of, mean_squared_error, mse_of
 
 
 def psnr_db(model, coded: Path, originals: np.ndarray) -> float:
     decoded = codec.decode_frames(model, coded)
     error = [np.square(a.astype(np.float64) - b).mean() for a, b in zip(decoded, originals, strict=True)]
     return float(10 * np.log10(255**2 / np.mean(error)))
-
-
-def against_search(model, paths: list[Path], wanted: list[float], *, size, fps) -> None:
-    """Prints the one-pass prediction's error against the search by decoding."""
-    stated = model.halting.stated()
-    print(f"stated on training clips: {stated['octaves']:.2f} octaves, {stated['missed']:.0%} miss; calibrated for "
-          f"{1 - model.halting.coverage:.0%}")  # fmt: skip
-    print(f"{'wanted dB':>9} {'blocks':>6} {'searched':>8} {'predicted':>9} {'|tokens|':>8} {'octaves':>7} {'miss':>5}")
-    for psnr in wanted:
-        found: list[tuple[int, int, bool]] = []
-        for path in paths:
-            frames = codec.read_frames(path, size=size, fps=fps)
-            trial = Trial(model, size, mean_squared_error)
-            for step in codec.stream_steps(model, frames):
-                lengths = next(Predicted(model, psnr_db=psnr).lengths(iter([step])))
-                for group, length in zip(groups_of(model, step), lengths):
-                    search = search_length(
-                        lambda ks, trial=trial, group=group: trial.measure(group, ks),
-                        most=model.num_tokens,
-                        target=mse_of(psnr),
-                    )
-                    if search.met:
-                        missed = trial.measure(group, [length])[0] > mse_of(psnr)
-                        found.append((search.length, length, missed))
-                    trial.accept(group, length)
-        if not found:
-            print(f"{psnr:>9g} {0:>6}  no block reaches it")
-            continue
-        k, got, missed = (np.array(column, float) for column in zip(*found))
-        print(
-            f"{psnr:>9g} {len(k):>6} {k.mean():>8.1f} {got.mean():>9.1f} {np.abs(got - k).mean():>8.1f} "
-            f"{np.abs(np.log2(got / k)).mean():>7.2f} {missed.mean():>5.0%}",
-            flush=True,
-        )
 
 
 def main() -> None:
@@ -90,8 +55,8 @@ def main() -> None:
     if args.limit:
         paths = [paths[i * len(paths) // args.limit] for i in range(min(args.limit, len(paths)))]
     if args.halting:
-        wanted = [float(value) for value in args.halting.split(",")]
-        return against_search(model, paths, wanted, size=size, fps=args.fps)
+        videos = [(path.name, list(codec.read_frames(path, size=size, fps=args.fps))) for path in paths]
+        return print_rows(against_search(model, videos, [float(value) for value in args.halting.split(",")]))
     ways = {"whole": {}} | {f"ahead {n}": {"look_ahead": int(n)} for n in args.look_ahead.split(",") if n}
     if args.predicted:
         ways["scorer"] = {"predicted": True}

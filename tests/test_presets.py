@@ -23,7 +23,7 @@ from vtok.types import Clip
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 _FLEXIBLE = ("titok_teacher", "titok", "titok_stage2", "one_d_piece", "one_d_piece_stage2", "larp", "adaptok",
-             "adaptok_scorer", "base")  # fmt: skip
+             "adaptok_scorer", "base", "halting")  # fmt: skip
 _DISCRETE = ("vidtok_fsq_488", "vidtok_fsq_488_stage2", "vidtok_kl_488", "magvit2_lfq_image", "magvit2_lfq",
              "cosmos_fsq_488", "cosmos_fsq_488_stage2", "cosmos_fsq_81616", "omnitokenizer_vq_image",
              "omnitokenizer_vq", "onevae_kl", "onevae_fsq", "onevae_kl_81616", "onevae_fsq_81616", "hitvideo",
@@ -67,6 +67,7 @@ _SIZES = {
         *(f"model.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "scorer_depth")),
         *(f"model.teacher_config.{k}" for k in ("width", "encoder_depth", "decoder_depth", "num_heads", "size")),
         *(f"objective.prior.{k}" for k in ("width", "depth", "num_heads")),
+        *(f"model.halting_{k}" for k in ("depth", "width")),
         # decoded by a flow
         *("model.num_frames", "data.num_frames", "model.decoder_width", "objective.align.width", "optim.lr"),
         *("model.latents_config.conv", "objective.align.tower.size"),

@@ -141,10 +141,10 @@ def allocate_levels(distortion: Tensor, valid: Tensor, *, total: int, unit: int)
     return out.to(distortion.device)
 
 
-def spread_lengths(most: int) -> list[int]:
+def spread_lengths(most: int, *, per_octave: int = 2) -> list[int]:
     """The lengths at which a curve of distortion is measured: 1, 2, 3, 4, 6, 8, 12, 16 ... and `most` itself."""
     powers = [1 << i for i in range(most.bit_length())]
-    return sorted({k for p in powers for k in (p, p + p // 2) if k <= most} | {most})
+    return sorted({k for p in powers for i in range(per_octave) if (k := p + p * i // per_octave) <= most} | {most})
 
 
 def interpolate_lengths(distortion: Tensor, lengths: list[int], most: int) -> Tensor:

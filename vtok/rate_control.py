@@ -33,6 +33,7 @@ from torch import Tensor
 
 from vtok.bitstream import Chunk, StaticModel, Writer
 from vtok.budget import allocate_ahead, allocate_lagrange, interpolate_lengths, search_length, spread_lengths
+from vtok.layers.halting import next_level
 from vtok.layers.perceptual import LPIPS
 from vtok.prior_coding import PriorModel
 from vtok.spending import BytePurse, Purse, TokenPurse
@@ -292,7 +293,10 @@ class Predicted:
 
     def __init__(self, model: Any, *, psnr_db: float) -> None:
         if not hasattr(model, "halting"):
-            raise ValueError("predicted_psnr_db needs a model with a halting head: set model.halting and train it")
+            raise ValueError(
+                "predicted_psnr_db needs a model with a halting head: set model.halting_depth and train it "
+                "(configs/flexible/halting.yaml)"
+            )
         self.model, self.psnr_db = model, psnr_db
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
@@ -302,7 +306,12 @@ class Predicted:
             yield self.model.halting.predict(codes[0], self.psnr_db).tolist()
 
     def report(self) -> str:
-        return f"{self.model.halting.coverage:.0%} of blocks are to reach it"
+        head = self.model.halting
+        if not head.calibrated:
+            return "the halting head is not calibrated, about half of the blocks miss it: run `vtok calibrate`"
+        if math.isinf(head.threshold(next_level(self.psnr_db))):
+            return "too few calibration videos reach it: every token is kept"
+        return f"{head.coverage:.0%} of the blocks that can are to reach it"
 
 
 # ---- a budget of the whole video -------------------------------------------------------------------------------------

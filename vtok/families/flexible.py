@@ -85,7 +85,7 @@ class Config:
     scorer_levels: int = 8  # lengths it knows: multiples of num_tokens / scorer_levels
     halting_depth: int = 0  # blocks of a head that predicts the length for a wanted PSNR (KARL); 0 = none
     halting_width: int = 64
-    halting_coverage: float = 0.9  # share of blocks that are to reach the wanted PSNR with it
+    halting_coverage: float = 0.9  # share of blocks that are to reach the wanted PSNR with it (`vtok calibrate`)
     flex_attention: bool = False  # FlexAttention on CUDA
     checkpoint: bool = False  # recompute activations in the backward pass
 
@@ -643,6 +643,9 @@ class Objective(losses.PixelObjective):
     def _score(self, model: Model, video: Tensor, lengths: Tensor) -> Loss:
         """One random block is cut to many lengths, the others stay whole: the scorer learns what that costs, or the
         halting head which length reaches a quality."""
+        if self.config.halting:  # the last block of a video is as short as it happens to be
+            frames = min(video.shape[2], int(torch.randint(1, 2 * video.shape[2] + 1, (1,))))
+            video, lengths = video[:, :, :frames], lengths.clamp_max(frames)
         shape, chunks = model.config, model.chunks(video, lengths)
         with torch.no_grad():
             z = model.latents(chunks).z

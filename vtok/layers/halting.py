@@ -3,17 +3,22 @@
 KARL (Duggal et al. 2025, Single-pass Adaptive Image Tokenization for Minimum Program Search,
 https://arxiv.org/abs/2507.07995) conditions its encoder on a wanted reconstruction loss and predicts for every token a
 probability of halting. Here the tokenizer rests: the head reads the quantized register latents of a block and an
-embedding of the wanted PSNR, and what is kept is a prefix, the expected number of tokens before the halt.
+embedding of the wanted PSNR, and what is kept is a prefix, as many tokens as have a logit below a threshold.
 
     tokens [M, K, D] -> transformer --+
-                                      |--> halting probability of every token --> expected length --> calibrated length
-    wanted PSNR -> embedding ---------+
+                                      |--> logits of halting, one a token --> those below the threshold --> length
+    wanted PSNR -> embedding ---------+                                           ^
+                      calibration clips -> thresholds by wanted PSNR -------------+
 
-The length is then calibrated as split conformal prediction does it (Vovk et al. 2005, Algorithmic Learning in a Random
-World): errors against the search on training clips, each taken before the head learned from its clip, are kept in a
-buffer, and predictions are stretched by the quantile that lets `coverage` of blocks reach the wanted quality.
+The threshold says with what certainty: with that of probability 1/2 about half of the blocks have too few tokens. It is
+found by split conformal prediction (Vovk et al. 2005, Algorithmic Learning in a Random World), for each wanted PSNR on
+its own: a block's score is the least threshold that gives it enough tokens, and the threshold is the quantile of the
+scores of blocks that nothing was trained on. Blocks of one video are alike, so videos are what is counted, each with
+the same weight (Lee, Barber and Willett 2023, Distribution-free inference with hierarchical data,
+https://arxiv.org/abs/2306.06342). A block drawn from a new video, of the kind of those calibrated on, that can reach
+the wanted PSNR then reaches it with a probability of `coverage` at least.
 
-Letters: M blocks, K tokens of a block, D width, S levels, W wanted qualities, T frames.
+Letters: M blocks, K tokens of a block, D width, W wanted qualities.
 """
 
 from __future__ import annotations
@@ -26,9 +31,10 @@ from torch import Tensor, nn
 
 from vtok.layers.transformer import Transformer
 
-KEPT = 1024  # errors that calibration remembers
 FREQUENCIES = 8  # of the embedding of a PSNR
-RANGE_DB = 64.0  # one slow period of it
+RANGE_DB = 64.0  # one slow period of it, and the last level that is calibrated
+STEP_DB = 0.5  # from one calibrated level to the next
+LEVELS = int(RANGE_DB / STEP_DB) + 1
 WANTED = 8  # qualities that a clip is asked for at each training step
 
 
@@ -40,8 +46,8 @@ class HaltingHead(nn.Module):
     Raises: ValueError for a coverage that is no share.
     """
 
-    errors: Tensor
-    seen: Tensor
+    thresholds: Tensor
+    videos: Tensor
 
     def __init__(self, dim: int, *, num_tokens: int, depth: int, width: int, num_heads: int, coverage: float):
         super().__init__()
@@ -54,8 +60,8 @@ class HaltingHead(nn.Module):
         self.wanted_in = nn.Linear(2 * FREQUENCIES + 1, width)
         self.hidden = nn.Linear(2 * width, width)
         self.out = nn.Linear(width, 1)
-        self.register_buffer("errors", torch.zeros(KEPT))  # log2(needed / predicted), in octaves
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("thresholds", torch.zeros(LEVELS))  # of 0, STEP_DB, 2 STEP_DB ... dB
+        self.register_buffer("videos", torch.zeros(LEVELS, dtype=torch.int64))  # that each was found with
 
     def forward(self, codes: Tensor, wanted_db: Tensor) -> Tensor:
         """codes [M, K, D], wanted_db [M, W] -> logits [M, W, K] that the block halts before token k is read."""
@@ -64,41 +70,46 @@ class HaltingHead(nn.Module):
         inner = self.hidden(x)[:, None] + self.wanted_in(embed_db(wanted_db).to(x))[:, :, None]  # [M, W, K, width]
         return self.out(F.gelu(inner))[..., 0]
 
-    def expected(self, codes: Tensor, wanted_db: Tensor) -> Tensor:
-        """[M, W] expected number of tokens before the halt, 1 to K, not calibrated."""
-        return (1 - self(codes, wanted_db).float().sigmoid()).sum(-1).clamp(1, self.num_tokens)
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.videos.any())
 
-    def stretch(self) -> float:
-        """The factor on predicted lengths with which `coverage` of the remembered blocks had enough tokens."""
-        count = min(int(self.seen), KEPT)
-        if not count:
-            return 1.0
-        rank = min(math.ceil((count + 1) * self.coverage), count)
-        return 2.0 ** float(self.errors[:count].float().sort()[0][rank - 1])
-
-    def stated(self) -> dict[str, float]:
-        """Error against the search on the remembered training clips: `octaves`, mean |log2(predicted / needed)| of
-        calibrated lengths, and `missed`, the share of blocks whose length does not reach the wanted quality."""
-        error = self.errors[: min(int(self.seen), KEPT)].float() - math.log2(self.stretch())
-        if not error.numel():
-            return {"octaves": math.nan, "missed": math.nan}
-        return {"octaves": float(error.abs().mean()), "missed": float((error > 0).double().mean())}
+    def threshold(self, level: int) -> float:
+        """The logit up to which tokens are kept for a wanted PSNR of level x STEP_DB. Infinite where too few
+        calibration videos reach it; 0, the even odds, before calibration."""
+        if not self.calibrated:
+            return 0.0
+        return float(self.thresholds[level]) if 0 <= level < LEVELS else math.inf
 
     @torch.no_grad()
     def predict(self, codes: Tensor, psnr_db: float) -> Tensor:
-        """[M] int64: calibrated lengths of blocks, codes [M, K, D], for a wanted PSNR."""
-        wanted = torch.full((codes.shape[0], 1), psnr_db, device=codes.device)
-        length = self.expected(codes, wanted)[:, 0] * self.stretch()
-        return length.ceil().long().clamp(1, self.num_tokens)
+        """[M] int64: lengths of blocks, codes [M, K, D], for a wanted PSNR, rounded up to the next level."""
+        level = next_level(psnr_db)
+        wanted = torch.full((codes.shape[0], 1), level * STEP_DB, device=codes.device)
+        kept = self(codes, wanted)[:, 0].float() <= self.threshold(level)
+        return kept.sum(-1).clamp(1, self.num_tokens)
 
     @torch.no_grad()
-    def remember(self, error: Tensor) -> None:
-        """Keep errors in octaves, the oldest make room."""
-        for at in range(0, error.numel(), KEPT):
-            piece = error.flatten()[at : at + KEPT].to(self.errors)
-            where = (int(self.seen) + torch.arange(len(piece), device=piece.device)) % KEPT
-            self.errors[where] = piece
-            self.seen += len(piece)
+    def calibrate(self, codes: Tensor, psnr: Tensor, video: Tensor) -> None:
+        """Set the thresholds of all levels from blocks of videos that neither head nor tokenizer were trained on.
+
+        Args: codes [M, K, D]; psnr [M, K] of 1 ... K tokens, in dB; video [M] int64: which video a block is of.
+        """
+        device = self.places.device
+        levels = torch.arange(LEVELS) * STEP_DB
+        scores = []
+        for some, curve in zip(codes.split(4), psnr.split(4)):
+            logits = [
+                self(some.to(device), part.to(device).expand(len(some), -1)).float().sort(-1)[0].cpu()
+                for part in levels.split(32)
+            ]
+            scores.append(least_threshold(torch.cat(logits, 1), curve, levels))
+        score = torch.cat(scores)  # [M, LEVELS]
+        can = psnr.amax(1, keepdim=True) >= levels
+        for at in range(LEVELS):
+            here = can[:, at]
+            self.thresholds[at] = conformal_quantile(score[here, at], video[here], coverage=self.coverage)
+            self.videos[at] = len(video[here].unique())
 
     def loss(self, codes: Tensor, distortion: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the halt, for qualities drawn between what one token and all tokens give.
@@ -106,6 +117,7 @@ class HaltingHead(nn.Module):
         Args:
             codes: [M, K, D]. distortion: [M, K] mean squared error in [-1, 1] units of 1 ... K tokens. real: [M] bool.
         """
+        self.videos.zero_()  # a head that learns is no longer the one that was calibrated
         psnr = 10 * (4 / distortion.clamp_min(1e-8)).log10()
         low, high = psnr[:, :1], psnr.amax(1, keepdim=True)
         wanted = low + (high - low) * torch.rand(len(psnr), WANTED, device=psnr.device)
@@ -113,11 +125,14 @@ class HaltingHead(nn.Module):
         logits = self(codes, wanted).float()
         halted = torch.arange(1, self.num_tokens + 1, device=psnr.device) > needed[..., None]
         each = F.binary_cross_entropy_with_logits(logits, halted.to(logits), reduction="none").mean((1, 2))
-        expected = (1 - logits.detach().sigmoid()).sum(-1).clamp(1, self.num_tokens)
-        error = (needed / expected).log2()[real]
-        report = {"octaves": error.abs().mean(), "miss_rate": (error > math.log2(self.stretch())).double().mean()}
-        self.remember(error)
-        return (each * real).sum() / real.sum().clamp_min(1), report
+        kept = (logits.detach() <= 0).sum(-1).clamp(1, self.num_tokens)
+        octaves = (needed / kept).log2().abs()[real]
+        return (each * real).sum() / real.sum().clamp_min(1), {"octaves": octaves.mean()}
+
+
+def next_level(psnr_db: float) -> int:
+    """The calibrated level that is not below a PSNR."""
+    return math.ceil(psnr_db / STEP_DB - 1e-9)
 
 
 def embed_db(value: Tensor) -> Tensor:
@@ -130,3 +145,30 @@ def shortest(psnr: Tensor, wanted: Tensor) -> Tensor:
     """[M, W] int64: the fewest tokens of psnr [M, K] that reach wanted [M, W]; K where none does."""
     enough = psnr[:, None] >= wanted[..., None]
     return torch.where(enough.any(-1), enough.int().argmax(-1) + 1, psnr.shape[1])
+
+
+def least_threshold(ascending: Tensor, psnr: Tensor, levels: Tensor) -> Tensor:
+    """[M, W]: the least threshold that keeps enough tokens, now and with any higher one.
+
+    Args: ascending [M, W, K] sorted logits; psnr [M, K]; levels [W] wanted PSNRs. Infinite where K tokens do not do.
+    """
+    count = psnr.shape[1]
+    short = psnr[:, None] < levels[:, None]  # [M, W, K]
+    last = torch.where(short, torch.arange(1, count + 1), 0).amax(-1)  # the longest that misses
+    score = ascending.gather(-1, last.clamp_max(count - 1)[..., None])[..., 0]
+    return score.masked_fill(last == count, torch.inf)
+
+
+def conformal_quantile(scores: Tensor, video: Tensor, *, coverage: float) -> float:
+    """The score that a block of a new video exceeds with a probability of at most 1 - `coverage`.
+
+    The weighted quantile in which each video has the same weight, shared by its blocks, and the new video, taken at its
+    worst, has it too: infinite where the videos are fewer than coverage / (1 - coverage).
+
+    Args: scores [N], video [N] int64.
+    """
+    _, which, counts = video.unique(return_inverse=True, return_counts=True)
+    weight = 1 / (counts[which].double() * (len(counts) + 1))
+    ascending, order = scores.double().sort()
+    enough = weight[order].cumsum(0) >= coverage - 1e-12
+    return float(ascending[enough.int().argmax()]) if enough.any() else math.inf
