@@ -1,0 +1,26 @@
+"""A frozen language model that reads a compressor's tokens: its loss, its answers, its likelihoods.
+
+"<video>\\nQuestion: ... Answer:"   one place for a clip's tokens in every prompt           tasks.py
+        |
+ids with placeholders + Tokens      spliced into word embeddings, mask, labels, positions   splice.py
+        |
+frozen LLM                          any causal LM of transformers, by name or folder        frozen.py
+        |
+loss | answers | choices            teacher-forced, greedy, by likelihood                   reading.py, questions.py
+
+lora.py       adapters on the LLM, an option        distill.py    few tokens taught by all tokens
+objective.py  the training loss of every projector family
+"""
+
+from vtok.llm.distill import hidden_distance, logit_divergence
+from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
+from vtok.llm.lora import Adapters, LoraConfig
+from vtok.llm.objective import BudgetConfig, ObjectiveConfig, ProjectorObjective
+from vtok.llm.questions import Answered, ask
+from vtok.llm.reading import PLACE, Read, generate, read, score, tokens_at
+from vtok.llm.splice import PLACEHOLDER, Spliced, splice
+from vtok.llm.tasks import TaskConfig, Told, choose
+
+__all__ = ["PLACE", "PLACEHOLDER", "Adapters", "Answered", "BudgetConfig", "FrozenLLM", "LLMConfig", "LoraConfig"]
+__all__ += ["ObjectiveConfig", "ProjectorObjective", "Read", "Spliced", "TaskConfig", "Told", "ask", "choose"]
+__all__ += ["generate", "hidden_distance", "load_llm", "logit_divergence", "read", "score", "splice", "tokens_at"]

@@ -1,0 +1,257 @@
+"""A causal language model of transformers, frozen: word vectors in, logits and states of the positions asked out.
+
+Letters: B texts, L positions, D width of the word embeddings, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]  # configuration and every kind of tokenizer
+
+
+@dataclass
+class LLMConfig:
+    """Which language model, and how its prompts are written."""
+
+    name: str = ""  # hf:USER/REPO, or a folder that save_pretrained wrote, the tokenizer in it
+    revision: str = ""  # branch, tag or commit of a repository; "" = its default branch
+    sha256: str = ""  # expected hash of the weights; "" = any, what was loaded is in FrozenLLM.sha256
+    dtype: str = "float32"  # float32 | bfloat16 | float16: of the weights and of what is computed
+    chat: bool | None = None  # prompts as a user's turn in the tokenizer's chat template; None = where it has one
+    max_length: int = 0  # positions of a text, visual tokens included; 0 = as many as the model was made for
+    checkpoint: bool = False  # keep the layers' inputs only and compute the rest again in the backward pass
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"llm.dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.max_length < 0:
+            raise ValueError(f"llm.max_length={self.max_length} must be above 0, or 0 for the model's own")
+
+
+class FrozenLLM:
+    """A frozen language model and its tokenizer. `load_llm` makes one.
+
+    No nn.Module: whoever holds one holds a reference, so it adds nothing to a state_dict, to an optimizer or to an
+    engine, a deep copy shares it, and a pickle holds its name and hash alone.
+
+    embedding_dim: D. embedding_rms: root mean square of one number of the word embeddings, the scale at which a
+    projector has to speak. max_length: positions of a text. chat: whether prompts go through the chat template.
+    end_ids: ids that end an answer, the one that training teaches first. sha256, revision: of the weights.
+    """
+
+    def __init__(self, config: LLMConfig, model: Any, tokenizer: Any, *, sha256: str, revision: str = ""):
+        self.config, self.name, self.sha256, self.revision = config, config.name, sha256, revision
+        self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
+        self.adapted = False  # set by whoever puts adapters into it
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self.end_ids = _end_ids(model, tokenizer, config.name)
+        self.chat = bool(tokenizer.chat_template) if config.chat is None else config.chat
+        if self.chat and not tokenizer.chat_template:
+            raise ValueError(f"llm.chat=true: the tokenizer of {config.name} has no chat template; set it to false")
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if config.max_length and own and config.max_length > own:
+            raise ValueError(f"llm.max_length={config.max_length}: {config.name} was made for {own} positions")
+        self.max_length: int = config.max_length or own or 1 << 30
+        with torch.no_grad():
+            known = torch.arange(min(len(tokenizer), model.get_input_embeddings().num_embeddings))
+            squares = [float(self.embed(part).double().square().sum()) for part in known.split(4096)]
+            self.embedding_dim: int = self.embed(known[:1]).shape[-1]
+        self.embedding_rms: float = (sum(squares) / (len(known) * self.embedding_dim)) ** 0.5
+        if config.checkpoint:
+            self._checkpoint_layers()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def to(self, device: torch.device | str) -> FrozenLLM:
+        if self.device != torch.device(device):
+            self.model.to(device)
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as plain values."""
+        facts = {name: getattr(self.config, name) for name in ("name", "dtype")}
+        return {**facts, "revision": self.revision, "sha256": self.sha256, "chat": self.chat}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLLM:
+        return self  # frozen: an averaged copy of its holder shares it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.adapted:
+            raise ValueError(f"{self.name} holds trained adapters and cannot be pickled: save those (Adapters.save)")
+        return load_llm, (replace(self.config, sha256=self.sha256, revision=self.revision or self.config.revision),)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] ids -> [..., D] word embeddings, as the model's own first step gives them."""
+        return self.model.get_input_embeddings()(ids)
+
+    def forward(
+        self, embeds: Tensor, mask: Tensor, positions: Tensor, *, keep: int = 0, hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, keep, V] of the last `keep` positions (0 = all), and the hidden states of layers there.
+
+        Runs in the LLM's own dtype, whatever the trainer's precision; gradients flow to `embeds` alone (and to
+        adapters).
+
+        Args:
+            embeds: [B, L, D]. mask: [B, L] bool, False on padding. positions: [B, L] int64.
+            hidden: layers whose output [B, keep, D] is asked: 0 = the embeddings, -1 = the last, after its norm.
+        """
+        length = embeds.shape[1]
+        keep = keep or length
+        arguments: dict[str, Any] = dict(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False)
+        if "position_ids" in self._takes:  # models with relative biases (ALiBi, state spaces) take none
+            arguments["position_ids"] = positions
+        if "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = keep
+        with self._own_precision(embeds.device):
+            out = self.model(**arguments, output_hidden_states=bool(hidden), return_dict=True)
+        return out.logits[:, -keep:], [out.hidden_states[layer][:, -keep:] for layer in hidden]
+
+    @torch.no_grad()
+    def generate(self, embeds: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations, ids of each text up to its first end id, which is left out. Padding is on the left."""
+        room = self.max_length - embeds.shape[1]
+        if max_new_tokens > room:
+            raise ValueError(
+                f"prompts of {embeds.shape[1]} positions leave room for {max(room, 0)} of {self.max_length}, and "
+                f"max_new_tokens={max_new_tokens}: ask for fewer, or lower the budget"
+            )
+        with self._own_precision(embeds.device):
+            out = self.model.generate(
+                inputs_embeds=embeds, attention_mask=mask.long(), max_new_tokens=max_new_tokens
+            )  # new ids only, since no input ids were given
+        ends = set(self.end_ids)
+        return [row[: next((i for i, x in enumerate(row) if x in ends), len(row))] for row in out.tolist()]
+
+    def _own_precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, enabled=False)
+
+    def _checkpoint_layers(self) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(f"llm.checkpoint=true: {type(self.model).__name__} has no layers that can be checkpointed")
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for (
+            layer
+        ) in layers:  # they checkpoint in training only; what is inside them stays in eval mode, without dropout
+            layer.training = True
+
+
+_LOADED: weakref.WeakValueDictionary[tuple[Any, ...], FrozenLLM] = weakref.WeakValueDictionary()
+
+
+def load_llm(config: LLMConfig, *, shared: bool = True) -> FrozenLLM:
+    """A frozen language model on the CPU, its weights those of the files that were hashed; no code of a repository is
+    run. Asked again while one of the same config is held by someone, it is that one; shared=False reads another.
+
+    sha256 is that of the weights' file; of several, that of their hashes one below the other, in the order of names.
+    Raises: ImportError without transformers; ValueError for a name that holds no language model, for other weights
+        than expected, for weights that are incomplete, and for a tokenizer that cannot end an answer.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("a language model needs transformers: pip install 'vtok[llm]'") from error
+    name = config.name.removeprefix("hf:")
+    revision = ""
+    if name and Path(name).is_dir():
+        folder = Path(name)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = _fetch(name, config.revision)
+        revision = folder.name if len(folder.name) == 40 else config.revision
+    else:
+        raise ValueError(
+            f"llm.name={config.name!r} is no folder here and names no repository; give hf:USER/REPO, or a folder that "
+            "save_pretrained wrote (data/tiny_lm.py makes a small one)"
+        )
+    sha256 = _hash(_weight_files(folder), config)
+    key = (*astuple(config), sha256)
+    if shared and key in _LOADED:
+        return _LOADED[key]
+    try:
+        kind: Any = transformers.AutoModelForCausalLM
+        model, report = kind.from_pretrained(folder, dtype=DTYPES[config.dtype], output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"llm.name={config.name!r}: transformers could not load it: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{config.name}: {len(missing)} weights of {type(model).__name__} are not in its files, such as "
+            f"{missing[0]}: they would be random numbers; is this a causal language model's checkpoint?"
+        )
+    out = FrozenLLM(config, model, tokenizer, sha256=sha256, revision=revision)
+    # Repositories ask for sampling and penalties of their own taste: answers here are greedy, and so repeatable.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else out.end_ids[0]
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, eos_token_id=out.end_ids, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
+    )
+    if shared:
+        _LOADED[key] = out
+    return out
+
+
+def _end_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
+    """Ids that end an answer: the tokenizer's own first, then those the checkpoint generates until."""
+    asked = getattr(model.generation_config, "eos_token_id", None)
+    every = [tokenizer.eos_token_id, *(asked if isinstance(asked, list) else [asked])]
+    ids = list(dict.fromkeys(i for i in every if i is not None))
+    if not ids:
+        raise ValueError(f"the tokenizer of {name} has no eos_token: an answer could not end")
+    return ids
+
+
+def _fetch(repo: str, revision: str) -> Path:
+    """The cached snapshot of a Hub repository: configuration, tokenizer, and its weights in one format."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = dict(revision=revision or None, ignore_patterns=["*/*"])
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=[*_TEXT, "*.safetensors"], **wanted))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=[*_TEXT, "*.bin"], **wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"llm {repo!r} could not be had from the Hub: {error}") from error
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files the library will read, found as it finds them: safetensors before pickles, one file before shards."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise ValueError(f"{folder} has no weights: expected one of {', '.join(_WEIGHTS)}, or the index of its shards")
+
+
+def _hash(files: list[Path], config: LLMConfig) -> str:
+    hashes = []
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    found = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    if config.sha256 and config.sha256.lower() != found:
+        raise ValueError(f"llm.sha256={config.sha256} is expected, but {config.name} has {found}: other weights")
+    return found

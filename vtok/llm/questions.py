@@ -1,0 +1,131 @@
+"""The questions of clips, put to a frozen language model that reads a compressor's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok.llm.frozen import FrozenLLM
+from vtok.llm.reading import PLACE, generate, prompt_ids, score, tokens_at, with_times
+from vtok.llm.tasks import ask_as, instruction, is_question, plain
+from vtok.types import Budget, Clip, Features, Tokens
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question and what the LLM made of it.
+
+    likelihoods: log-likelihood in nats of each choice; [] where the question has none. text: its own greedy answer;
+    None where none was asked. tokens: of the clip. positions: of the whole prompt, tokens and separators included.
+    """
+
+    key: str
+    id: str
+    type: str
+    question: str
+    answer: str
+    choices: list[str]
+    likelihoods: list[float]
+    text: str | None
+    tokens: int
+    positions: int
+
+    @property
+    def chosen(self) -> str | None:
+        """The likeliest choice."""
+        return self.choices[self.likelihoods.index(max(self.likelihoods))] if self.likelihoods else None
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the likeliest choice is the answer; None without choices."""
+        return _same(self.chosen, self.answer) if self.chosen is not None else None
+
+    @property
+    def exact(self) -> bool | None:
+        """Whether the LLM's own answer is the answer, but for case, surrounding space and a full stop."""
+        return _same(self.text, self.answer) if self.text is not None else None
+
+
+def _same(one: str, other: str) -> bool:
+    return one.strip().rstrip(".").casefold() == other.strip().rstrip(".").casefold()
+
+
+@torch.no_grad()
+def ask(
+    llm: FrozenLLM,
+    clip: Clip,
+    model: Any = None,
+    *,
+    template: str,
+    budget: Budget | None = None,
+    captions: bool = False,
+    timestamps: bool = False,
+    max_new_tokens: int = 0,
+    texts_per_call: int = 64,
+) -> list[Answered]:
+    """All questions of a batch, in order. A clip is compressed once, or once for each question where the model reads
+    prompts (`model.reads_prompt`).
+
+    Args:
+        model: a projector, at `budget`; None: the LLM is blind, or reads the clip's caption where `captions`.
+        template: a prompt with "<video>" and "{question}". timestamps: the start of each group is told before it.
+        max_new_tokens: length of the LLM's own answer; 0 = only choices are scored.
+        texts_per_call: texts that the LLM reads at once; bounds the memory.
+    """
+    every = [(row, question) for row, of_clip in enumerate(clip.qa or []) for question in of_clip or []]
+    asked = [(row, question) for row, question in every if is_question(question)]
+    if not asked:
+        return []
+    rows = [row for row, _ in asked]
+    prompts = [ask_as(template, question) for _, question in asked]
+    tokens: Tokens | None = None
+    if model is not None and getattr(model, "reads_prompt", False):
+        seen = features_at(model.features(clip), rows)
+        tokens = model.compress(seen, budget=budget, prompt=[instruction(prompt) for prompt in prompts])
+    elif model is not None:
+        tokens = tokens_at(model.encode(clip, budget=budget), rows)
+    elif captions:
+        told = clip.text or [""] * len(clip)
+        prompts = [prompt.replace(PLACE, plain(told[row])) for prompt, row in zip(prompts, rows)]
+    if tokens is not None and timestamps:
+        prompts = with_times(prompts, tokens)
+    choices = [[str(choice) for choice in question.get("choices") or []] for _, question in asked]
+    likelihoods = score(llm, prompts, choices, tokens, texts_per_call=texts_per_call)
+    texts: list[str | None] = [None] * len(asked)
+    if max_new_tokens:
+        texts = []
+        for part in torch.arange(len(asked)).split(texts_per_call):
+            own = tokens_at(tokens, part.tolist()) if tokens is not None else None
+            texts += generate(llm, [prompts[i] for i in part.tolist()], own, max_new_tokens=max_new_tokens)
+    counts = tokens.lengths.tolist() if tokens is not None else [0] * len(asked)
+    return [
+        Answered(
+            key=clip.keys[row],
+            id=str(question.get("id", "")),
+            type=str(question.get("type", "")),
+            question=str(question["question"]),
+            answer=str(question["answer"]),
+            choices=choices[i],
+            likelihoods=likelihoods[i],
+            text=texts[i],
+            tokens=counts[i],
+            positions=sum(item >= 0 for item in prompt_ids(llm, prompts[i])) + counts[i],
+        )
+        for i, (row, question) in enumerate(asked)
+    ]
+
+
+def features_at(features: Features, index: Sequence[int]) -> Features:
+    """The features of these clips, in this order; a clip may come several times."""
+    at = torch.as_tensor(list(index), dtype=torch.int64, device=features.patches.device)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: take(item) for name, item in value.items()}
+        return value[at.to(value.device)] if isinstance(value, Tensor) else value
+
+    return replace(features, **{f.name: take(getattr(features, f.name)) for f in fields(features)})
