@@ -93,6 +93,19 @@ class Curves:
             self._animate(step, grid, fps)
         return path
 
+    def texts(self, step: int, lines: list[str]) -> Path | None:
+        """Saves lines of Markdown: what a model said beside the truth."""
+        if self.folder is None:
+            return None
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}.md"
+        text = "\n".join(lines) + "\n"
+        path.write_text(text, encoding="utf-8")
+        if self.board is not None:
+            self.board.add_text("answers", text, step)
+        return path
+
     def _animate(self, step: int, grid: Tensor, fps: float) -> None:
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtok.config import DataConfig, EvalConfig, from_dict
-from vtok.evaluator import Evaluator, durations, select
+from vtok.evaluator import Evaluator, durations
 from vtok.layers.perceptual import file_sha256, load_lpips
 from vtok.metrics.codecs import CODECS
 from vtok.metrics.controls import CONTROLS
@@ -111,7 +111,7 @@ def showcase(evaluator: Evaluator, result: dict[str, Any], *, fps: float | None,
             at = first + index
             if at not in tags:
                 continue
-            clip = select(batch, index)
+            clip = batch.rows(slice(index, index + 1))
             assert clip.video is not None
             videos, psnr = evaluator.reconstruct(clip)
             seconds, frames = float(durations(clip, fps)[0]), int(clip.frames()[0])

@@ -14,7 +14,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -43,15 +42,6 @@ def default_budgets(max_tokens: int) -> list[int]:
     while (budget := 4 ** len(out)) < max_tokens:
         out.append(budget)
     return [*out, max_tokens]
-
-
-def select(clip: Clip, row: int) -> Clip:
-    """A batch of one: row `row` of a batch."""
-
-    def take(value: Any) -> Any:
-        return value[row : row + 1] if isinstance(value, (Tensor, list)) else None
-
-    return Clip(**{f.name: take(getattr(clip, f.name)) for f in fields(clip) if f.name != "features"})
 
 
 def durations(clip: Clip, fps: float | None) -> Tensor:
@@ -200,7 +190,7 @@ class Evaluator:
         lengths = clip.frames()
         if int(lengths.min()) < int(lengths.max()):
             for index in range(len(clip)):
-                yield from self._on_grid(select(clip, index), budget, row)
+                yield from self._on_grid(clip.rows(slice(index, index + 1)), budget, row)
             return
         counts = self.model.token_counts(int(lengths[0]), tuple(clip.video.shape[3:]))
         here = counts[self.menu.index(budget)]
@@ -227,7 +217,7 @@ class Evaluator:
                 yield clip, *whole
                 return
         for index in range(len(clip)):
-            yield from self._coded(select(clip, index), budget, row)
+            yield from self._coded(clip.rows(slice(index, index + 1)), budget, row)
 
     def _score(self, row: Row, clip: Clip, recon: Tensor) -> None:
         assert clip.video is not None
@@ -382,7 +372,7 @@ class Evaluator:
             return rows
         clips: list[Clip] = []
         for batch in self.val:
-            clips += [select(batch, index) for index in range(len(batch))]
+            clips += [batch.rows(slice(index, index + 1)) for index in range(len(batch))]
         if self.codec_clips is not None:
             clips = clips[: self.codec_clips]
         videos = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -334,6 +335,10 @@ class LitCompressor(pl.LightningModule):
         """(titles, uint8 videos [B, C, T, H, W]) to look at: none for a compressor that returns no pixels."""
         return None
 
+    def answers(self, clip: Clip) -> list[str]:
+        """Lines of Markdown to read beside the pictures: none for a compressor that speaks to no LLM."""
+        return []
+
 
 class LitTokenizer(LitCompressor):
     """A compressor that returns to pixels: PSNR and pictures at several budgets, and the use of its codebook."""
@@ -382,6 +387,64 @@ class LitTokenizer(LitCompressor):
             titles.append(f"{budget} tokens")
             videos.append(video)
         return titles, videos
+
+
+class LitProjector(LitCompressor):
+    """A compressor that a frozen LLM reads: accuracy at several budgets, by kind of question; answers beside the truth.
+
+    Its objective has `ask` and `generate`, as `vtok.llm.ProjectorObjective`.
+    """
+
+    def _seen(self, clip: Clip) -> tuple[Clip, list[int]]:
+        """The clip with the tower's features, made once for all budgets; the budgets that each of its clips can fill:
+        eval.budgets, or 1, 4, 16, ... and every token."""
+        model: Any = self.model
+        clip = self._prepare(clip)
+        features = model.features(clip)
+        most = int(model.most_tokens(features).min())
+        asked = self.config.eval.budgets or [4**i for i in range(16)]
+        budgets = sorted(
+            {b for b in asked if b < most} | {most if not self.config.eval.budgets else min(most, max(asked))}
+        )
+        return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), budgets
+
+    def measure(self, clip: Clip, index: int) -> dict[str, Any]:
+        out, mean = super().measure(clip, index), {}
+        objective: Any = self.objective
+        with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
+            ready, budgets = self._seen(clip)
+            for budget in budgets:
+                found = objective.ask(self.model, ready, budget=budget)
+                for each in found:
+                    if each.right is not None:
+                        mean.setdefault(f"accuracy_{budget}", []).append(float(each.right))
+                        mean.setdefault(f"{each.type or 'other'}_accuracy_{budget}", []).append(float(each.right))
+                    mean.setdefault(f"positions_{budget}", []).append(float(each.positions))
+                if mean.get(f"accuracy_{budget}"):
+                    out["top"] = f"accuracy_{budget}"
+        out["mean"] |= mean
+        return out
+
+    def answers(self, clip: Clip) -> list[str]:
+        objective: Any = self.objective
+        with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
+            ready, budgets = self._seen(clip)
+            chosen = sorted({budgets[0], budgets[-1]})
+            said = {b: objective.ask(self.model, ready, budget=b, max_new_tokens=16) for b in chosen}
+            told = {b: objective.generate(self.model, ready, budget=b) for b in chosen}
+        heads = [f"{b} tokens" for b in chosen]
+        lines = [f"| clip | asked | truth | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
+        for row, key in enumerate(clip.keys):
+            truth = clip.text[row] if clip.text else ""
+            lines.append(_cells(key, "description", truth, *(told[b][row] for b in chosen)))
+        for at, each in enumerate(said[chosen[0]]):
+            lines.append(_cells(each.key, each.question, each.answer, *(said[b][at].text or "" for b in chosen)))
+        return lines
+
+
+def _cells(*texts: str) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(" ".join(text.split()).replace("|", "/") for text in texts) + " |"
 
 
 class _Averaged:

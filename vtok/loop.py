@@ -275,11 +275,11 @@ class Conductor(pl.Callback):
         began = told = time.perf_counter()
         means: dict[str, list[float]] = {}
         ids: list[Tensor] = []
-        top, batch, index = "loss", None, 0
+        top, batch, index = "", None, 0
         with _Evaluating(lit), lit.averaged():
             for new in _in_step(trainer, lit, trainer.datamodule.val_dataloader()):
                 batch = new if new is not None else batch
-                self.shown = self.shown or _first(batch, SAMPLE_CLIPS)
+                self.shown = self.shown or (batch and batch.rows(slice(SAMPLE_CLIPS)))
                 if batch is None and not strategy.is_deepspeed(trainer.strategy):
                     continue
                 if batch is None:  # sharded models run in step: this rank has nothing to run on
@@ -306,18 +306,19 @@ class Conductor(pl.Callback):
         if not means:
             raise ValueError(f"data.val_shards={self.config.data.val_shards!r} gave no clip to validate on")
         scores: dict[str, Any] = {f"val/{k}": sum(v) / len(v) for k, v in means.items()}
-        ratios = [v for k, v in scores.items() if k.startswith("val/psnr_db_")]
-        if ratios:
-            scores["val/psnr_db"] = scores[f"val/{top}"]
-            scores["val/psnr_db_mean"] = sum(ratios) / len(ratios)
+        measure = top.rpartition("_")[0]  # psnr_db of psnr_db_256
+        by_budget = {k: v for k, v in scores.items() if measure and k.startswith(f"val/{measure}_")}
+        if by_budget:
+            scores[f"val/{measure}"] = scores[f"val/{top}"]
+            scores[f"val/{measure}_mean"] = sum(by_budget.values()) / len(by_budget)
         sizes = tuple(getattr(lit.model, "codebook_sizes", ()) or ())
         scores |= {f"val/{k}": v for k, v in codebook_use(ids, sizes).items()} if ids else {}
         scores["val/clips"] = len(means["loss"])
         scores["val/seconds"] = time.perf_counter() - began
         self.curves.write(lit.steps_done, scores)
-        quality = scores.get("val/psnr_db_mean", -scores["val/loss"])
+        quality = scores.get(f"val/{measure}_mean", -scores["val/loss"])
         if self.bar is not None:
-            shown = {k: v for k, v in scores.items() if k.startswith("val/psnr_db_") or k == "val/loss"}
+            shown = {"val/loss": scores["val/loss"], **by_budget}
             self.bar.say(f"step {lit.steps_done}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in shown.items()))
         better = math.isfinite(quality) and (self.best is None or quality > self.best)
         self.best = quality if better else self.best
@@ -328,14 +329,18 @@ class Conductor(pl.Callback):
         if not self.config.data.val_shards:
             return
         if self.shown is None:
-            self.shown = _first(next(iter(trainer.datamodule.val_dataloader()), None), SAMPLE_CLIPS)
+            batch = next(iter(trainer.datamodule.val_dataloader()), None)
+            self.shown = batch and batch.rows(slice(SAMPLE_CLIPS))
         if self.shown is None:
             return
         clip = self.shown
         with _Evaluating(lit), lit.averaged():
             found = strategy.call(trainer, "pictures", clip.to(lit.device))
+            texts = strategy.call(trainer, "answers", clip.to(lit.device))
         if found is not None:
             self.curves.samples(lit.steps_done, *found, fps=self.config.data.fps or 8.0)
+        if texts:
+            self.curves.texts(lit.steps_done, texts)
 
     # checkpoints
 
@@ -395,15 +400,6 @@ def _in_step(trainer: Any, lit: LitCompressor, loader: Any) -> Any:
         elif batch is None:
             return
         yield batch
-
-
-def _first(clip: Clip | None, count: int) -> Clip | None:
-    """The first clips of a batch."""
-    if clip is None:
-        return None
-    names = ("video", "lengths", "times", "text", "prompt", "target", "qa")
-    parts = {name: getattr(clip, name) for name in names}
-    return Clip(keys=clip.keys[:count], **{k: v[:count] if v is not None else None for k, v in parts.items()})
 
 
 def _all_max(values: list[Any], device: torch.device) -> list[float]:

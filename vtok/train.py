@@ -29,13 +29,13 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 import vtok
-from vtok import strategy
+from vtok import projecting, strategy
 from vtok.alarms import AlarmError
 from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
-from vtok.lit import LitCompressor, LitTokenizer, NonFiniteError
+from vtok.lit import LitCompressor, LitProjector, LitTokenizer, NonFiniteError
 from vtok.loop import Conductor, touch
 from vtok.optim import SCHEDULES
 from vtok.types import ShapeError
@@ -239,6 +239,7 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
     """Model and objective of a run, from `seed` or from the weights of `init_from`, as a LightningModule."""
     family = load_family(config.model.name)
     pl.seed_everything(config.seed, workers=False, verbose=False)
+    llm = projecting.complete(config) if projecting.is_projector(config) else None  # held until the objective has it
     if hasattr(family, "build"):  # a family whose fresh model needs more than its configuration
         model = family.build(config.model, load=vtok.load)
     else:
@@ -255,7 +256,9 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
     objective = family.Objective(config.objective, config.model, load=vtok.load)
     if fresh and hasattr(objective, "begin"):  # losses that can go on with what another run's have learned
         objective.begin(_state_of)
-    kind = LitTokenizer if hasattr(model, "decode") else LitCompressor
+    del llm
+    kinds = {"decode": LitTokenizer, "compress": LitProjector}
+    kind = next((kind for method, kind in kinds.items() if hasattr(model, method)), LitCompressor)
     return kind(config, model, objective, fresh=fresh)
 
 
@@ -277,6 +280,8 @@ def finished(about: dict[str, Any], config: RunConfig) -> bool:
 def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
     """{key: (old, new)} of what a resumed run changes. Raises ValueError for a key that would change model or data."""
     old, new = flatten(before), flatten(now)
+    if projecting.is_projector(now):
+        new |= {k: old[k] for k in (f"model.{name}" for name in projecting.OPEN) if not new[k] and k in old}
     if hasattr(load_family(now.model.name), "build"):  # it fills in what was left open: not a change
         new |= {k: old[k] for k, value in new.items() if k.startswith("model.") and value is None and k in old}
     changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
