@@ -15,7 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import BinaryIO
 
 import numpy as np
@@ -40,17 +40,20 @@ from vtok.prior_coding import PriorModel, PriorStream
 from vtok.stream_header import (
     ASKED,
     CODINGS,
+    FINGERPRINT_BYTES,
+    KINDS,
     MAGIC,
-    MODELS,
     VERSION,
     DamagedFile,
     ForeignFile,
     Header,
     NewerVersion,
+    OlderVersion,
     OtherBuild,
     TruncatedFile,
     VtokFileError,
     WrongModel,
+    file_key,
     header_bytes,
     parse_header,
 )
@@ -66,6 +69,7 @@ __all__ = [
     "Header",
     "MAGIC",
     "NewerVersion",
+    "OlderVersion",
     "OtherBuild",
     "PriorModel",
     "Reader",
@@ -75,17 +79,21 @@ __all__ = [
     "Writer",
     "WrongModel",
     "factors_of",
+    "file_key",
     "packed_bits",
     "read_footer",
 ]
 
 END_MAGIC = b"VTKE"
-RECORD, FOOTER = 0x52, 0x46  # "R", "F"
+END_BYTES = 1 + len(END_MAGIC)  # bytes of the totals, end mark
+RECORD, PLAIN, FOOTER = 0x52, 0x50, 0x46  # "R", "P" (packed, whatever the file's coding), "F"
 RECORD_TOKENS = 1024  # a record is closed once it holds this many tokens: about 2 kB, 10 bytes of it overhead
+DIGEST_BYTES = 8  # of the sha256 at the end
+MAX_HEADER = 1 << 16
 MAX_RECORD = 1 << 24  # bytes; a longer record is damage, and is refused before memory is asked for
 MAX_GROUPS = 1 << 16  # groups of one record
 EntropyModel = StaticModel | PriorModel
-KINDS = {"static": StaticModel, "ar": PriorModel}
+MODELS = {"static": StaticModel, "ar": PriorModel}
 FILES = {"static": "entropy.safetensors", "ar": "prior.safetensors"}
 
 
@@ -202,11 +210,9 @@ class Writer:
         """Write what is pending and the footer. `frames`: frames of the whole video, what decoding must return."""
         self._flush()
         footer = Footer(frames, self._totals["groups"], self._totals["tokens"], self._totals["records"])
-        body = b"".join(map(varint, (footer.frames, footer.groups, footer.tokens, footer.records)))
-        body += self._sha.digest()
-        frame = bytes([FOOTER]) + varint(len(body)) + body
-        self._file.write(frame + zlib.crc32(frame, self._crc).to_bytes(4, "little"))
-        self._file.write((len(frame) + 12).to_bytes(4, "little") + END_MAGIC)
+        totals = bytes([FOOTER]) + b"".join(map(varint, astuple(footer)))
+        self._sha.update(totals)
+        self._file.write(totals + self._sha.digest()[:DIGEST_BYTES] + bytes([len(totals)]) + END_MAGIC)
         return footer
 
     def size_with(self, chunks: Iterable[Chunk], *, frames: int) -> int:
@@ -227,19 +233,16 @@ class Writer:
         counts = [n for chunk in chunks for n in chunk.counts]
         indices = np.concatenate([chunk.indices for chunk in chunks])
         frames = chunks[0].frames
-        uniform = len(set(counts)) == 1
         body = b"".join(map(varint, (len(chunks), len(chunks[0].counts), 0 if frames is None else frames + 1)))
-        if uniform:
-            body += varint(counts[0] + 1)
-        elif self.header.version == 1:
-            body += varint(0) + b"".join(map(varint, counts))
-        else:
-            body += _packed_counts(counts)
-        body += self._coder.encode(indices, counts)
+        body += varint(counts[0] + 1) if len(set(counts)) == 1 else _packed_counts(counts)
+        tag, ids = RECORD, self._coder.encode(indices, counts)
+        if packed_bytes(self.header.codebook_sizes, len(indices)) < len(ids):
+            tag, ids = PLAIN, pack(indices, self.header.codebook_sizes)
+        body += ids
         if len(body) > MAX_RECORD:
             raise ValueError(f"a step of {len(indices)} tokens needs {len(body)} bytes, a record holds {MAX_RECORD}")
-        frame = bytes([RECORD]) + varint(len(body)) + body
-        self._put(frame)
+        self._put(bytes([tag]) + varint(len(body)) + body)
+        self._sha.update(_bytes_of(indices))
         self._totals["groups"] += len(counts)
         self._totals["tokens"] += len(indices)
         self._totals["records"] += 1
@@ -284,37 +287,37 @@ class Reader:
 
         Raises: WrongModel naming both; OtherBuild where the prior's probabilities come out otherwise here.
         """
-        header = self.header
-        if (header.model_id, header.weights_sha256) != (model_id, weights_sha256):
+        header, coding = self.header, self.header.coding
+        if header.model_id != model_id:
             raise WrongModel(
-                f"{self._name} was encoded with model {header.model_id} (weights sha256 "
-                f"{header.weights_sha256.hex()[:16]}...), but this is {model_id} ({weights_sha256.hex()[:16]}...); "
-                "decode it with the model that encoded it"
+                f"{self._name} was encoded with model {header.model_id}, but this is {model_id}; decode it with the "
+                "model that encoded it"
             )
-        if header.coding == "packed":
-            return
-        kind = MODELS[header.coding]
-        if entropy is None or not isinstance(entropy, KINDS[header.coding]):
+        if coding in KINDS and not isinstance(entropy, MODELS[coding]):
             raise WrongModel(
-                f"{self._name} is coded with {kind} of {header.model_id}, which this copy of the model lacks "
-                f"({FILES[header.coding]} in the export)"
+                f"{self._name} is coded with {KINDS[coding]} of {header.model_id}, which this copy of the model lacks "
+                f"({FILES[coding]} in the export)"
             )
-        if not entropy.sha256.startswith(header.entropy_sha256):
+        entropy = entropy if coding in KINDS else None
+        key, here = header.key, file_key(weights_sha256, entropy)
+        cut = len(key) - (FINGERPRINT_BYTES if coding == "ar" else 0)
+        if key[:cut] != here[:cut]:
+            kind = f"{KINDS[coding]} or the weights" if coding in KINDS else "the weights"
             raise WrongModel(
-                f"{self._name} was coded with {kind} {header.entropy_sha256.hex()[:16]}..., but "
-                f"this copy of {model_id} has {entropy.sha256.hex()[:16]}...; use the export that encoded it"
+                f"{self._name} was coded with another {model_id}: {kind} differ from this copy's (key "
+                f"{key[:cut].hex()} there, {here[:cut].hex()} here); use the export that encoded it"
             )
-        if isinstance(entropy, PriorModel) and entropy.fingerprint != header.fingerprint:
+        if key != here:
+            assert isinstance(entropy, PriorModel)
             raise OtherBuild(
-                f"{self._name} was coded where the prior's probabilities are {header.fingerprint.hex()} "
-                f"({header.build or 'an unnamed build'}); on this machine they are {entropy.fingerprint.hex()} "
-                f"({entropy.build}), which would decode to other ids. Decode it on a build like the first, or encode "
-                "the video again with coding 'static'"
+                f"{self._name} was coded where the prior's probabilities are {key[cut:].hex()}; on this machine "
+                f"({entropy.build}) they are {here[cut:].hex()}, which would decode to other ids. Decode it on a build "
+                "like the first, or encode the video again with coding 'static'"
             )
         self._entropy = entropy
 
     def __iter__(self) -> Iterator[Chunk]:
-        if self.header.coding in MODELS and self._entropy is None:
+        if self.header.coding in KINDS and self._entropy is None:
             raise WrongModel(
                 f"{self._name} is {self.header.coding}-coded: it can only be read with {self.header.model_id}'s own "
                 f"model ({FILES[self.header.coding]}); call expect() first"
@@ -323,13 +326,14 @@ class Reader:
         coder = _coder(self.header, self._entropy)
         while True:
             with self._damage():
-                tag, body, frame = self._read_frame()
-                if tag == FOOTER:
-                    self.footer = self._check_footer(frame, body, groups=groups, tokens=tokens, records=records)
+                tag = self._read(1)
+                if tag[0] == FOOTER:
+                    self.footer = self._check_footer(groups=groups, tokens=tokens, records=records)
                     return
-                self._sha.update(frame)
-                chunks = self._chunks(body, coder)
+                body = self._read_record(tag)
+                chunks = self._chunks(body, coder, packed=tag[0] == PLAIN)
             for chunk in chunks:
+                self._sha.update(_bytes_of(chunk.indices))
                 groups += len(chunk.counts)
                 tokens += len(chunk.indices)
                 yield chunk
@@ -345,7 +349,7 @@ class Reader:
         except (ValueError, ZeroDivisionError, IndexError, OverflowError) as error:
             raise DamagedFile(f"{self._name} is damaged: {error}") from error
 
-    def _chunks(self, body: bytes, coder: _Packed | _Static | PriorStream) -> list[Chunk]:
+    def _chunks(self, body: bytes, coder: Coder, *, packed: bool) -> list[Chunk]:
         header = self.header
         chunks, at = take_varint(body, 0)
         groups, at = take_varint(body, at)
@@ -355,17 +359,17 @@ class Reader:
         uniform, at = take_varint(body, at)
         if uniform:
             counts = [uniform - 1] * (chunks * groups)
-        elif header.version > 1:
-            counts, at = _take_counts(body, at, chunks * groups)
         else:
-            counts = []
-            for _ in range(chunks * groups):
-                count, at = take_varint(body, at)
-                counts.append(count)
+            counts, at = _take_counts(body, at, chunks * groups)
         # An id costs at least 2**-22 of a bit, so no count can be checked by the bytes alone: bound it first.
         if sum(counts) > MAX_RECORD or (header.budget and max(counts) > header.budget):
             raise DamagedFile(f"{self._name}: a record of {sum(counts)} tokens")
-        indices = coder.decode(body[at:], counts)
+        if packed:
+            indices = unpack(body[at:], sum(counts), header.codebook_sizes)
+            if isinstance(coder, PriorStream):
+                coder.advance(indices, counts)
+        else:
+            indices = coder.decode(body[at:], counts)
         out, cursor = [], 0
         for c in range(chunks):
             here = tuple(counts[c * groups : (c + 1) * groups])
@@ -373,17 +377,23 @@ class Reader:
             cursor += sum(here)
         return out
 
-    def _check_footer(self, frame: bytes, body: bytes, *, groups: int, tokens: int, records: int) -> Footer:
-        footer, sha = _parse_footer(body)
-        if sha != self._sha.digest():
+    def _check_footer(self, *, groups: int, tokens: int, records: int) -> Footer:
+        """The footer, whose tag is read; the end of the file is after it."""
+        values, totals = [], bytes([FOOTER])
+        for _ in fields(Footer):
+            value, raw = self._read_varint()
+            values.append(value)
+            totals += raw
+        footer = Footer(*values)
+        self._sha.update(totals)
+        if self._read(DIGEST_BYTES) != self._sha.digest()[:DIGEST_BYTES]:
             raise DamagedFile(f"{self._name} is damaged: its sha256 is not the one it states")
         if (footer.groups, footer.tokens, footer.records) != (groups, tokens, records):
             raise DamagedFile(
                 f"{self._name} is damaged: it states {footer}, but holds {groups} groups, {tokens} tokens"
             )
-        tail = self._read(8)
-        if tail != (len(frame) + 8).to_bytes(4, "little") + END_MAGIC:
-            raise DamagedFile(f"{self._name} is damaged: its last 8 bytes are not an end mark")
+        if self._read(END_BYTES) != bytes([len(totals)]) + END_MAGIC:
+            raise DamagedFile(f"{self._name} is damaged: its last {END_BYTES} bytes are not an end mark")
         if self._file.read(1):
             raise DamagedFile(f"{self._name} is damaged: there is more after its end mark")
         return footer
@@ -400,13 +410,14 @@ class Reader:
             raw += self._read(1)
         return take_varint(bytes(raw), 0)[0], bytes(raw)
 
-    def _read_frame(self) -> tuple[int, bytes, bytes]:
-        tag = self._read(1)
+    def _read_record(self, tag: bytes) -> bytes:
+        """The checked body of a record whose tag is read."""
         size, raw = self._read_varint()
-        if tag[0] not in (RECORD, FOOTER) or size > MAX_RECORD:
+        if tag[0] not in (RECORD, PLAIN) or size > MAX_RECORD:
             raise DamagedFile(f"{self._name} is damaged: a record starts with {tag.hex()} and claims {size} bytes")
         body = self._read(size)
-        return tag[0], body, self._checked(tag + raw + body)
+        self._sha.update(self._checked(tag + raw + body))
+        return body
 
     def _checked(self, frame: bytes) -> bytes:
         self._crc = zlib.crc32(frame, self._crc)
@@ -421,47 +432,48 @@ class Reader:
             if magic and MAGIC.startswith(magic):
                 raise TruncatedFile(f"{self._name} is cut off after {len(magic)} bytes")
             raise ForeignFile(f"{self._name} is not a .vtok file: it starts with {magic.hex() or 'nothing'}")
-        fixed = self._read(4)
-        version, size = int.from_bytes(fixed[:2], "little"), int.from_bytes(fixed[2:], "little")
-        if version > VERSION:
+        version = self._read(1)
+        if version[0] > VERSION:
             raise NewerVersion(
-                f"{self._name} has format version {version}, this vtok reads up to {VERSION}; install a newer vtok "
-                "(or the file is damaged)"
+                f"{self._name} has format version {version[0]}, this vtok reads version {VERSION}; install a newer "
+                "vtok (or the file is damaged)"
             )
-        body = self._read(size)
-        self._sha.update(self._checked(magic + fixed + body))
-        if version < 1:
-            raise DamagedFile(f"{self._name} has format version {version}")
+        if version[0] < VERSION:
+            raise OlderVersion(
+                f"{self._name} has format version {version[0]}, this vtok reads version {VERSION}; encode the video "
+                "again (or the file is damaged)"
+            )
         with self._damage():
-            return parse_header(body, version)
+            size, raw = self._read_varint()
+            if size > MAX_HEADER:
+                raise DamagedFile(f"{self._name} is damaged: its header claims {size} bytes")
+            body = self._read(size)
+            self._sha.update(self._checked(magic + version + raw + body))
+            return parse_header(body)
 
 
 def read_footer(file: BinaryIO, *, name: str = "this file") -> Footer:
     """The totals of a seekable .vtok file from its last bytes, without reading (or checking) its records."""
     length = file.seek(0, 2)
-    if length < len(MAGIC) + 8:
+    if length < len(MAGIC) + END_BYTES:
         raise TruncatedFile(f"{name} is cut off after {length} bytes")
-    file.seek(length - 8)
-    tail = file.read(8)
-    size = int.from_bytes(tail[:4], "little")
-    if tail[4:] != END_MAGIC or size + len(MAGIC) > length or size < 20:
+    file.seek(length - END_BYTES)
+    tail = file.read(END_BYTES)
+    size = tail[0] + DIGEST_BYTES + END_BYTES
+    if tail[1:] != END_MAGIC or size + len(MAGIC) > length:
         raise TruncatedFile(f"{name} does not end with a footer: it was cut off or never finished")
     file.seek(length - size)
-    body = file.read(size - 12)
-    if body[0] != FOOTER:
-        raise DamagedFile(f"{name} is damaged: its footer is not where its end mark says")
+    totals = file.read(tail[0])
+    values, at = [], 1
     try:
-        return _parse_footer(body[take_varint(body, 1)[1] :])[0]
+        for _ in fields(Footer):
+            value, at = take_varint(totals, at)
+            values.append(value)
     except ValueError as error:
         raise DamagedFile(f"{name} is damaged: {error}") from error
-
-
-def _parse_footer(body: bytes) -> tuple[Footer, bytes]:
-    values, at = [], 0
-    for _ in range(4):
-        value, at = take_varint(body, at)
-        values.append(value)
-    return Footer(*values), body[at:]
+    if totals[0] != FOOTER or at != len(totals):
+        raise DamagedFile(f"{name} is damaged: its footer is not where its end mark says")
+    return Footer(*values)
 
 
 class _Packed:
@@ -490,7 +502,10 @@ def _ranks(counts: list[int]) -> np.ndarray:
     return np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
 
 
-def _coder(header: Header, entropy: EntropyModel | None) -> _Packed | _Static | PriorStream:
+Coder = _Packed | _Static | PriorStream
+
+
+def _coder(header: Header, entropy: EntropyModel | None) -> Coder:
     """How the ids of a file's records become bytes and back, record after record."""
     if isinstance(entropy, PriorModel):
         return PriorStream(entropy)
@@ -498,20 +513,18 @@ def _coder(header: Header, entropy: EntropyModel | None) -> _Packed | _Static | 
 
 
 def _check_entropy(header: Header, entropy: EntropyModel | None) -> None:
-    kind = KINDS.get(header.coding, type(None))
-    if not isinstance(entropy, kind):
-        needs = f"needs {MODELS[header.coding]}" if header.coding in MODELS else "takes no entropy model"
-        raise ValueError(f"coding={header.coding!r} {needs}, got {type(entropy).__name__}")
-    if entropy is not None:
-        if entropy.codebook_sizes != header.codebook_sizes:
-            raise ValueError(
-                f"{MODELS[header.coding]} is for codebooks {entropy.codebook_sizes}, the tokens have "
-                f"{header.codebook_sizes}"
-            )
-        if not entropy.sha256.startswith(header.entropy_sha256):
-            raise ValueError(f"header.entropy_sha256 is not the sha256 of {MODELS[header.coding]}")
-    if isinstance(entropy, PriorModel) and entropy.fingerprint != header.fingerprint:
-        raise ValueError("header.fingerprint is not the prior's on this machine")
+    coding = header.coding
+    if not isinstance(entropy, MODELS.get(coding, type(None))):
+        needs = f"needs {KINDS[coding]}" if coding in KINDS else "takes no entropy model"
+        raise ValueError(f"coding={coding!r} {needs}, got {type(entropy).__name__}")
+    if entropy is not None and entropy.codebook_sizes != header.codebook_sizes:
+        raise ValueError(
+            f"{KINDS[coding]} is for codebooks {entropy.codebook_sizes}, the tokens have {header.codebook_sizes}"
+        )
+
+
+def _bytes_of(indices: np.ndarray) -> bytes:
+    return np.ascontiguousarray(indices, "<i8").tobytes()
 
 
 def _packed_counts(counts: list[int]) -> bytes:

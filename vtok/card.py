@@ -276,11 +276,11 @@ def _describe_vtok(path: Path) -> str:
     return "\n".join(
         [
             f".vtok file {path} (records are not checked here; decoding checks them)",
-            f"  model         {header.model_id}, weights sha256 {header.weights_sha256.hex()}",
+            f"  model         {header.model_id}, key {header.key.hex()}",
             f"  video         {footer.frames} frames of {header.size[1]}x{header.size[0]} at {header.fps} frames/s, "
             f"{duration:.2f} s",
             f"  tokens        {footer.tokens} in {footer.groups} groups ({limit}), codebooks {header.codebook_sizes}",
-            f"  coding        {header.coding}" + (f" ({header.build})" if header.build else ""),
+            f"  coding        {header.coding}",
             f"  size          {size} bytes" + (f", {size * 8 / duration / 1000:.3f} kbit/s" if duration else ""),
         ]
     )

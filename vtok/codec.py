@@ -27,13 +27,12 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vtok.bitstream import CODINGS, Chunk, DamagedFile, Footer, Header, Reader, Writer, read_footer
+from vtok.bitstream import CODINGS, Chunk, DamagedFile, Footer, Header, Reader, Writer, file_key, read_footer
 from vtok.data.decode import VideoReader, probe
 from vtok.data.encode import write_video
 from vtok.data.view import View, fit
 from vtok.layers.perceptual import LPIPS, load_lpips
 from vtok.loading import identify, load_any
-from vtok.prior_coding import PriorModel
 from vtok.rate_control import Asked, as_fraction, cut, shared_policy, simple_policy
 from vtok.trial import Step
 from vtok.types import Clip, Streaming, Tokens, to_uint8
@@ -222,13 +221,11 @@ def encode_file(
     _warn_if_far(model, shape)
     header = Header(
         model_id=who.model_id,
-        weights_sha256=who.weights_sha256,
+        key=file_key(who.weights_sha256, entropy),
         size=shape,
         fps=rate,
         codebook_sizes=tuple(model.codebook_sizes),
         coding=coding,
-        entropy_sha256=entropy.sha256 if entropy is not None else b"",
-        **_build_of(entropy),
         budget=asked.budget or 0,
         tokens_per_second=Fraction(0) if asked.tokens_per_second is None else as_fraction(asked.tokens_per_second),
         asked=asked.name if asked.own_lengths else "",
@@ -315,12 +312,6 @@ def decode_file(
         )
     assert written == footer.frames, (written, footer)
     return footer
-
-
-def _build_of(entropy: Any) -> dict[str, Any]:
-    """What the header says of the machine that codes, where its arithmetic matters."""
-    prior = isinstance(entropy, PriorModel)
-    return {"fingerprint": entropy.fingerprint, "build": entropy.build} if prior else {}
 
 
 def _as_tokens(chunk: Chunk, model: Any) -> Tokens:

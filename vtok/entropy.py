@@ -2,21 +2,18 @@
 
 Letters: B batch, K tokens per clip (padded), N tokens, Q ids per token, V codebook size, R ranks, S digits.
 
-    ids [N, Q] -> digits [N, S] (mixed radix) -> one big integer per block -> bytes
-
-Both codings are arithmetic on one unbounded integer x per block, undone in the opposite order:
-    packed   x <- x * V + id                                  every id of V costs log2(V) bits
-    static   x <- (x // f) * 2**22 + start + x % f            asymmetric numeral systems (Duda 2013,
-             a digit of frequency f costs 22 - log2(f) bits   https://arxiv.org/abs/1311.2540) without renormalisation:
-                                                              exact, no float is ever involved
-so a block costs its information (static: and at most 22 bits more, its first state) rounded up to whole bytes, and the
-same ids make the same bytes on every machine.
+    packed   ids [N, Q] -> one big integer per block, x <- x * V + id -> bytes     every id of V costs log2(V) bits
+    static   ids [N, Q] -> digits [N, S] (mixed radix) -> range coder -> bytes     a digit of frequency f costs
+                                                                                  22 - log2(f) bits
+Both are integer arithmetic, so the same ids make the same bytes on every machine, and both cost the information of the
+ids rounded up to whole bytes (packed: of each block).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -28,8 +25,10 @@ from torch import Tensor
 
 from vtok.types import Tokens
 
-BLOCK = 4096  # digits that share one integer: its arithmetic is quadratic in this
+BLOCK = 4096  # packed ids that share one integer: its arithmetic is quadratic in this
 PRECISION = 22  # bits of a frequency table's total
+STATE = 64  # bits of the range coder: an interval is cut up within 2**-34 of exact
+FULL = (1 << STATE) - 1
 MAX_ENTRIES = 1 << 22  # frequencies of a static model: 16 MiB
 
 
@@ -167,7 +166,7 @@ class StaticModel:
         batch, count = tokens.group.shape
         if tokens.indices is None:
             raise ValueError("these tokens have no indices: continuous tokens have no entropy-coded size")
-        indices = tokens.indices.reshape(batch * count, -1).cpu().numpy()
+        indices = tokens.indices.flatten(0, 1).cpu().numpy()
         mask = tokens.mask.cpu()
         indices = np.where(mask.reshape(-1, 1).numpy(), indices, 0)
         check_ids(indices, self.codebook_sizes)
@@ -300,61 +299,92 @@ def unpack(data: bytes, count: int, codebook_sizes: Sequence[int]) -> np.ndarray
     return np.array(rows, np.int64).reshape(count, len(sizes))
 
 
+class RangeEncoder:
+    """Digits of whole-number probabilities as the fewest bytes that, continued by zeros, lie in their interval.
+
+    A range coder (Martin 1979) with 64 bits of state; carries go back into the bytes that are out already. It spends
+    the information of the digits, rounded up to a byte at most.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.size, self.out = 0, 1 << STATE, bytearray()
+
+    def put(self, start: int, frequency: int) -> None:
+        """A digit whose share of 2**22 begins at `start` and has length `frequency`."""
+        unit = self.size >> PRECISION
+        self.low, self.size = self.low + unit * start, unit * frequency
+        if self.low >> STATE:
+            self._carry()
+        while self.size < 1 << STATE - 8:
+            self.out.append(self.low >> STATE - 8)
+            self.low, self.size = self.low << 8 & FULL, self.size << 8
+
+    def finish(self) -> bytes:
+        """The bytes of all digits. The encoder is used up."""
+        for count in range(STATE // 8 + 1):
+            step = 1 << STATE - 8 * count
+            value = -(-self.low // step) * step
+            if value < self.low + self.size:
+                break
+        if value >> STATE:
+            self._carry()
+        return bytes(self.out + (value & FULL).to_bytes(STATE // 8, "big")[:count]).rstrip(b"\0")
+
+    def _carry(self) -> None:
+        self.low &= FULL
+        at = len(self.out) - 1
+        while self.out[at] == 0xFF:
+            self.out[at] = 0
+            at -= 1
+        self.out[at] += 1
+
+
+class RangeDecoder:
+    """The inverse of `RangeEncoder`: `slot` of the next digit, then `take` it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at, self.size = data, STATE // 8, 1 << STATE
+        self.code = int.from_bytes(data[: self.at].ljust(self.at, b"\0"), "big")
+
+    def slot(self) -> int:
+        """Where in 2**22 the next digit lies. Raises: ValueError for bytes that no digits make."""
+        slot = self.code // (self.size >> PRECISION)
+        if slot >> PRECISION:
+            raise ValueError("coded ids: no digit has this code")
+        return slot
+
+    def take(self, start: int, frequency: int) -> None:
+        unit = self.size >> PRECISION
+        self.code, self.size = self.code - unit * start, unit * frequency
+        while self.size < 1 << STATE - 8:
+            following = self.data[self.at] if self.at < len(self.data) else 0
+            self.code, self.size, self.at = self.code << 8 | following, self.size << 8, self.at + 1
+
+
 def encode_static(indices: np.ndarray, ranks: np.ndarray, model: StaticModel) -> bytes:
-    """ids [N, Q] of tokens with ranks [N] as bytes, entropy-coded: per block a varint length, then its integer."""
+    """ids [N, Q] of tokens with ranks [N] as bytes, entropy-coded."""
     check_ids(indices, model.codebook_sizes)
-    symbols = to_symbols(indices, model.index_factors)
-    step, out = max(1, BLOCK // max(1, symbols.shape[1])), bytearray()
-    for at in range(0, len(symbols), step):
-        x = 0
-        rows, order = symbols[at : at + step].tolist(), ranks[at : at + step].tolist()
-        for row, rank in zip(reversed(rows), reversed(order)):  # last in, first out: the reader goes forward
-            tables = model.tables(rank)
-            for d in range(len(row) - 1, -1, -1):
-                frequencies, starts = tables[d]
-                x, rest = divmod(x, frequencies[row[d]])
-                x = (x << PRECISION) | (rest + starts[row[d]])
-        data = x.to_bytes((x.bit_length() + 7) // 8, "little")
-        out += varint(len(data)) + data
-    return bytes(out)
+    coder = RangeEncoder()
+    for row, rank in zip(to_symbols(indices, model.index_factors).tolist(), ranks.tolist()):
+        for digit, (frequencies, starts) in zip(row, model.tables(rank)):
+            coder.put(starts[digit], frequencies[digit])
+    return coder.finish()
 
 
 def decode_static(data: bytes, ranks: np.ndarray, model: StaticModel) -> np.ndarray:
     """The inverse of `encode_static`: ids [N, Q] int64 of tokens with ranks [N]. Raises ValueError."""
-    step, rows, cursor = max(1, BLOCK // max(1, len(model.radices))), [], 0
-    low = (1 << PRECISION) - 1
-    for at in range(0, len(ranks), step):
-        size, cursor = take_varint(data, cursor)
-        if cursor + size > len(data):
-            raise ValueError("coded ids: a block is longer than its record")
-        x = int.from_bytes(data[cursor : cursor + size], "little")
-        cursor += size
-        for rank in ranks[at : at + step].tolist():
-            row = []
-            for frequencies, starts in model.tables(rank):
-                slot = x & low
-                symbol = _find(starts, slot)
-                x = frequencies[symbol] * (x >> PRECISION) + slot - starts[symbol]
-                row.append(symbol)
-            rows.append(row)
-        if x:
-            raise ValueError("coded ids: bits are left after the last token")
-    if cursor != len(data):
-        raise ValueError(f"coded ids: {len(data) - cursor} bytes too many for {len(ranks)} tokens")
+    coder, rows = RangeDecoder(data), []
+    for rank in ranks.tolist():
+        row = []
+        for frequencies, starts in model.tables(rank):
+            digit = bisect_right(starts, coder.slot()) - 1
+            coder.take(starts[digit], frequencies[digit])
+            row.append(digit)
+        rows.append(row)
+    if data.endswith(b"\0") or len(data) > coder.at:
+        raise ValueError(f"coded ids: {len(data)} bytes are too many for {len(ranks)} tokens")
     symbols = np.array(rows, np.int64).reshape(len(ranks), len(model.radices))
     return from_symbols(symbols, model.index_factors)
-
-
-def _find(starts: list[int], slot: int) -> int:
-    """Index of the last start that is <= slot."""
-    low, high = 0, len(starts)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if starts[middle] <= slot:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def varint(value: int) -> bytes:

@@ -32,7 +32,7 @@ from vtok.layers.token_prior import NULL, TokenPrior, TokenPriorConfig
 from vtok.types import Tokens
 
 PIECE = 256  # tokens that encoding reads at once: scores are [heads, PIECE, keys]
-CHECK_BYTES = 2  # of a CRC-32 over a record's ids: wrong probabilities give wrong ids, not an error
+CHECK_BYTES = 1  # of a CRC-32 over a record's ids: wrong probabilities give wrong ids, not an error
 
 
 class PriorModel:
@@ -185,6 +185,10 @@ class PriorStream:
         symbols = to_symbols(ids, self.factors)
         tables = self.frequencies(ids, counts)
         return sum((cost(f, symbols[:, s]) for s, f in enumerate(tables)), np.zeros(len(ids)))
+
+    def advance(self, ids: np.ndarray, counts: Sequence[int]) -> None:
+        """These ids [N, Q] are the next groups, known already."""
+        self.frequencies(ids, counts)
 
     def encode(self, ids: np.ndarray, counts: Sequence[int]) -> bytes:
         """The ids [N, Q] of the next groups, of so many tokens each, as bytes that end with their check."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtok.bitstream import MAX_RECORD, RECORD_TOKENS, Chunk, Writer
+from vtok.bitstream import DIGEST_BYTES, END_BYTES, MAX_RECORD, RECORD_TOKENS, Chunk, Writer
 from vtok.entropy import BLOCK, PRECISION, StaticModel, to_symbols, varint
 from vtok.prior_coding import PriorModel, PriorStream
 
@@ -124,7 +124,7 @@ class BytePurse:
         self.open_tokens = self.fresh_tokens = 0  # of the writer's open record, and not handed on yet
         self.per_token = record / RECORD_TOKENS + self.coder.per_token
         totals = (max(frames, 1), max(frames, 1), max(frames, 1) * group_tokens, max(frames, 1))
-        self.foot = 1 + 2 + sum(len(varint(n)) for n in totals) + 32 + 4 + 8
+        self.foot = 1 + sum(len(varint(n)) for n in totals) + DIGEST_BYTES + END_BYTES
         self.least = self.coder.worst + self.per_token + self.count_bits
 
     def prices(self, ids: np.ndarray, *, chosen: bool) -> Tensor:
@@ -195,9 +195,8 @@ class StaticCoder:
         self.model, table = model, PRECISION - model.frequencies.double().log2()  # [R, sum of radices]
         self.table, self.edges = table.numpy(), np.concatenate([[0], np.cumsum(model.radices)])[:-1]
         self.worst = float(np.maximum.reduceat(self.table[0], self.edges).sum())
-        # a block of digits: its first state, its rounding to bytes, and its length
-        slack = PRECISION + 8.0 + 24.0
-        self.per_record, self.per_token = slack, slack / max(1, BLOCK // len(model.radices))
+        # the rounding to a byte; the range coder's cuts are below 2**-30 bits a digit
+        self.per_record, self.per_token = 8.0, len(model.radices) * 2.0**-30
 
     def bits(self, ids: np.ndarray, *, chosen: bool) -> np.ndarray:
         rank = np.minimum(np.arange(len(ids)), self.model.max_rank - 1)
