@@ -1,0 +1,247 @@
+"""Reducers that group the patches of a clip wherever they lie: k-means, density peaks, connected components.
+
+Letters: B clips, T frames, N patches of a frame, n = T * N, D width, K tokens of the clip that gets most, S sets of m
+vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from vtok.reducers.merging import merge_down
+from vtok.reducers.patches import (
+    BLOCK,
+    Patches,
+    best_member,
+    compact,
+    counts,
+    deciding,
+    lowest_threshold,
+    means,
+    nearest,
+    top,
+    uniforms,
+    unit,
+)
+from vtok.types import Budget, Features, Tokens
+
+
+def kmeans(
+    features: Features,
+    *,
+    budget: Budget,
+    prompt: list[str] | None = None,
+    generator: Generator | None = None,
+    iterations: int = 10,
+    cosine: bool = False,
+    seed: int = 0,
+) -> Tokens:
+    """Means of K clusters over the whole clip. O(n K D iterations), and O(n K D) for the first centres.
+
+    Cluster aggregation as in Omri et al. 2025 (Token Sequence Compression, https://arxiv.org/abs/2504.17892): Lloyd's
+    iterations from k-means++ centres, at squared Euclidean distance, or of directions with `cosine` (spherical
+    k-means). A cluster left empty takes the patch farthest from its centre, so that there are always K. Chance as in
+    `random`: from the generator, else `seed`.
+    """
+    if iterations < 1:
+        raise ValueError(f"reducer 'kmeans': iterations={iterations} must be 1 at least")
+    with deciding(features):
+        p = Patches.of(features, budget)
+        x = unit(p.vectors) if cosine else p.vectors
+        drawn = uniforms(generator, len(x), p.most, seed=seed, like=x)
+        centres = x.gather(1, plus_plus(x, p.valid, drawn)[..., None].expand(-1, -1, x.shape[-1]))
+        labels = torch.full_like(p.valid, -1, dtype=torch.int64)
+        for _ in range(iterations):
+            before, labels = labels, _assign(x, centres, p)
+            if torch.equal(before, labels):
+                break
+            centres = means(x, labels, p.most)[0]
+            centres = unit(centres) if cosine else centres
+    return p.merged(labels)
+
+
+def plus_plus(x: Tensor, valid: Tensor, drawn: Tensor) -> Tensor:
+    """[B, K] int64: k-means++ centres among x [B, n, D], each drawn by its squared distance to those before.
+
+    drawn: [B, K] in [0, 1). Where all distances are 0, patches that are no centre yet are equally likely.
+    """
+    free, rows = valid.clone(), torch.arange(len(x), device=x.device)
+    chance, out = valid.double(), []
+    for step in range(drawn.shape[1]):
+        weight = torch.where((chance.sum(1) > 0)[:, None], chance, free.double())
+        total = weight.cumsum(1)
+        at = torch.searchsorted(total, drawn[:, step, None] * total[:, -1:], right=True)[:, 0]
+        at = at.clamp(max=x.shape[1] - 1)
+        out.append(at)
+        free[rows, at] = False
+        squared = (x - x[rows, at][:, None]).square().sum(-1).double()
+        chance = (squared if step == 0 else torch.minimum(chance, squared)) * free
+    return torch.stack(out, 1)
+
+
+def _assign(x: Tensor, centres: Tensor, p: Patches) -> Tensor:
+    """[B, n]: the nearest of each clip's `keep` centres; empty ones take the patches that lie worst."""
+    own = torch.arange(p.most, device=x.device) < p.keep[:, None]
+    bias = (-0.5 * centres.square().sum(-1)).masked_fill(~own, -torch.inf)
+    near, labels = nearest(x, centres, bias)
+    labels = torch.where(p.valid, labels, -1)
+    empty = own & (counts(labels, p.most) == 0)
+    missing = empty.sum(1)
+    if not bool(missing.any()):
+        return labels
+    away = x.square().sum(-1) - 2 * near
+    guard = best_member(-away, labels, p.most)  # a cluster keeps its nearest patch
+    donor = torch.cat([p.valid, torch.zeros_like(p.valid[:, :1])], 1).scatter(1, guard, False)[:, :-1]
+    gives = top(away.masked_fill(~donor, -torch.inf), missing)
+    order = torch.argsort(empty.logical_not().to(torch.int8), dim=1, stable=True)  # empty clusters first
+    return torch.where(gives, order.gather(1, (gives.cumsum(1) - 1).clamp(min=0, max=p.most - 1)), labels)
+
+
+def peaks(x: Tensor, valid: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Density of each vector, and density times distance to the nearest denser one (of equals the earlier is denser).
+
+    density = exp(-mean squared distance to the `neighbours` nearest others / D); the densest is given the distance to
+    the farthest. -inf where not valid. x [S, m, D] -> two [S, m]. O(m^2 D) time, memory in blocks.
+    """
+    sets, size, dim = x.shape
+    itself, squares = torch.arange(size, device=x.device), x.square().sum(-1)
+    blocks = itself.split(max(1, BLOCK // max(1, sets * size)))
+
+    def squared(rows: Tensor) -> Tensor:
+        out = torch.baddbmm(squares[:, rows, None] + squares[:, None], x[:, rows], x.transpose(1, 2), alpha=-2)
+        return out.clamp_(min=0).div_(dim)
+
+    density = []
+    for rows in blocks:
+        away = squared(rows).masked_fill(~valid[:, None], torch.inf)
+        away[:, torch.arange(len(rows), device=x.device), rows] = torch.inf
+        near = away.topk(min(neighbours, size), dim=-1, largest=False).values
+        real = near.isfinite()
+        mean = near.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)
+        density.append(torch.exp(-mean))
+    dense = torch.cat(density, 1).masked_fill(~valid, -torch.inf)
+    apart = []
+    for rows in blocks:
+        away = squared(rows).sqrt_()
+        mine, others = dense[:, rows, None], dense[:, None]
+        denser = (others > mine) | ((others == mine) & (itself < rows[:, None]))
+        far = away.masked_fill(~valid[:, None], 0).amax(-1)
+        near = away.masked_fill(~denser, torch.inf).amin(-1)
+        apart.append(torch.where(near.isinf(), far, near))
+    return dense, (dense * torch.cat(apart, 1)).masked_fill(~valid, -torch.inf)
+
+
+def level(p: Patches) -> Tensor:
+    """[B, n, D]: the vectors with a root mean square of 1 over the clip, so that densities do not depend on a scale."""
+    energy = p.vectors.square().sum((1, 2)) / (p.valid.sum(1) * p.vectors.shape[-1])
+    return p.vectors / energy.sqrt().clamp(min=1e-12)[:, None, None]
+
+
+def dpc_knn(
+    features: Features,
+    *,
+    budget: Budget,
+    prompt: list[str] | None = None,
+    generator: Generator | None = None,
+    neighbours: int = 5,
+) -> Tokens:
+    """Means around K density peaks over the whole clip. O(n^2 D).
+
+    Density-peaks clustering with k nearest neighbours (Du et al. 2016), for tokens as in TCFormer (Zeng et al. 2022,
+    https://arxiv.org/abs/2204.08680): the centres are the patches with the largest density times distance to a denser
+    one, the others join the nearest centre. Here distances are measured after scaling a clip to a root mean square of
+    1, and ties go to the earlier patch, where the common implementation adds noise.
+    """
+    if neighbours < 1:
+        raise ValueError(f"reducer 'dpc_knn': neighbours={neighbours} must be 1 at least")
+    with deciding(features):
+        p = Patches.of(features, budget)
+        x = level(p)
+        score = peaks(x, p.valid, neighbours)[1]
+        centre = top(score, p.keep)
+        order = p.picks(centre)
+        to = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        bias = (-0.5 * to.square().sum(-1)).masked_fill(~centre.gather(1, order), -torch.inf)
+        labels = torch.where(centre, centre.cumsum(1) - 1, nearest(x, to, bias)[1])
+    return p.merged(labels.masked_fill(~p.valid, -1), score=score.gather(1, order))
+
+
+def components(linked: Tensor) -> Tensor:
+    """[S, m] int64: the smallest index of the connected component of each node; linked [S, m, m] bool, symmetric.
+
+    Every node takes the smallest label around it until none changes; labels of labels shorten long chains.
+    """
+    sets, size = linked.shape[:2]
+    labels = torch.arange(size, device=linked.device).expand(sets, -1)
+    block = max(1, BLOCK // max(1, sets * size))
+    while True:
+        part = [torch.where(rows, labels[:, None], size).amin(-1) for rows in linked.split(block, 1)]
+        new = torch.minimum(labels, torch.cat(part, 1))
+        new = new.gather(1, new)
+        if torch.equal(new, labels):
+            return labels
+        labels = new
+
+
+def scissor(
+    features: Features,
+    *,
+    budget: Budget,
+    prompt: list[str] | None = None,
+    generator: Generator | None = None,
+    steps: int = 10,
+) -> Tokens:
+    """One token for each group of patches that chains of similar patches connect. O(steps (T N^2 + M^2) D).
+
+    Semantic connected components of LLaVA-Scissor (Sun et al. 2025, https://arxiv.org/abs/2506.21862): patches of a
+    frame whose cosine is above a threshold are linked, components become their means, these M means of all frames are
+    linked and joined in the same way; every patch then goes to the representative most like it, and a token is the mean
+    of these patches and the representative.
+
+    Exact components, where the paper samples nodes of large graphs. The threshold is the lowest of `steps` bisections
+    that leaves K tokens at least; pairs most alike are then merged (as in `tome`) down to K. A representative is the
+    mean of all its patches, and the one most like it stays with it, so that no token is empty. Its graphs differ from
+    clip to clip: one clip after another.
+    """
+    with deciding(features):
+        p = Patches.of(features, budget)
+        groups = torch.full_like(p.valid, -1, dtype=torch.int64)
+        for b, (length, keep) in enumerate(zip(p.frames.tolist(), p.keep.tolist())):
+            x = unit(p.vectors[b, : length * p.size].unflatten(0, (length, p.size)))
+            alike, asked = x @ x.transpose(1, 2), p.keep[b : b + 1]
+
+            def left(threshold: Tensor, x: Tensor = x, alike: Tensor = alike, keep: int = keep) -> Tensor:
+                return _joined(x, alike, float(threshold), keep)[1]
+
+            threshold = lowest_threshold(left, asked, -1.01, 1.01, steps=steps)
+            groups[b, : length * p.size] = _joined(x, alike, float(threshold), keep)[0]
+        groups, number = compact(groups, p.valid)
+        groups = merge_down(p.vectors, groups, number, p.keep)
+        x = unit(p.vectors)
+        own = torch.arange(p.most, device=x.device) < p.keep[:, None]
+        representative = unit(means(p.vectors, groups, p.most)[0])
+        bias = torch.zeros(own.shape, device=x.device).masked_fill(~own, -torch.inf)
+        likeness = (x * representative.gather(1, groups.clamp(min=0)[..., None].expand_as(x))).sum(-1)
+        stays = best_member(likeness, groups, p.most)
+        stays = torch.zeros_like(torch.cat([p.valid, p.valid[:, :1]], 1)).scatter(1, stays, True)[:, :-1]
+        source = torch.where(stays, groups, nearest(x, representative, bias)[1])
+    return p.merged(torch.where(p.valid, source, -1), extra=groups)
+
+
+def _joined(x: Tensor, alike: Tensor, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
+    """Both stages for one clip: the first patch of each patch's component [L * N], and how many components [1].
+
+    x: [L, N, D] of length 1. alike: its cosines [L, N, N]. With fewer than `keep` after the first stage, the second,
+    which only makes them fewer, is left out.
+    """
+    frames, size = x.shape[:2]
+    first = components(alike > threshold) + torch.arange(frames, device=x.device)[:, None] * size
+    ones = torch.ones(1, frames * size, dtype=torch.bool, device=x.device)
+    labels, number = compact(first.reshape(1, -1), ones)
+    if int(number) < keep:
+        return first.flatten(), number
+    survivors = unit(means(x.reshape(1, frames * size, -1), labels, int(number))[0])
+    joined = components(survivors @ survivors.transpose(1, 2) > threshold)
+    head = best_member(ones.float(), labels, int(number))  # the first patch of each component of a frame
+    return head.gather(1, joined.gather(1, labels))[0], (joined == torch.arange(int(number), device=x.device)).sum(1)
