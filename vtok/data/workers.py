@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 STRIKES = 2  # deaths of a worker at one place before it is given up
 
@@ -25,6 +35,14 @@ Notify = Callable[[str], None]
 
 class WorkerError(RuntimeError):
     """A task raised; the message is its error's."""
+
+
+class _Rate(ProgressColumn):
+    """Steps per second, lately."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
 
 
 class _Worker:
@@ -66,7 +84,8 @@ class Workers:
                 reason}: places where a worker died twice, which it must leave out.
         Raises: WorkerError with the first error a task raised.
         """
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (BarColumn(), MofNCompleteColumn(), _Rate(), *times)
         bar = Progress(
             TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not self.progress
         )
