@@ -77,7 +77,7 @@ def settings(out: Path, *, name: str = "run", **parts):
     values = {
         "name": name,
         "out": str(out),
-        "model": {"name": "outside.tiny"},
+        "model": parts.pop("model", {"name": "outside.tiny"}),
         "objective": parts.pop("objective", {}),
         "data": {"shards": "stream", "val_shards": "stream", "batch_size": BATCH},
         "optim": {"warmup_steps": 2, **parts.pop("optim", {})},
@@ -211,6 +211,29 @@ def test_a_run_learns_and_leaves_everything_it_promises(tmp_path):
     assert strategy.describe(run / "checkpoints" / "best.ckpt")["step"] == best
     assert not (run / "lock").exists()
     assert not [n for n in checkpoint(run)["state_dict"] if n.startswith("objective.frozen")]
+
+
+class Uneven(Data):
+    """Validation batches of 9 and 9 frames, of 9 and 5, and of 5 and 5; training clips of 4."""
+
+    def val_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        batches = []
+        for lengths in ([9, 9], [9, 5], [5, 5]):
+            video = torch.randint(0, 256, (2, 3, max(lengths), 16, 16), generator=generator).to(torch.uint8)
+            batches.append(Clip(keys=["a", "b"], video=video, lengths=torch.tensor(lengths)))
+        return DataLoader(batches, batch_size=None)
+
+
+def test_clips_of_several_lengths_are_validated_with_all_their_tokens(tmp_path):
+    """A short clip beside a long one gives their batch no name of its own, and the last batch is not the measure."""
+    model = {"name": "discrete", "num_frames": 9, "size": [16, 16], "stride": [4, 8, 8], "latent_channels": 4}
+    model["conv"] = {"width": 8, "mult": [1, 1, 1, 1], "num_res_blocks": 1, "mid_blocks": 1, "attention": "none"}
+    run = training.train(settings(tmp_path, model=model, trainer={"max_steps": 1}), data=Uneven())
+    (val,) = [row for row in metrics(run) if "val/loss" in row]
+    scores = {name for name in val if name.startswith("val/psnr_db_")}
+    assert scores == {"val/psnr_db_12", "val/psnr_db_8", "val/psnr_db_mean"}  # 3 x 2 x 2 tokens, and 2 x 2 x 2
+    assert val["val/psnr_db"] == val["val/psnr_db_12"] != val["val/psnr_db_8"]
 
 
 def test_a_signal_saves_at_the_step_boundary_and_the_next_start_goes_on_bitwise(tmp_path, capsys):

@@ -366,7 +366,10 @@ class LitTokenizer(LitCompressor):
         return out
 
     def reconstructions(self, clip: Clip) -> Iterator[tuple[int, Tensor, Any]]:
-        """(budget, uint8 video, tokens) for each budget, the last one with every token."""
+        """(budget, uint8 video, tokens) for each budget that every clip can fill, then with all tokens of each clip.
+
+        The longest clip names the last one: a single short clip would else give its batch a score of its own.
+        """
         assert clip.video is not None
         size = (clip.video.shape[-2], clip.video.shape[-1])
         with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
@@ -378,7 +381,7 @@ class LitTokenizer(LitCompressor):
                 if budget < most:
                     tokens = self.model.encode(ready, budget=budget)  # pyright: ignore[reportCallIssue]
                 video: Any = self.model.decode(tokens, size=size)  # pyright: ignore[reportCallIssue]
-                yield budget, to_uint8(video), tokens
+                yield budget if budget < most else int(whole.lengths.max()), to_uint8(video), tokens
 
     def pictures(self, clip: Clip) -> tuple[list[str], list[Tensor]] | None:
         assert clip.video is not None

@@ -293,7 +293,7 @@ class Conductor(pl.Callback):
                     for name, values in found["mean"].items():
                         means.setdefault(name, []).extend(values)
                     ids += [found["ids"]] if found["ids"] is not None else []
-                    top = found.get("top", top)
+                    top = max(top, found.get("top", ""), key=_tokens_of)
                 if self.bar is not None and time.perf_counter() - told > 3:
                     told = time.perf_counter()
                     self.bar.show(min(lit.progress(), 1.0), f"step {lit.steps_done} | validating, batch {index}")
@@ -302,7 +302,7 @@ class Conductor(pl.Callback):
             torch.distributed.all_gather_object(parts, (means, ids, top))
             names = sorted({name for part, _, _ in parts for name in part})
             means = {name: [v for part, _, _ in parts for v in part.get(name, [])] for name in names}
-            ids, top = [i for _, part, _ in parts for i in part], max(t for _, _, t in parts)
+            ids, top = [i for _, part, _ in parts for i in part], max((t for _, _, t in parts), key=_tokens_of)
         if not means:
             raise ValueError(f"data.val_shards={self.config.data.val_shards!r} gave no clip to validate on")
         scores: dict[str, Any] = {f"val/{k}": sum(v) / len(v) for k, v in means.items()}
@@ -400,6 +400,11 @@ def _in_step(trainer: Any, lit: LitCompressor, loader: Any) -> Any:
         elif batch is None:
             return
         yield batch
+
+
+def _tokens_of(name: str) -> int:
+    """256 of psnr_db_256; "" comes before every name."""
+    return int(name.rpartition("_")[2]) if name else -1
 
 
 def _all_max(values: list[Any], device: torch.device) -> list[float]:
