@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtok.reducers import REDUCERS, build
+from vtok.reducers import REDUCERS, build, everything
 from vtok.reducers.clustering import components, peaks, plus_plus
 from vtok.reducers.merging import linked, merge_down, pooling_plan, quadtree
 from vtok.reducers.patches import Patches, allocate, best_member, compact, lowest_threshold, nearest, spread, uniforms
@@ -84,8 +84,8 @@ def same(one, other, b=0, *, atol=1e-5):
         assert not getattr(other, name)[b, count:].any(), name
     size = one.source.shape[1]
     assert torch.equal(one.source[0], other.source[b, :size]) and (other.source[b, size:] == -1).all()
-    frames = one.times.shape[1]
-    assert torch.equal(one.times[0], other.times[b, :frames]) and not other.times[b, frames:].any()
+    groups = one.times.shape[1]
+    assert torch.equal(one.times[0], other.times[b, :groups]) and not other.times[b, groups:].any()
 
 
 def check_contract(tokens, features, keep):
@@ -111,10 +111,9 @@ def check_contract(tokens, features, keep):
         order = list(zip(middle[:, 0].tolist(), here.argmax(1).tolist()))
         assert order == sorted(order), "by mean frame, then by first patch"
         group, rank = tokens.group[b, :k], tokens.rank[b, :k]
-        assert torch.equal(group, middle[:, 0].floor().long())
-        assert sorted(zip(group.tolist(), rank.tolist())) == [
-            (g, i) for g in range(length) for i in range(int((group == g).sum()))
-        ]
+        assert torch.equal(group, middle[:, 0].floor().long().unique(return_inverse=True)[1]), "frames with tokens"
+        sizes = torch.bincount(group)
+        assert sorted(zip(group.tolist(), rank.tolist())) == [(g, i) for g, m in enumerate(sizes) for i in range(m)]
     assert ((tokens.positions >= 0) & (tokens.positions <= 1)).all()
 
 
@@ -148,6 +147,9 @@ def test_all_tokens_are_the_patches_themselves(name):
     assert torch.equal(tokens.source[0], torch.arange(64)) and (tokens.mass[0] == 1).all()
     torch.testing.assert_close(tokens.embeddings[0], features.patches[0].flatten(0, 1), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(tokens.embeddings[1, :32], features.patches[1, :2].flatten(0, 1), atol=1e-6, rtol=1e-6)
+    for b in range(2):
+        plain = everything(alone(features, b))
+        same(replace(plain, rank=tokens.rank[b : b + 1, : int(plain.lengths[0])]), tokens, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -270,13 +272,21 @@ def test_what_a_method_needs_is_asked_for_by_name(name):
         build(name, **{"object_layer" if method.layers == 2 else "layer": 7})(features, budget=5)
 
 
-def test_times_of_frames():
-    tokens = build("evs")(clips([3, 1]), budget=4)
-    assert tokens.times.tolist() == [[[0, 0.25], [0.25, 0.5], [0.5, 0.75]], [[0, 0], [0, 0], [0, 0]]]
-    assert build("evs")(replace(clips([3]), times=None), budget=4).times is None
+def test_times_of_the_frames_that_have_tokens():
+    features = clips([8, 1, 3])
+    tokens = build("uniform")(features, budget=torch.tensor([32, 16, 48]))
+    assert tokens.times[0].tolist() == [[0.5, 0.75], [1.5, 1.75], [0, 0]] and tokens.num_groups.tolist() == [2, 1, 3]
+    assert tokens.times[1].tolist() == [[0, 0]] * 3
+    assert tokens.times[2].tolist() == [[0, 0.25], [0.25, 0.5], [0.5, 0.75]]
+    assert build("evs")(replace(features, times=None), budget=4).times is None
 
 
 # Each against a slow version of its own.
+
+
+def frames_of(tokens, length) -> torch.Tensor:
+    """[K]: the frame of each token of the first clip."""
+    return (tokens.positions[0, :, 0] * length).floor().long()
 
 
 def chosen(tokens, b=0) -> set[int]:
@@ -313,11 +323,11 @@ def test_uniform_keeps_whole_frames_evenly():
     features = clips([8])
     frames = {16: [4], 32: [2, 6], 64: [1, 3, 5, 7], 128: list(range(8))}
     for keep, expected in frames.items():
-        kept = build("uniform")(features, budget=keep).group[0]
+        kept = frames_of(build("uniform")(features, budget=keep), 8)
         assert kept.unique().tolist() == expected and (torch.bincount(kept)[expected] == 16).all()
     kept = build("uniform")(features, budget=20)
-    assert torch.bincount(kept.group[0], minlength=8).tolist() == [0, 0, 16, 0, 0, 0, 4, 0]
-    spots = kept.positions[0, kept.group[0] == 6, 1:]
+    assert torch.bincount(frames_of(kept, 8), minlength=8).tolist() == [0, 0, 16, 0, 0, 0, 4, 0]
+    spots = kept.positions[0, frames_of(kept, 8) == 6, 1:]
     assert torch.pdist(spots).min() > 0.5, "the rest is spread over its frame"
     assert sorted(spread_order(3, 5).tolist()) == list(range(15)) and int(spread_order(3, 5)[0]) == 7
 
@@ -432,9 +442,9 @@ def test_dycoke_compares_in_windows_of_four():
         away = 1 - (x[frame] * x[reference]).sum(-1)
         kept |= {16 * frame + int(i) for i in away.argsort(descending=True)[:5]}
     assert chosen(build("dycoke")(features, budget=52)) == kept
-    frames = build("dycoke")(features, budget=20).group[0]
-    assert torch.bincount(frames, minlength=6)[0] == 16, "windows grow until their first frames fit"
-    assert torch.bincount(build("dycoke")(features, budget=6).group[0]).tolist() == [1] * 6
+    tokens = build("dycoke")(features, budget=20)
+    assert torch.bincount(frames_of(tokens, 6), minlength=6)[0] == 16, "windows grow until their first frames fit"
+    assert torch.bincount(frames_of(build("dycoke")(features, budget=6), 6)).tolist() == [1] * 6
 
 
 def test_vidcom2_gives_the_odd_frame_more():
@@ -442,7 +452,7 @@ def test_vidcom2_gives_the_odd_frame_more():
     plain = features.patches[:, :1].repeat(1, 4, 1, 1)
     plain[:, 2] += 3 * torch.randn(1, 1, 8)
     tokens = build("vidcom2")(replace(features, patches=plain), budget=20)
-    number = torch.bincount(tokens.group[0], minlength=4)
+    number = torch.bincount(frames_of(tokens, 4), minlength=4)
     assert number.argmax() == 2 and number[2] > 1.5 * number[0]
 
     x = features.patches[0]
@@ -456,7 +466,7 @@ def test_vidcom2_gives_the_odd_frame_more():
     got = build("vidcom2")(features, budget=20)
     shares = (-to_video.mean(1) / 0.01).softmax(0)
     wanted = 20 * (0.75 + shares) / 4
-    number = torch.bincount(got.group[0], minlength=4)
+    number = torch.bincount(frames_of(got, 4), minlength=4)
     assert (number - wanted).abs().max() < 1
     for t in range(4):
         best = (to_video + to_frame)[t].argsort()[: int(number[t])] + 16 * t
@@ -590,7 +600,7 @@ def test_sttm_merges_what_neither_varies_nor_moves():
     quarter = torch.eye(4)[torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])].flatten(0, 1)
     tokens = build("sttm")(Features(quarter.expand(1, 5, -1, -1), (4, 4)), budget=4)
     torch.testing.assert_close(tokens.embeddings[0], torch.eye(4))
-    assert tokens.mass[0].tolist() == [20] * 4 and tokens.group[0].tolist() == [2] * 4
+    assert tokens.mass[0].tolist() == [20] * 4 and frames_of(tokens, 5).tolist() == [2] * 4
 
 
 def test_apet_keeps_the_basis_and_what_it_explains_worst():

@@ -7,7 +7,8 @@ one contract:
 
     - exactly `budget` tokens for each clip (or a total for each, int64 [B, 1]); where a paper tunes a threshold, it is
       bisected to the lowest that leaves K tokens at least, and the rest is trimmed or merged by likeness
-    - sorted in time; group = frame, rank = importance in it; positions = middle of the patches in the clip's own frames
+    - sorted in time; group = frame, frames without tokens not counted; rank = importance in it
+    - positions = middle of a token's patches, in the clip's own frames
     - mass = patches that a token stands for, source = token that took each patch: -1 where a method drops it
     - the same for a clip alone as in a padded batch; decided in float32; gradients reach the patches
     - no prompt is read: what a clip became serves every question
@@ -15,7 +16,7 @@ one contract:
 `REDUCERS` holds them by name, `build` binds options. Patches are where a paper acts on tokens inside a tower or an LLM;
 docstrings say so, and what else differs.
 
-    selecting.py  random uniform divprune dart evs dtd dycoke vidcom2      patches.py  what they share
+    selecting.py  random uniform divprune dart evs dtd dycoke vidcom2       patches.py     what they share
     merging.py    pooling tome sttm apet                                    clustering.py  kmeans dpc_knn scissor
     segments.py   prunevid holitom fastvid                                  attention.py   visionzip hiprune
 """
@@ -29,6 +30,7 @@ from functools import partial
 from typing import Any
 
 from vtok.reducers import attention, clustering, merging, segments, selecting
+from vtok.reducers.patches import everything
 from vtok.types import Reducer, Tokens
 
 
@@ -91,4 +93,4 @@ def build(name: str, **options: Any) -> Reducer:
     return partial(REDUCERS[name].reduce, **options)
 
 
-__all__ = ["REDUCERS", "Method", "build"]
+__all__ = ["REDUCERS", "Method", "build", "everything"]

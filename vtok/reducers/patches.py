@@ -146,7 +146,9 @@ class Patches:
             middle, mass, score = (v.gather(1, _like(order, v)) for v in (middle, mass, score))
             extent = torch.stack([self.frames, torch.full_like(self.frames, h), torch.full_like(self.frames, w)], -1)
             positions = ((middle + 0.5) / extent[:, None]).float().masked_fill(~real[..., None], 0.0)
-            group = middle[..., 0].floor().long().masked_fill(~real, 0)
+            frame = middle[..., 0].floor().long()
+            new = real & torch.cat([real[:, :1], frame[:, 1:] != frame[:, :-1]], 1)
+            group = (new.cumsum(1) - 1).masked_fill(~real, 0)
             back = torch.empty_like(order).scatter_(1, order, torch.arange(slots, device=order.device).expand_as(order))
             source = torch.where(source < 0, -1, back.gather(1, source.clamp(min=0)))
         embeddings = embeddings.gather(1, _like(order, embeddings))
@@ -158,7 +160,7 @@ class Patches:
             rank=_rank_in_group(score, group, real),
             mass=mass.float(),
             source=source,
-            times=_spans(self.features.times, self.frames),
+            times=_spans(self.features.times, self.frames, frame, new),
         )
 
 
@@ -200,16 +202,21 @@ def _rank_in_group(score: Tensor, group: Tensor, real: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, count - begin).masked_fill(~real, 0)
 
 
-def _spans(times: Tensor | None, frames: Tensor) -> Tensor | None:
-    """[B, T, 2] seconds: a frame lasts from its time to the next one's; the last is as long as the one before."""
+def _spans(times: Tensor | None, frames: Tensor, frame: Tensor, new: Tensor) -> Tensor | None:
+    """[B, G, 2] seconds: a frame lasts from its time to the next one's; the last is as long as the one before.
+
+    times: [B, T]. frame: [B, K], that of each token; new: [B, K], whether it begins a group.
+    """
     if times is None:
         return None
-    gap = times.diff(dim=1) if times.shape[1] > 1 else torch.zeros_like(times)
-    previous = gap.gather(1, (frames - 2).clamp(min=0)[:, None]).masked_fill(frames[:, None] < 2, 0.0)
-    step = torch.arange(times.shape[1], device=times.device)
-    wide = torch.cat([gap, gap[:, -1:]], 1)[:, : times.shape[1]]
-    wide = torch.where(step < frames[:, None] - 1, wide, previous)
-    return torch.stack([times, times + wide], -1).masked_fill((step >= frames[:, None])[..., None], 0.0)
+    size, last = times.shape[1], frames[:, None] - 1
+    begin = frame.gather(1, torch.argsort(new.logical_not().to(torch.int8), dim=1, stable=True))
+    begin = begin[:, : int(new.sum(1).max())].clamp(min=0, max=size - 1)
+    start, end = times.gather(1, begin), times.gather(1, torch.minimum(begin + 1, last))
+    step = times.gather(1, last) - times.gather(1, (last - 1).clamp(min=0))
+    spans = torch.stack([start, torch.where(begin == last, start + step, end)], -1)
+    own = torch.arange(begin.shape[1], device=times.device) < new.sum(1)[:, None]
+    return spans.masked_fill(~own[..., None], 0.0)
 
 
 # Sums over the patches of a token.
@@ -363,6 +370,13 @@ def uniforms(generator: torch.Generator | None, batch: int, count: int, *, seed:
         seeds = torch.randint(1 << 62, (batch,), generator=generator, device=generator.device)
     place = torch.arange(1, count + 1, device=like.device) * -7046029254386353131  # 2^64 over the golden ratio
     return ((_mix(_mix(seeds.to(like.device))[:, None] + place) >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+
+
+def everything(features: Features) -> Tokens:
+    """All patches as tokens, as every reducer gives them for a budget of all."""
+    with deciding(features):
+        p = Patches.of(features, features.count() * features.patches.shape[2])
+    return p.selected(p.valid, torch.zeros_like(p.index).expand_as(p.valid).float())
 
 
 # What only some towers give.
