@@ -189,10 +189,10 @@ def settings(name: str, *, family: str, shards: Path, out: Path) -> tuple[RunCon
 
 
 def train(name: str, *, family: str, out: Path, given: list[str]) -> float | None:
-    """Trains in a process of its own and exports; MiB of its largest resident set, None where the run was there."""
-    export = out / f"{name}-export"
+    """Trains in a process of its own and exports; MiB of its largest resident set, kept for the next call in --out."""
+    export, kept = out / f"{name}-export", out / f"{name}.memory_mib"
     if export.is_dir():
-        return None
+        return float(kept.read_text()) if kept.is_file() else None
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vtok.cli", "train", str(CONFIGS / family / f"{name}_tiny.yaml"), *given]
     with open(out / f"{name}.log", "w") as log:
@@ -200,9 +200,11 @@ def train(name: str, *, family: str, out: Path, given: list[str]) -> float | Non
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"error: training {name} ended with status {status}; see {out / f'{name}.log'}")
+    memory = usage.ru_maxrss / (1 << 10 if sys.platform != "darwin" else 1 << 20)
+    kept.write_text(str(memory))
     command = [sys.executable, "-m", "vtok.cli", "export", str(out / name), "--out", str(export), "--no-entropy"]
     subprocess.run([*command, "--which", "last"], check=True, stdout=subprocess.DEVNULL, env=environment)
-    return usage.ru_maxrss / (1 << 10 if sys.platform != "darwin" else 1 << 20)
+    return memory
 
 
 def step_ms(run: Path) -> float | None:
