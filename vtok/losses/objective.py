@@ -38,12 +38,9 @@ class PixelConfig:
     log_variance: str = "none"  # none | mean | sum (over a clip's values, VidTok): learned, divides the distances above
     quantizer: float = 1.0  # weight of the quantizer's own loss: commitment, entropy, KL
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    init_from: str = (
-        ""  # run (its last checkpoint) or checkpoint whose parts of these losses go on; "" = all begin anew
-    )
-    init_without: list[str] = field(
-        default_factory=list
-    )  # those that begin anew all the same: adversarial, log_variance
+    # run (its last checkpoint) or checkpoint whose parts of these losses a new run begins with; "" = all begin anew
+    init_from: str = ""
+    init_without: list[str] = field(default_factory=list)  # those that do all the same: adversarial, log_variance
 
 
 PARTS = ("adversarial", "log_variance")  # what learns beside the model
