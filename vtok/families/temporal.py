@@ -1,0 +1,292 @@
+"""Projectors that compress along time: the patches of many frames become a few tokens for a frozen LLM.
+
+    clip --tower--> patches --MLP--> patches in the LLM's space --compressor--> tokens of frames, windows or the clip
+                                        |                                            |
+    cuts between unlike frames ---------+              summary queries read them all +--> one nesting order --> Tokens
+
+`compressor` chooses among published ways (see Config); tdc, the first, keeps the first frame of every window and reads
+the others with a query-former that begins from it and knows the question. What is common to all:
+
+- All frames of a batch go through each network in one call, and each network is called equally often whatever the
+  clips hold, so that sharded training (ZeRO-3) never waits for a rank with shorter clips.
+- Tokens stand in time order and have one nesting order over the clip (vtok/layers/pieces.py): any budget from 1 to
+  `max_tokens` is met exactly by clips that have as many tokens, and one trained with random budgets serves them all.
+- `summary` queries of the whole clip come first in that order: a budget below the number of frames then holds the
+  clip, not its first frames.
+
+Letters: B clips, T frames, N patches of a frame, P tokens of a batch, K tokens per clip, D width of the LLM's words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.layers.byte_words import ByteWords
+from vtok.layers.dynamic_context import DualConfig, DualPath, DynamicContext, FormerConfig, StaticConfig
+from vtok.layers.frames import (
+    Frames,
+    bin_means,
+    clip_piece,
+    halves,
+    place_code,
+    repeat_images,
+    thin,
+)
+from vtok.layers.memory_bridge import BridgeConfig, MemoryBridge
+from vtok.layers.pieces import Piece, arrange, gather_tokens, kept
+from vtok.layers.projector import ProjectorConfig, ProjectorModel
+from vtok.layers.resampler import Resampler
+from vtok.layers.segments import SegmentConfig, segment, windows
+from vtok.layers.temporal_options import (
+    AttentionPool,
+    Matryoshka,
+    MatryoshkaConfig,
+    PoolConfig,
+    Progressive,
+    ProgressiveConfig,
+    RegionAttention,
+    RegionConfig,
+    TuringConfig,
+    TuringMachine,
+)
+from vtok.llm import ObjectiveConfig, ProjectorObjective
+from vtok.types import Budget, Clip, Features, Tokens
+from vtok.vision import TowerConfig, load_tower
+
+Objective = ProjectorObjective
+__all__ = ["Config", "Model", "Objective", "ObjectiveConfig"]
+
+COMPRESSORS = ("tdc", "dual_path", "attn_pool", "turing", "bridge", "region", "progressive", "matryoshka")
+OF_CLIP = ("attn_pool", "turing")  # whose tokens belong to no frame
+WITH_FORMER = ("tdc", "dual_path")  # that read questions and audio
+NORMS = ("none", "unit", "match")
+
+
+@dataclass
+class AudioConfig:
+    """Audio beside the video: cached features of the same stretch of the same clips under another name."""
+
+    name: str = ""  # of the audio tower in the clips' features; "" = no audio
+    in_dim: int = 0  # D of its features
+    tokens: int = 50  # of a video frame, averaged from what is heard meanwhile
+
+
+@dataclass
+class SummaryConfig:
+    """Queries of the whole clip, first in the nesting order."""
+
+    num_tokens: int = 0  # 0 = none
+    width: int = 768
+    depth: int = 2
+    num_heads: int = 12
+
+
+@dataclass
+class Config(ProjectorConfig):
+    name: str = "temporal"
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    # tdc | dual_path (pooled patches and queries, EVE) | attn_pool, turing (BLIP-3-Video) | bridge (VideoLLaMB) |
+    # region (TokenPacker) | progressive (PVC) | matryoshka (M3); each has its node below, tdc has static and former
+    compressor: str = "tdc"
+    max_tokens: int = 1024  # of a clip; where there are more, those last in the nesting order are left out
+    max_frames: int = 224  # feature frames looked at; longer clips are thinned out evenly
+    segments: SegmentConfig = field(default_factory=SegmentConfig)
+    window: int = 8  # frames of a window, which never spans a cut
+    groups: str = "clip"  # clip | window: what a group of Tokens is (its times may be told to the LLM)
+    output_norm: str = "match"  # of what was learned: match (the words' rms) | unit (length 1) | none
+    text: bool = False  # queries know the question: tokens are then for that question alone
+    text_words: int = 64
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    separator: bool = False  # a learned token closes every frame
+    summary: SummaryConfig = field(default_factory=SummaryConfig)
+    static: StaticConfig = field(default_factory=StaticConfig)
+    former: FormerConfig = field(default_factory=FormerConfig)
+    dual_path: DualConfig = field(default_factory=DualConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    turing: TuringConfig = field(default_factory=TuringConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
+    matryoshka: MatryoshkaConfig = field(default_factory=MatryoshkaConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("compressor", self.compressor, COMPRESSORS),
+            ("groups", self.groups, ("clip", "window")),
+            ("output_norm", self.output_norm, NORMS),
+        ):
+            if value not in choices:
+                raise ValueError(f"model.{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        for name in ("max_tokens", "max_frames", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.groups == "window" and self.compressor in OF_CLIP:
+            raise ValueError(f"model.groups=window: tokens of {self.compressor} belong to no window; groups=clip")
+        if self.compressor not in WITH_FORMER and (self.text or self.audio.name):
+            raise ValueError(
+                f"model.compressor={self.compressor!r} reads neither questions nor audio: set text=false and "
+                f"audio.name='', or choose one of {', '.join(WITH_FORMER)}"
+            )
+        if self.separator and self.compressor != "tdc":
+            raise ValueError(f"model.separator=true is of tdc, not of {self.compressor}")
+        if self.compressor == "matryoshka" and self.summary.num_tokens:
+            raise ValueError("model.summary with matryoshka: its budget chooses a level; summary.num_tokens=0")
+        if self.audio.name and (self.audio.in_dim < 1 or self.audio.tokens < 1):
+            raise ValueError(
+                f"model.audio.name={self.audio.name!r} needs in_dim, the width of its features ({self.audio.in_dim}), "
+                f"and tokens ({self.audio.tokens}) of at least 1"
+            )
+
+
+class Model(ProjectorModel):
+    """max_tokens: the largest budget. nested: whether a smaller budget keeps some of the tokens of a larger one."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, load=load_tower)
+        c, dim = config, config.embedding_dim
+        self.max_tokens, self.nested = c.max_tokens, c.compressor != "matryoshka"
+        width = c.former.width if c.compressor == "tdc" else c.dual_path.former.width
+        self.words = ByteWords(width, most=c.text_words) if c.text else None
+        self.audio = nn.Linear(c.audio.in_dim, dim) if c.audio.name else None
+        self.compressor = _build(c, dim)
+        s = c.summary
+        self.summary = None
+        if s.num_tokens:
+            shape = dict(width=s.width, depth=s.depth, num_heads=s.num_heads)
+            self.summary = Resampler(dim, num_queries=s.num_tokens, **shape)
+        matched = c.output_norm == "match" and (c.compressor != "matryoshka")
+        self.gain = nn.Parameter(torch.ones(dim)) if matched else None
+        self.shift = nn.Parameter(torch.zeros(dim)) if matched else None
+
+    def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
+        audio = None
+        if self.config.audio.name:
+            audio = (clip.features or {}).get(self.config.audio.name)
+            if audio is None:
+                raise ValueError(
+                    f"the clips bring no features of model.audio.name={self.config.audio.name!r}, only of "
+                    f"{sorted(clip.features or {})}: make a cache of them, or train without audio"
+                )
+        return self.compress(self.features(clip), budget=budget, prompt=clip.prompt, audio=audio)
+
+    def compress(
+        self,
+        features: Features,
+        *,
+        budget: Budget | None = None,
+        prompt: list[str] | None = None,
+        audio: Features | None = None,
+    ) -> Tokens:
+        """Tokens of a batch of clips, in time order, those of whole clips first.
+
+        Args:
+            budget: tokens of each clip, 1 to `max_tokens`; clips with fewer give all they have. int64 [B, G]: of each
+                group. None: all, up to `max_tokens`.
+            prompt: questions, read where `text` is on; None: none. audio: features where `audio.name` is set.
+        Raises: ValueError for features of another width, and budgets out of range.
+        """
+        c = self.config
+        if c.compressor == "progressive":
+            features = repeat_images(features, c.progressive.repeat_images)
+        batch = features.patches.shape[0]
+        features, time = thin(features, c.max_frames)
+        starts = segment(features, c.segments)
+        lengths = features.count()
+        scale = c.embedding_rms
+        projected = self.project(features).patches
+        projected = projected.masked_fill(~features.mask[:, :, None, None], 0) / scale
+        cut = windows(starts, lengths, length=c.window)
+        frames = Frames(projected, features.grid, lengths, time, cut, starts.cumsum(1) - 1)
+        made, plain = self._pieces(frames, prompt, audio, budget)
+        groups = cut.index if c.groups == "window" else None
+        pieces = [replace(p, embeddings=p.embeddings * scale) for p in plain]
+        pieces += [replace(p, embeddings=self._scaled(p.embeddings)) for p in made]
+        if self.summary is not None:
+            tokens = self._summarise(frames, pieces)
+            pieces.append(replace(tokens, embeddings=self._scaled(tokens.embeddings)))
+        layout = arrange(pieces, frames=frames.patches.shape[1], groups=groups)
+        keep = kept(layout, batch=batch, most=c.max_tokens, budget=budget)
+        out = gather_tokens(pieces, layout, keep, lengths=lengths, seconds=features.times)
+        # every network has a part in the loss, whatever was cut: its gradients are awaited on all ranks
+        unused = torch.stack([(p.embeddings * 0).sum() for p in pieces]).sum()
+        return replace(out, embeddings=out.embeddings + unused)
+
+    @torch.no_grad()
+    def most_tokens(self, features: Features) -> Tensor:
+        """[B] int64: tokens of each clip without a budget, as many as its length and its cuts make."""
+        audio = None
+        if self.audio is not None:  # what is heard does not change how many there are
+            audio = Features(features.patches.new_zeros(len(features.patches), 1, 1, self.config.audio.in_dim), (1, 1))
+        return self.compress(features, audio=audio).lengths
+
+    def _pieces(
+        self, frames: Frames, prompt: list[str] | None, audio: Features | None, budget: Budget | None
+    ) -> tuple[list[Piece], list[Piece]]:
+        """Tokens around 1 in size: those that a network made, and patches of the projector's, or their means."""
+        batch = len(frames.lengths)
+        if isinstance(self.compressor, Matryoshka):
+            asked = budget if isinstance(budget, Tensor) else torch.tensor(budget or self.max_tokens)
+            asked = asked.to(frames.lengths.device).reshape(-1, asked.shape[-1] if asked.ndim else 1).sum(1)
+            return self.compressor(frames, asked.expand(batch))
+        words = None if self.words is None else self.words(prompt or [""] * batch)
+        return self.compressor(frames, words, None if audio is None else self._heard(frames, audio))
+
+    def _heard(self, frames: Frames, audio: Features) -> Tensor:
+        """[B, T, A, D]: what is heard during each frame, A means in time order. The audio features are those of the
+        same stretch as the video's frames, so the one's time is the other's."""
+        assert self.audio is not None
+        tokens, count = self.config.audio.tokens, frames.patches.shape[1]
+        heard = self.audio(audio.patches.to(self.audio.weight.dtype)).flatten(1, 2)  # [B, S, D]
+        places = audio.patches.shape[2]
+        at = torch.arange(count * tokens, device=heard.device)
+        whole = (frames.lengths * tokens)[:, None].double()
+        means = bin_means(heard, audio.count() * places, at / whole, (at + 1) / whole)
+        return means.unflatten(1, (count, tokens))
+
+    def _summarise(self, frames: Frames, pieces: list[Piece]) -> Piece:
+        """Queries of whole clips: the mean of all frames, of each half, of each quarter ..., and what they read in the
+        clip's other tokens."""
+        assert self.summary is not None
+        batch, count = len(frames.lengths), self.config.summary.num_tokens
+        layout = arrange(pieces, frames=frames.patches.shape[1])
+        everything = torch.ones_like(layout.clip, dtype=torch.bool)
+        read = gather_tokens(pieces, layout, everything, lengths=frames.lengths, seconds=None)
+        context = read.embeddings / self.config.embedding_rms
+        context = context + place_code(read.positions.to(context), context.shape[-1])
+        begin, end = halves(count, frames.lengths.device)
+        means = bin_means(frames.patches.mean(2), frames.lengths, begin, end)
+        spans = torch.stack([(begin + end) / 2, *[torch.full_like(begin, torch.nan)] * 2], -1)
+        queries = means + place_code(spans, means.shape[-1]).to(means)
+        out = self.summary(queries, context, valid=read.mask) + means
+        return clip_piece(out, spans.to(frames.time).expand(batch, -1, -1))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What networks made, at the scale that `output_norm` asks."""
+        if self.config.output_norm == "unit":
+            return F.normalize(x, dim=-1)
+        if self.gain is not None and self.shift is not None:
+            x = F.layer_norm(x, x.shape[-1:]) * self.gain + self.shift
+        return x * self.config.embedding_rms
+
+
+def _build(c: Config, dim: int) -> nn.Module:
+    if c.compressor == "tdc":
+        return DynamicContext(dim, former=c.former, static=c.static, separator=c.separator)
+    if c.compressor == "dual_path":
+        return DualPath(dim, c.dual_path)
+    if c.compressor == "bridge":
+        return MemoryBridge(dim, c.bridge, most=c.segments.most)
+    if c.compressor == "matryoshka":
+        return Matryoshka(c.matryoshka)
+    kinds = {
+        "attn_pool": (AttentionPool, c.pool),
+        "turing": (TuringMachine, c.turing),
+        "region": (RegionAttention, c.region),
+        "progressive": (Progressive, c.progressive),
+    }
+    kind, own = kinds[c.compressor]
+    return kind(dim, own)
