@@ -226,6 +226,8 @@ def test_modules_are_called_as_often_whatever_the_clips_hold(form):
     """A rank with one-frame clips must not wait for one with long clips, nor be waited for (ZeRO-3)."""
     model = make(form)
     wanted = calls(model, clip(features()))
+    # and none is read but inside its own module's forward, where it is whole
+    assert {n for n, m in model.named_modules() if list(m.parameters(recurse=False))} <= wanted.keys()
     still = features([4])
     still.patches[:] = still.patches[:, :1]
     one = Features(features([1]).patches, GRID)
@@ -283,8 +285,7 @@ def test_static_frames_are_the_projectors_own_patches_and_counts_are_those_of_th
 def test_separators_close_frames_and_go_first():
     full = make("tdc", max_tokens=200)
     tokens = full.encode(clip(features()))
-    mark = full.compressor.separator * 1.0
-    mark = full._scaled(mark)
+    mark = full.size(full.compressor.separator)
     is_mark = ((tokens.embeddings - mark).abs().amax(-1) < 1e-12) & tokens.mask
     assert is_mark.sum(1).tolist() == LENGTHS
     ranks = tokens.rank[0][is_mark[0]]
@@ -317,6 +318,7 @@ def test_questions(form, reads):
     model, seen = make(form), features()
     one, two = (model.encode(clip(seen, prompts=[p] * 3)) for p in ("What colour is it?", "How many are there?"))
     assert bool((one.embeddings - two.embeddings).abs().max() > 1e-9) == reads
+    assert model.reads_prompt == reads
     if reads:
         bare = model.compress(seen)
         same(bare, model.compress(seen, prompt=["", " ", ""]))
@@ -333,6 +335,10 @@ def test_audio_is_heard_by_frames_of_its_time():
     assert base.lengths.tolist() == [3 * (12 + 3) + 6 * 4]
     with pytest.raises(ValueError, match="no features of model.audio.name='ears', only of \\['tower'\\]"):
         model.encode(Clip(["a"], features={"tower": seen}))
+    with pytest.raises(ValueError, match="compress was given no audio: `beside` says"):
+        model.compress(seen)
+    with pytest.raises(ValueError, match="2 prompts for 1 clips"):
+        make("tdc").compress(seen, prompt=["a", "b"])
 
 
 @torch.no_grad()

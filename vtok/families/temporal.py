@@ -142,13 +142,36 @@ class Config(ProjectorConfig):
             )
 
 
+class WordSize(nn.Module):
+    """Tokens around 1 in size [M, n, D] at the size that `model.output_norm` asks."""
+
+    def __init__(self, kind: str, dim: int, rms: float):
+        super().__init__()
+        self.kind, self.rms = kind, rms
+        self.gain = nn.Parameter(torch.ones(dim)) if kind == "match" else None
+        self.shift = nn.Parameter(torch.zeros(dim)) if kind == "match" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "unit":
+            return F.normalize(x, dim=-1)
+        if self.gain is not None and self.shift is not None:
+            x = F.layer_norm(x, x.shape[-1:]) * self.gain + self.shift
+        return x * self.rms
+
+
 class Model(ProjectorModel):
-    """max_tokens: the largest budget. nested: whether a smaller budget keeps some of the tokens of a larger one."""
+    """max_tokens: the largest budget. nested: whether a smaller budget keeps some of the tokens of a larger one; by
+    `Tokens.truncate` with an int where groups=clip, with the budgets of groups where groups=window. reads_prompt:
+    whether tokens are for one question.
+
+    A network's parameters are read inside its own forward alone, as an engine that shards them (ZeRO-3) needs it.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config, load=load_tower)
         c, dim = config, config.embedding_dim
         self.max_tokens, self.nested = c.max_tokens, c.compressor != "matryoshka"
+        self.reads_prompt = c.text
         width = c.former.width if c.compressor == "tdc" else c.dual_path.former.width
         self.words = ByteWords(width, most=c.text_words) if c.text else None
         self.audio = nn.Linear(c.audio.in_dim, dim) if c.audio.name else None
@@ -158,20 +181,23 @@ class Model(ProjectorModel):
         if s.num_tokens:
             shape = dict(width=s.width, depth=s.depth, num_heads=s.num_heads)
             self.summary = Resampler(dim, num_queries=s.num_tokens, **shape)
-        matched = c.output_norm == "match" and (c.compressor != "matryoshka")
-        self.gain = nn.Parameter(torch.ones(dim)) if matched else None
-        self.shift = nn.Parameter(torch.zeros(dim)) if matched else None
+        # of what networks make: the projector's own patches have their size already
+        self.size = None if c.compressor == "matryoshka" else WordSize(c.output_norm, dim, c.embedding_rms)
+
+    def beside(self, clip: Clip) -> dict[str, Features]:
+        """What `compress` is given of a clip beside its tower's features and its prompt."""
+        name = self.config.audio.name
+        if not name:
+            return {}
+        if name not in (clip.features or {}):
+            raise ValueError(
+                f"the clips bring no features of model.audio.name={name!r}, only of {sorted(clip.features or {})}: "
+                "make a cache of them, or train without audio"
+            )
+        return {"audio": (clip.features or {})[name]}
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
-        audio = None
-        if self.config.audio.name:
-            audio = (clip.features or {}).get(self.config.audio.name)
-            if audio is None:
-                raise ValueError(
-                    f"the clips bring no features of model.audio.name={self.config.audio.name!r}, only of "
-                    f"{sorted(clip.features or {})}: make a cache of them, or train without audio"
-                )
-        return self.compress(self.features(clip), budget=budget, prompt=clip.prompt, audio=audio)
+        return self.compress(self.features(clip), budget=budget, prompt=clip.prompt, **self.beside(clip))
 
     def compress(
         self,
@@ -186,10 +212,17 @@ class Model(ProjectorModel):
         Args:
             budget: tokens of each clip, 1 to `max_tokens`; clips with fewer give all they have. int64 [B, G]: of each
                 group. None: all, up to `max_tokens`.
-            prompt: questions, read where `text` is on; None: none. audio: features where `audio.name` is set.
-        Raises: ValueError for features of another width, and budgets out of range.
+            prompt: questions, read where `text` is on; None: none. audio: features, where `audio.name` is set.
+        Raises: ValueError for features of another width, for budgets out of range, where audio is missing.
         """
         c = self.config
+        if (audio is None) == bool(c.audio.name):
+            raise ValueError(
+                f"model.audio.name={c.audio.name!r}, and compress was given {'no ' * (audio is None)}audio: `beside` "
+                "says what it is to be given of a clip"
+            )
+        if prompt is not None and len(prompt) != len(features.patches):
+            raise ValueError(f"{len(prompt)} prompts for {len(features.patches)} clips")
         if c.compressor == "progressive":
             features = repeat_images(features, c.progressive.repeat_images)
         batch = features.patches.shape[0]
@@ -204,10 +237,10 @@ class Model(ProjectorModel):
         made, plain = self._pieces(frames, prompt, audio, budget)
         groups = cut.index if c.groups == "window" else None
         pieces = [replace(p, embeddings=p.embeddings * scale) for p in plain]
-        pieces += [replace(p, embeddings=self._scaled(p.embeddings)) for p in made]
-        if self.summary is not None:
+        pieces += [replace(p, embeddings=self.size(p.embeddings)) for p in made if self.size is not None]
+        if self.summary is not None and self.size is not None:
             tokens = self._summarise(frames, pieces)
-            pieces.append(replace(tokens, embeddings=self._scaled(tokens.embeddings)))
+            pieces.append(replace(tokens, embeddings=self.size(tokens.embeddings)))
         layout = arrange(pieces, frames=frames.patches.shape[1], groups=groups)
         keep = kept(layout, batch=batch, most=c.max_tokens, budget=budget)
         out = gather_tokens(pieces, layout, keep, lengths=lengths, seconds=features.times)
@@ -263,14 +296,6 @@ class Model(ProjectorModel):
         queries = means + place_code(spans, means.shape[-1]).to(means)
         out = self.summary(queries, context, valid=read.mask) + means
         return clip_piece(out, spans.to(frames.time).expand(batch, -1, -1))
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """What networks made, at the scale that `output_norm` asks."""
-        if self.config.output_norm == "unit":
-            return F.normalize(x, dim=-1)
-        if self.gain is not None and self.shift is not None:
-            x = F.layer_norm(x, x.shape[-1:]) * self.gain + self.shift
-        return x * self.config.embedding_rms
 
 
 def _build(c: Config, dim: int) -> nn.Module:

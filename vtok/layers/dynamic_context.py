@@ -122,10 +122,7 @@ class DynamicContext(nn.Module):
         if self.static.keep != "none":
             still = patches[static.clip, static.frame]
             shape = grid if self.static.keep == "all" else pool_shape(self.static.tokens, grid)
-            if shape[0] * shape[1] > grid[0] * grid[1]:
-                raise ValueError(
-                    f"model.static.tokens={self.static.tokens} is more than the {grid[0] * grid[1]} patches of a frame"
-                )
+            _check_fits("static.tokens", shape, grid)
             tokens, level = pool_grid(still, grid, shape), spread_grid(shape, patches.device)
             plain.append(frames.piece(tokens, static, level, centres(shape, frames.time)))
             if audio is not None:
@@ -168,6 +165,7 @@ class DualPath(nn.Module):
         grid, rows = frames.grid, pack(frames.mask)
         own = frames.patches[rows.clip, rows.frame]
         shape = pool_shape(self.config.pooled, grid)
+        _check_fits("dual_path.pooled", shape, grid)
         level = spread_grid(shape, own.device)
         pooled = pool_grid(own, grid, shape)
         near = torch.arange(-self.config.reach, self.config.reach + 1, device=own.device)
@@ -187,3 +185,10 @@ class DualPath(nn.Module):
         return [frames.piece(read, rows, self.former.level(grid, own.device))], [
             frames.piece(pooled, rows, level, centres(shape, frames.time))
         ]
+
+
+def _check_fits(key: str, shape: tuple[int, int], grid: tuple[int, int]) -> None:
+    if shape[0] * shape[1] > grid[0] * grid[1]:
+        raise ValueError(
+            f"model.{key}={shape[0] * shape[1]} is more than the {grid[0] * grid[1]} patches of a frame of this tower"
+        )

@@ -71,12 +71,12 @@ class MemoryBridge(nn.Module):
             memory, seen = self._read(memories, clips, self.into(tokens).flatten(1, 2), there, shape)
             read = self.out(seen.unflatten(1, (index.shape[1], -1))) + tokens  # [M, w, p, D]
             if not real:
-                unused = unused + 0 * (read.sum() + memory.sum())
+                unused = unused + (read * 0).sum() + (memory * 0).sum()
                 memories.append(memories[-1])
                 continue
             memories.append(memories[-1].index_put((clips,), memory.to(memories[-1])))
             if c.emit == "memory":
-                unused = unused + 0 * read.sum()
+                unused = unused + (read * 0).sum()
                 continue
             emit = there if c.emit == "all" else there & (counts[clips] == s + 1)[:, None]
             pieces.append(self._piece(frames, read, clips, index, emit, spread_grid(shape, read.device) + c.memory))

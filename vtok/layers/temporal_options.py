@@ -143,15 +143,19 @@ class TuringMachine(nn.Module):
         tensors["write_norm"] = torch.ones(width)
         tensors["write"] = torch.randn(config.memories, width) * 0.02
         tensors["write_slot"] = torch.eye(config.memories, 2 * config.memories + 1) * 2  # begins by keeping
-        self.tensors = nn.ParameterDict({name: nn.Parameter(value) for name, value in tensors.items()})
+        for name, value in tensors.items():
+            self.register_parameter(f"memory_{name}", nn.Parameter(value))
         self.pool = AttentionPool(width, config.pool)
         self.out = nn.Linear(width, dim)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.get_parameter(f"memory_{name}")
 
     def _blocks(self, x: Tensor) -> Tensor:
         """x [R, G + 1, width] through the transformer blocks."""
         heads = self.config.num_heads
         for i in range(self.config.depth):
-            p = {name: self.tensors[f"{i}_{name}"].to(x.dtype) for name in _TENSORS}
+            p = {name: self._tensor(f"{i}_{name}").to(x.dtype) for name in _TENSORS}
             h = F.rms_norm(x, x.shape[-1:], p["norm1"], 1e-6)
             q, k, v = F.linear(h, p["qkv"]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), p["out"])
@@ -162,8 +166,8 @@ class TuringMachine(nn.Module):
         """memory [R, G, width], token [R, width] -> the new memory."""
         both = torch.cat([memory, token[:, None]], 1)
         made = torch.cat([both, self._blocks(both)[:, : self.config.memories]], 1)  # [R, 2 G + 1, width]
-        normed = F.rms_norm(made, made.shape[-1:], self.tensors["write_norm"].to(made.dtype), 1e-6)
-        logits = self.tensors["write"].to(made.dtype) @ normed.transpose(1, 2) + self.tensors["write_slot"].to(made)
+        normed = F.rms_norm(made, made.shape[-1:], self._tensor("write_norm").to(made.dtype), 1e-6)
+        logits = self._tensor("write").to(made.dtype) @ normed.transpose(1, 2) + self._tensor("write_slot").to(made)
         return logits.softmax(-1) @ made
 
     def forward(self, frames: Frames, words: object = None, audio: object = None) -> Pieces:
