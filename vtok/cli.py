@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "shards": ("vtok.data.shards:main", "pack videos into WebDataset shards, or --verify them"),
+    "features": ("vtok.features:main", "what a frozen tower makes of shards: SHARDS --tower NAME --out DIR"),
     "train": ("vtok.train:main", "train: CONFIG.yaml [key=value ...]"),
     "eval": ("vtok.evaluate:main", "measure a run or an export beside its controls and real codecs"),
     "export": ("vtok.export:main_export", "one folder that loads anywhere: RUN --out DIR [--push USER/REPO]"),

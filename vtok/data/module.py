@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch.utils.data import DataLoader
 
 from vtok.config import DataConfig
 from vtok.data.buckets import check_parts, scaled_sizes
+from vtok.data.feature_index import FeatureShardError, feature_view
 from vtok.data.pipeline import TrainingStream, ValidationSet, make_loader
 from vtok.data.sources import Shard, open_sources
-from vtok.data.view import view_of
+from vtok.data.view import View, view_of
 from vtok.types import Clip
 
 log = logging.getLogger(__name__)
@@ -39,24 +41,36 @@ FIXED = {
 }
 
 
-def fingerprint(sources: list[list[Shard]]) -> str:
-    """Equal for equal lists of shards, wherever they lie."""
-    facts = [[(shard.name, shard.samples, shard.num_bytes) for shard in source] for source in sources]
+def fingerprint(sources: list[list[Shard]], view: View | None = None) -> str:
+    """Equal for equal lists of shards, wherever they lie; of features also by the tower that `view` names."""
+    facts: list[Any] = [[(shard.name, shard.samples, shard.num_bytes) for shard in source] for source in sources]
+    if view is not None and view.cached is not None:
+        facts.append(view.cached.identity)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 class ClipDataModule(lightning.LightningDataModule):
-    """Training and validation batches of uint8 `Clip`s.
+    """Training and validation batches of uint8 `Clip`s, or of `Clip`s with a tower's features and no video.
 
     Args:
         config: the `data:` node.
+        tower: gives the model's frozen tower (with `name` and `identity()`); asked only where the shards hold features
+            (`vtok features`), which must then be its own. None takes any tower's, under the name it was recorded with.
         quarantine: file of broken samples, read again on resume; None: quarantine.jsonl in trainer.default_root_dir.
     Raises: ValueError for bad settings, at once; for shards that are not there, when a loader is asked for.
     """
 
-    def __init__(self, config: DataConfig, *, quarantine: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        quarantine: str | Path | None = None,
+        tower: Callable[[], Any] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self._tower = tower
+        self._views: dict[str, View] = {}
         self.view = view_of(config)
         self._quarantine = quarantine
         self._batches = 0
@@ -112,7 +126,7 @@ class ClipDataModule(lightning.LightningDataModule):
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
         stream = TrainingStream(
             self._sources(),
-            view=self.view,
+            view=self._training_view(),
             batch_size=config.batch_size,
             seed=config.seed,
             rank=self.rank,
@@ -128,6 +142,31 @@ class ClipDataModule(lightning.LightningDataModule):
             quarantine=self.quarantine,
         )
         return make_loader(stream, num_workers=config.num_workers, pin_memory=self._pin())
+
+    def _training_view(self) -> View:
+        config = self.config
+        seen = self._view_of(config.shards, "data.shards", training=True)
+        if seen.cached is not None and config.size_scales is not None:
+            raise FeatureShardError(
+                f"data.size_scales={config.size_scales} is for pixels, and data.shards={config.shards!r} holds features"
+            )
+        return seen
+
+    def _view_of(self, shards: str, setting: str, *, training: bool) -> View:
+        """What is seen of the clips of `shards`, which may be features. Looked up once, as the sources are."""
+        if setting not in self._views:
+            config = self.config
+            self._views[setting] = feature_view(
+                self.view,
+                shards,
+                training=training,
+                tower=self._tower,
+                most_frames=max(config.part_frames) if training and config.part_frames else None,
+                root=config.root,
+                cache_dir=config.cache_dir,
+                setting=setting,
+            )
+        return self._views[setting]
 
     def _sources(self) -> list[list[Shard]]:
         # Looked up once: each checkpoint states what the stream reads, not what lies in the folder by then, and must
@@ -151,7 +190,7 @@ class ClipDataModule(lightning.LightningDataModule):
             root, cache = config.root, config.cache_dir
             self._validation = ValidationSet(
                 open_sources(config.val_shards, root=root, cache_dir=cache, setting="data.val_shards")[0],
-                view=self.view,
+                view=self._view_of(config.val_shards, "data.val_shards", training=False),
                 batch_size=config.val_batch_size,
                 rank=self.rank,
                 world=self.world,
@@ -177,7 +216,7 @@ class ClipDataModule(lightning.LightningDataModule):
             "shuffle_buffer": config.shuffle_buffer,
             "weights": None if config.weights is None else [float(w) for w in config.weights],
             "part_batch_sizes": self._part_batch_sizes(),
-            "shards": fingerprint(self._sources()),
+            "shards": fingerprint(self._sources(), self._training_view()),
         }
 
     def _part_batch_sizes(self) -> list[int] | None:

@@ -9,6 +9,8 @@
 4. decode         a window of `num_frames` at `fps` with a random start; a clip that is shorter than the window comes
                   whole, with its length; an image is a 1-frame clip                    -> `vtok.data.view`
                   With data.map it is a window of the dense map in <key>.npy        -> `vtok.data.maps`
+                  In shards of a tower's features it is the same window of those, and there is no stage 5
+                                                                                    -> `vtok.data.feature_shards`
 5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip. With
                   data.size_scales the target of a batch is one of several sizes, drawn by the batch's number
 6. batch          uint8 [B, 3, T, H, W] padded with repeats of the last frame to the longest clip, `lengths`, `times`
@@ -45,6 +47,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vtok.data.buckets import Bucket, Schedule, Sizes, make_buckets
+from vtok.data.feature_index import feature_view, open_features
 from vtok.data.health import Health
 from vtok.data.order import WHOLE_SHARD, endless, passes, seeded, whole_epochs
 from vtok.data.sample import Item, collate, load_sample
@@ -310,6 +313,7 @@ def training_batches(
     **keywords: Any,
 ) -> Iterator[Clip]:
     """The training stream without Lightning: endless uint8 batches. keywords: those of `TrainingStream`."""
+    view = feature_view(view, shards, training=True, root=root, cache_dir=cache_dir)
     apart = keywords.get("part_frames") is not None or keywords.get("part_batch_sizes") is not None
     sources = open_sources(shards, weights=weights, apart=apart, root=root, cache_dir=cache_dir)
     stream = TrainingStream(
@@ -330,6 +334,7 @@ def validation_batches(
     **keywords: Any,
 ) -> Iterator[Clip]:
     """Validation clips without Lightning: uint8 batches, each clip once. keywords: those of `ValidationSet`."""
+    view = feature_view(view, shards, training=False, root=root, cache_dir=cache_dir, setting=setting)
     source = open_sources(shards, root=root, cache_dir=cache_dir, setting=setting)[0]
     held = ValidationSet(source, view=view, batch_size=batch_size, cache_dir=cache_dir, setting=setting, **keywords)
     yield from make_loader(held, num_workers=num_workers)
@@ -344,5 +349,8 @@ def num_val_clips(
     val_clips: int | None = None,
 ) -> int:
     """How many clips `validation_batches` gives over all ranks, unless some turn out to be broken."""
-    source = open_sources(shards, root=root, cache_dir=cache_dir, setting="data.val_shards")[0]
-    return ValidationSet(source, view=view or View(), batch_size=1, cache_dir=cache_dir, val_clips=val_clips).num_clips
+    setting = "data.val_shards"
+    index = open_features(shards, root=root, cache_dir=cache_dir, setting=setting)
+    seen = index.view(view or View()) if index is not None else view or View()
+    source = open_sources(shards, root=root, cache_dir=cache_dir, setting=setting)[0]
+    return ValidationSet(source, view=seen, batch_size=1, cache_dir=cache_dir, val_clips=val_clips).num_clips

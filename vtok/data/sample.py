@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vtok.data.feature_shards import Window, collate_features, window_of_features
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.view import View, decode_view, fit, map_view
 from vtok.types import Clip
@@ -22,10 +23,11 @@ from vtok.types import Clip
 
 class Item(NamedTuple):
     key: str
-    video: Tensor  # uint8 [3, T, H, W]; of a map uint8 or float32 [C, T, H, W]
+    video: Tensor | None  # uint8 [3, T, H, W]; of a map uint8 or float32 [C, T, H, W]; None where features are read
     times: Tensor  # [T]
     text: str | None
     qa: list[Any] | None
+    features: Window | None = None
 
 
 def read_facts(reader: ShardReader, sample: Sample) -> dict[str, Any]:
@@ -52,6 +54,10 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     if qa is not None and not isinstance(qa, list):
         raise BrokenSample(f"qa is a {type(qa).__name__}, not a list")
     suffix = next(suffix for suffix in view.media if suffix in sample.members)
+    if view.cached is not None:
+        read = functools.partial(_read_part, reader, sample, suffix)
+        window = window_of_features(read, sample.members[suffix][1], view, rng)
+        return Item(key, None, window.times.float(), caption, qa, window)
     if view.map:
         fps = facts.get("fps")
         if fps is not None and not (type(fps) in (int, float) and math.isfinite(fps) and fps > 0):
@@ -70,33 +76,42 @@ def _read_part(reader: ShardReader, sample: Sample, suffix: str, first: int, num
 def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
     """Items as one batch, padded with repeats of the last frame (and its time) to `frames`; None: to the longest.
 
-    Where uint8 and float maps meet in a batch, all become float32 in [-1, 1]. Raises ValueError where clips have
-    different numbers of channels.
+    Where uint8 and float maps meet in a batch, all become float32 in [-1, 1]. Features are padded with zeros. Raises
+    ValueError where clips have different numbers of channels.
     """
-    channels = {item.video.shape[0]: item.key for item in items}
-    if len(channels) > 1:
-        told = ", ".join(f"{count} in {key!r}" for count, key in sorted(channels.items()))
-        raise ValueError(f"the dense maps of data.shards have different numbers of channels: {told}; use one number")
-    if len({item.video.dtype for item in items}) > 1:
-        items = [item._replace(video=_as_float(item.video)) for item in items]
-    counts = [item.video.shape[1] for item in items]
+    counts = [len(item.times) for item in items]
     most = frames or max(counts)
-    first = items[0].video
-    video = torch.empty((len(items), first.shape[0], most, *first.shape[2:]), dtype=items[0].video.dtype)
     times = torch.empty((len(items), most))
     for row, item in enumerate(items):
-        video[row, :, : counts[row]] = item.video
-        video[row, :, counts[row] :] = item.video[:, -1:]
         times[row, : counts[row]] = item.times
         times[row, counts[row] :] = item.times[-1]
+    windows = [item.features for item in items if item.features is not None]
     return Clip(
         keys=[item.key for item in items],
-        video=video,
+        video=None if windows else _videos([(item.key, item.video) for item in items if item.video is not None], most),
         lengths=None if min(counts) == most else torch.tensor(counts),
         times=times,
         text=[item.text or "" for item in items] if any(item.text for item in items) else None,
         qa=[item.qa or [] for item in items] if any(item.qa for item in items) else None,
+        features={windows[0].tower: collate_features(windows, most)} if windows else None,
     )
+
+
+def _videos(keyed: Sequence[tuple[str, Tensor]], most: int) -> Tensor:
+    """(key, video [C, T, H, W]) of each clip as [B, C, most, H, W], the last frame repeated."""
+    channels = {video.shape[0]: key for key, video in keyed}
+    if len(channels) > 1:
+        told = ", ".join(f"{count} in {key!r}" for count, key in sorted(channels.items()))
+        raise ValueError(f"the dense maps of data.shards have different numbers of channels: {told}; use one number")
+    videos = [video for _, video in keyed]
+    if len({video.dtype for video in videos}) > 1:
+        videos = [_as_float(video) for video in videos]
+    first = videos[0]
+    out = torch.empty((len(videos), first.shape[0], most, *first.shape[2:]), dtype=first.dtype)
+    for row, video in enumerate(videos):
+        out[row, :, : video.shape[1]] = video
+        out[row, :, video.shape[1] :] = video[:, -1:]
+    return out
 
 
 def _as_float(video: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +17,20 @@ from torch import Tensor
 from vtok.data.decode import DecodeError, PastEnd, VideoReader
 from vtok.data.maps import HEAD_BYTES, MapError, read_header, window_of_map
 from vtok.data.sources import MEDIA
+
+FEATURES = "features.safetensors"  # member of a sample that holds a tower's features
+
+
+@dataclass(frozen=True)
+class Cached:
+    """That a tower's features are read in place of pixels.
+
+    name: of the tower, the key in `Clip.features`. window: frames it sees at once. identity: what they depend on.
+    """
+
+    name: str
+    window: int
+    identity: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class View:
     crop: random | center | none (whole frame, aspect not kept). scale: (low, high), side of a random crop as a share of
     the largest box of the wanted aspect. hflip: probability. max_pixels: frames x height x width a clip may decode to.
     map: extension of the member that holds a dense map (`vtok.data.maps`); "" takes the video or image.
+    cached: read features of the window instead (`vtok.data.feature_index.feature_view`).
     """
 
     num_frames: int = 16
@@ -36,6 +51,7 @@ class View:
     hflip: float = 0.0
     max_pixels: int = 1 << 31
     map: str = ""
+    cached: Cached | None = None
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:
@@ -65,6 +81,8 @@ class View:
     @property
     def media(self) -> tuple[str, ...]:
         """Extensions of the members that it can be a view of."""
+        if self.cached is not None:
+            return (FEATURES,)
         return (self.map,) if self.map else MEDIA
 
 

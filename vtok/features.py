@@ -1,0 +1,251 @@
+"""`vtok features`: shards of video into shards of a frozen tower's features: one pass, many compressors to train on it.
+
+Whole clips (or the middle window of each) at the frame rate, size and crop of the `data:` node that is to read them; in
+many processes and resumed after any kill, as `vtok.data.shard_work` does. What the result depends on stands in
+`recording.json`. The format is that of `vtok.data.feature_shards`; the tower's identity goes with the features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+
+from vtok.config import DataConfig, from_dict
+from vtok.data import shard_work
+from vtok.data.feature_index import KIND, SAME, FeatureSettings
+from vtok.data.health import Health, TooManyBroken
+from vtok.data.pack import write_atomically
+from vtok.data.shard_work import Job, Ledger, TarWriter
+from vtok.data.sources import ShardReader
+from vtok.data.view import FEATURES
+from vtok.data.workers import Notify
+from vtok.feature_recording import Recorder, Rejected, own_size, try_settings
+from vtok.vision import Tower, TowerConfig, load_tower
+
+COUNTS = ("samples", "frames")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What stands in the output folder, and how fast this call was. outstanding: shards of other parts."""
+
+    samples: int
+    frames: int
+    shards: int
+    outstanding: int
+    rejected: list[dict[str, Any]]
+    seconds: float
+    done_now: dict[str, int]  # samples and frames that this call recorded
+
+
+def record_features(
+    shards: str | Path,
+    out: str | Path,
+    *,
+    tower: TowerConfig,
+    fps: float | None = 8.0,
+    size: tuple[int, int] | None = None,
+    crop: str = "center",
+    frames: int | None = None,
+    attention: tuple[int, ...] = (),
+    attention_from: str = "all",
+    keys: bool = False,
+    workers: int | None = None,
+    device: str = "cpu",
+    part: tuple[int, int] = (0, 1),
+    max_bad_fraction: float = 0.01,
+    cache_dir: str = "",
+    progress: bool = True,
+) -> Summary:
+    """Feature shards of video shards, resuming what an earlier call left in `out`.
+
+    Args:
+        shards: a folder with index.json, a whole packing (train/, val/ ...), or what `data.shards` may be.
+        tower: as in the model's configuration; its dtype is that of the features, bfloat16 for half of the bytes.
+        fps, crop, frames, attention, attention_from, keys: see `FeatureSettings`. size: (height, width); None: what the
+            tower resizes frames to.
+        workers: processes; None: one a core, on CUDA one a device; 0: this process. More than there are devices share.
+        device: cpu, cuda (every device) or cuda:N.
+        part: (i, n): every n-th shard from the i-th on.
+        max_bad_fraction: share of the samples that may be rejected.
+    Raises: ValueError for bad settings or inputs, an `out` that holds something else, or too many rejected samples.
+    """
+    began, out = time.monotonic(), Path(out)
+    shard_work.check_part(part)
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction={max_bad_fraction} is a share of the samples, 0 to 1")
+    jobs = shard_work.plan(str(shards), cache_dir=cache_dir)
+    devices = shard_work.devices_of(device)
+    for cached in (_tower, _health):  # of an earlier call in this process
+        cached.cache_clear()
+    loaded = _tower(json.dumps(asdict(tower)), "cpu")
+    settings = FeatureSettings(fps, size or own_size(loaded), crop, frames, attention, attention_from, keys)
+    try_settings(loaded, settings)
+    who = loaded.identity()
+    pinned = replace(tower, sha256=loaded.sha256, revision=loaded.revision or tower.revision)
+    ledger = Ledger(out, jobs, claim="recording.json", counts=COUNTS, made="features")
+    numerics = {"frames_per_call": tower.frames_per_call, "torch": torch.__version__, "av": av.__version__}
+    ledger.claim(
+        {**{f"tower.{name}": who[name] for name in SAME}, **asdict(settings)},
+        {**numerics, "device": device.partition(":")[0]},
+    )
+    now = ledger.run(
+        write_shard,
+        lambda job: (job, out, json.dumps(asdict(pinned)), settings, devices, max_bad_fraction),
+        part=part,
+        workers=shard_work.default_workers(device, devices) if workers is None else workers,
+        title="recording clips",
+        progress=progress,
+    )
+
+    def index(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        facts = {"stride": loaded.stride, "window": loaded.window, "embedding_dim": loaded.embedding_dim}
+        columns = (*COUNTS, "name", "bytes", "sha256")
+        listed = [{key: row[key] for key in columns} for row in rows]
+        return {"kind": KIND, "tower": {**who, **facts}, "settings": asdict(settings), "shards": listed}
+
+    done = ledger.finish(index, limit=max_bad_fraction)
+    return Summary(
+        **done.totals,
+        shards=done.shards,
+        outstanding=done.outstanding,
+        rejected=done.rejected,
+        seconds=time.monotonic() - began,
+        done_now=now,
+    )
+
+
+@lru_cache(maxsize=1)
+def _tower(config: str, device: str) -> Tower:
+    """This process's tower: it is read once, not once a shard."""
+    return load_tower(from_dict(TowerConfig, json.loads(config), where="tower")).to(device)
+
+
+@lru_cache(maxsize=1)
+def _health(limit: float) -> Health:
+    """This process's count of broken samples, over all its shards."""
+    return Health(max_bad_fraction=limit, quarantine=None, seed=0, where="vtok features")
+
+
+def write_shard(
+    job: Job,
+    out: Path,
+    tower: str,
+    settings: FeatureSettings,
+    devices: list[str],
+    limit: float,
+    lost: dict[str, str],
+    notify: Notify,
+) -> dict[str, Any]:
+    """Record one shard; returns its record.
+
+    Args:
+        tower: its configuration as json. lost: {key: reason} of samples not to touch again. notify: called with each
+            sample's key before it is touched.
+    Raises: ValueError past the share of broken samples. OSError where the shard cannot be read or written.
+    """
+    number = (multiprocessing.current_process()._identity or (0,))[0]  # 1, 2 ... in worker processes
+    recorder = Recorder(_tower(tower, devices[number % len(devices)]), settings)
+    health, threads = _health(limit), torch.get_num_threads()
+    reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=recorder.view.media)
+    rejected: list[dict[str, Any]] = []
+    samples = frames = 0
+    torch.set_num_threads(1)  # sums depend on the number of threads: the same features with any number of workers
+    try:
+        with TarWriter(job.tar(out)) as tar:
+            for key, result in recorder.shard(reader, 0, lost=lost, notify=notify):
+                if isinstance(result, Rejected):
+                    rejected.append({"shard": job.name, "key": key, "reason": result.reason, "samples": result.lost})
+                    health.bad(None, job.name, key, result.reason, lost=result.lost)
+                    continue
+                health.good()
+                tar.add(f"{key}.{FEATURES}", result.recording(recorder.tower.stride).to_bytes())
+                tar.add(f"{key}.json", (json.dumps(result.json) + "\n").encode())
+                samples, frames = samples + 1, frames + len(result.seconds)
+            written = tar.close(keep=samples > 0)
+    except TooManyBroken as error:
+        shard_work.write_failed(job, out, error, rejected)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    record = {"name": job.name, "samples": samples, "frames": frames, **written, "rejected": rejected}
+    write_atomically(job.record(out), record)
+    return record
+
+
+def main(argv: list[str]) -> int:
+    """`vtok features SHARDS --tower NAME --out DIR`."""
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(prog="vtok features", description="Shards of a frozen tower's features.")
+    add = parser.add_argument
+    add("shards", help="folder of `vtok shards` (one split, or all), or what data.shards may be")
+    add("--tower", required=True, metavar="NAME", help="timm:MODEL, timm:USER/REPO, hf:USER/REPO or a folder")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where feature shards go; run again to resume or to check",
+    )
+    add("--layer", type=int, default=-1, help="block whose output is taken (default: the tower's own last output)")
+    add("--dtype", default="bfloat16", help="of the tower and the features: bfloat16, float16 or float32")
+    add("--tower-size", metavar="HxW", help="tower.size: whole frames resized to this (default: the tower's own)")
+    add("--revision", default="", help="branch, tag or commit of a repository")
+    add("--frames-per-call", type=int, default=64, help="frames through the tower at once (default: 64)")
+    add("--fps", default=str(defaults.fps), help=f"data.fps: frames per second, or `source` (default: {defaults.fps})")
+    add("--size", metavar="HxW", help="data.size (default: what the tower resizes frames to)")
+    add("--crop", default="center", help="data.crop: center, or none (aspect not kept)")
+    add("--frames", type=int, metavar="N", help="the middle window of N frames only, as validation (default: all)")
+    add("--attention", default="", metavar="L,L", help="blocks whose received attention is kept too")
+    add("--attention-from", default="all", help="queries that count: all or cls")
+    add("--keys", action="store_true", help="keep the attention keys of the layer too")
+    shard_work.add_arguments(parser, bad_fraction=str(defaults.max_bad_fraction))
+    args = parser.parse_args(argv)
+    tower = TowerConfig(
+        name=args.tower,
+        layer=args.layer,
+        dtype=args.dtype,
+        frames_per_call=args.frames_per_call,
+        revision=args.revision,
+        size=None if args.tower_size is None else list(shard_work.parse_size(args.tower_size, "--tower-size")),
+    )
+    done = record_features(
+        args.shards,
+        args.out,
+        tower=tower,
+        fps=shard_work.parse_rate(args.fps),
+        size=None if args.size is None else shard_work.parse_size(args.size),
+        crop=args.crop,
+        frames=args.frames,
+        attention=_layers(args.attention),
+        attention_from=args.attention_from,
+        keys=args.keys,
+        workers=args.workers,
+        device=args.device,
+        part=shard_work.parse_part(args.part),
+        max_bad_fraction=defaults.max_bad_fraction if args.max_bad_fraction is None else args.max_bad_fraction,
+        cache_dir=args.cache_dir,
+        progress=not args.quiet,
+    )
+    clips, frames = (done.done_now.get(name, 0) for name in COUNTS)
+    print(f"{args.out}: features of {done.samples} clips, {done.frames} frames in {done.shards} shards")
+    print(f"  {clips} clips now, in {done.seconds:.1f} s: {clips / done.seconds:.1f} clips/s, ", end="")
+    print(f"{frames / done.seconds:.1f} frames/s")
+    shard_work.print_rest(args.out, done.rejected, done.outstanding)
+    return 0
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ValueError(f"--attention {text!r} is not a list of blocks, such as -1 or 5,11") from error
