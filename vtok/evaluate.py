@@ -169,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="clips per batch")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0)
+    projector = parser.add_argument_group("projectors", "--controls are then reducers, beside those always there")
+    projector.add_argument("--llm", help="frozen language model; default: the one it was trained for")
+    projector.add_argument("--full", help="stage-0 model: the full-token row and the reducers' projector")
+    projector.add_argument("--answers", type=int, default=0, help="generate so many ids: exact match and F1")
+    projector.add_argument("--seeds", type=int, default=5, help="of reducers that draw (default 5)")
     parser.add_argument("--no-progress", action="store_true")
     parser.add_argument("--no-report", action="store_true", help="eval.json only")
     return parser
@@ -253,6 +258,62 @@ def _check_previous(written: Path, evaluator: Evaluator) -> None:
         raise ValueError(f"{error}, with the same weights, or name another folder: --out DIR") from error
 
 
+def _device(options: argparse.Namespace) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+
+
+def _budgets(options: argparse.Namespace, settings: EvalConfig) -> list[int]:
+    return [int(part) for part in _names(options.budgets)] if options.budgets else settings.budgets
+
+
+def _objective_of(path: str) -> Any:
+    """The `objective:` node that a run or an export of a projector was trained with."""
+    from omegaconf import OmegaConf
+
+    from vtok.llm import ObjectiveConfig
+    from vtok.loading import export_folder, is_run
+
+    written = Path(path) / "config.yaml" if is_run(Path(path)) else export_folder(path) / "training.yaml"
+    node: Any = OmegaConf.to_container(OmegaConf.load(written))
+    return from_dict(ObjectiveConfig, node.get("objective") or {}, where=f"{written}: objective")
+
+
+def _main_projector(options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str) -> int:
+    """A projector before its language model: eval.json and the table."""
+    from vtok.answering import AnsweringEvaluator, print_answers
+    from vtok.llm import load_llm
+    from vtok.loading import is_run
+
+    objective, source = _objective_of(options.model), Path(options.model)
+    full = options.full or objective.teacher
+    if options.llm:
+        objective.llm = replace(objective.llm, name=options.llm, revision="", sha256="")
+    reducers = _names(options.controls) if options.controls else []
+    evaluator = AnsweringEvaluator(
+        model,
+        load_llm(objective.llm),
+        val=val,
+        template=objective.tasks.qa_prompts[0],
+        timestamps=objective.timestamps,
+        budgets=_budgets(options, settings),
+        full=load_model(full)[0] if full else None,
+        reducers=reducers,
+        seeds=options.seeds,
+        max_new_tokens=options.answers,
+        device=_device(options),
+        seed=options.seed,
+        progress=not options.no_progress,
+    )
+    result = evaluator.run(model=source.name, shards=shards)
+    out = options.out or (source / "eval" if is_run(source) else Path("eval"))
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1, allow_nan=False)
+    (out / "eval.json").write_text(text + "\n", encoding="utf-8")
+    print_answers(result)
+    print(f"table   {out / 'eval.json'}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """`vtok eval RUN_OR_EXPORT [options]`: writes eval.json and report.html, prints the table."""
     options = _parser().parse_args(argv)
@@ -263,6 +324,8 @@ def main(argv: list[str] | None = None) -> int:
     val = _loader(
         data, val_shards, clips=data.val_clips if options.clips is None else options.clips, setting="--shards"
     )
+    if not hasattr(model, "decode"):
+        return _main_projector(options, model, val, settings, shards=val_shards)
     train = None
     if train_shards:
         try:
@@ -272,8 +335,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             log.warning("no training clips, so no dct, downsample and entropy coding: %s", error)
     lpips, fvd, fid = (_weights(name, options, settings) for name in ("lpips", "fvd", "fid"))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    budgets = [int(part) for part in _names(options.budgets)] if options.budgets else settings.budgets
+    device, budgets = _device(options), _budgets(options, settings)
     evaluator = Evaluator(
         model,
         val=val,
