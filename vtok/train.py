@@ -188,7 +188,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
                     "or choose another name"
                 )
             return 0
-    data = ClipDataModule(config.data) if data is None else data
+    tower = (lambda: lit.model.tower) if projecting.is_projector(config) else None  # of shards of features
+    data = ClipDataModule(config.data, tower=tower) if data is None else data
     lit = build(config, fresh=about is None)
     if first:
         _write_run_files(config, lit)
