@@ -9,7 +9,8 @@ procedural corpus of tests/test_tiny.py, with dense maps. A run that is there al
     tokens, bits/px   at all tokens; a token of several ids counts once
     PSNR              of the twin, dB; continuous latents and dense maps have no controls
     dct, down         of the controls at the twin's bits (vtok.metrics.controls)
-    step              median of all steps but the first five, ms of wall time, loading and logging included
+    step              ms of wall time: median of all steps but the first five, loading and logging included
+    CPU               ms of CPU time of forward, backward and update with all losses on: median of five training batches
     memory            largest resident set of the training process, MiB
     parameters        of the twin, thousands; of the preset, millions
 """
@@ -24,8 +25,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -41,6 +44,8 @@ from vtok.layers.i3d import I3DNet
 from vtok.layers.perceptual import LPIPS
 from vtok.layers.vgg import WIDTHS, VGG19Distance
 from vtok.loading import load_run
+from vtok.optim import parameter_groups
+from vtok.train import build
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the preset whose export a later stage begins with
@@ -60,6 +65,7 @@ HEAD = f"{'preset':24}{'steps':>6}{'tokens':>8}{'bits/px':>9}" + "".join(
         ("dct", 7),
         ("down", 7),
         ("step", 7),
+        ("CPU", 7),
         ("memory", 8),
         ("twin k", 8),
         ("full M", 8),
@@ -75,6 +81,7 @@ class Row:
     bits_per_pixel: float | None
     psnr: dict[str, float | None]  # of the twin and of each control
     step_ms: float | None
+    cpu_ms: float
     memory_mib: float | None
     twin: int
     full: float  # millions
@@ -86,6 +93,7 @@ class Row:
             (self.psnr["dct"], 7, 2),
             (self.psnr["downsample"], 7, 2),
             (self.step_ms, 7, 0),
+            (self.cpu_ms, 7, 0),
             (self.memory_mib, 8, 0),
             (self.twin / 1e3, 8, 0),
             (self.full, 8, 1),
@@ -215,6 +223,19 @@ def step_ms(run: Path) -> float | None:
     return statistics.median(steps) if steps else None
 
 
+def cpu_ms(config: RunConfig, *, steps: int = 5) -> float:
+    """CPU time of a step as a run ends with it: what other work on the machine disturbs least."""
+    lit, times = build(config, fresh=False).train(), []
+    optimizer = torch.optim.AdamW(parameter_groups(lit, config.optim), lr=config.optim.lr)
+    for clip in islice(ClipDataModule(config.data).train_dataloader(), steps + 1):
+        began = time.process_time()
+        optimizer.zero_grad()
+        lit.objective(lit.model, clip.as_float(), config.trainer.max_steps).total.backward()
+        optimizer.step()
+        times.append(time.process_time() - began)
+    return 1e3 * statistics.median(times[1:])
+
+
 def measure(name: str, config: RunConfig, *, memory: float | None, family: str) -> Row:
     """A finished run beside its controls, at all its tokens."""
     model, _ = load_run(str(config.run_dir))
@@ -241,6 +262,7 @@ def measure(name: str, config: RunConfig, *, memory: float | None, family: str) 
         bits_per_pixel=own["bits_per_pixel"] if model.codebook_sizes else None,
         psnr={"twin": own["psnr_db"], **{c: rows.get(c, {}).get("psnr_db") for c in ("dct", "downsample")}},
         step_ms=step_ms(config.run_dir),
+        cpu_ms=cpu_ms(config),
         memory_mib=memory,
         twin=sum(p.numel() for p in model.parameters()),
         full=float(stated[1]),
