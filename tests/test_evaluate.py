@@ -60,6 +60,23 @@ def printed(result) -> str:
     return out.getvalue()
 
 
+def check_against_x264(result, rows):
+    """An untrained model of 128 bits: x264's floor is above it, and nothing is in common."""
+    nominal, static = result["against_codecs"]
+    assert (nominal["codec"], nominal["rate"], static["rate"]) == ("x264", "bits_mean", "entropy_bits_mean")
+    smallest = nominal["codec_curve"][0]
+    for entry in (nominal, static):
+        assert entry["bd_psnr_db"] is None
+        for point in entry["matched"]:
+            row = rows["flexible", point["budget"]]
+            assert point["psnr_db"] == pytest.approx(row["psnr_db"])
+            assert point["bits"] == pytest.approx(row[entry["rate"]])
+            if point["psnr_db"] < smallest[1]:
+                assert point["where"] == "floor" and point["codec_bits"] == smallest[0]
+    floor = rows["x264", 1]
+    assert smallest == pytest.approx([floor["bits_mean"], floor["psnr_db"]])
+
+
 def test_rows_are_measured_on_the_same_windows_and_are_strict_json(model):
     val = batches(6, seed=1, lengths=True)
     evaluator = Evaluator(
@@ -103,6 +120,7 @@ def test_rows_are_measured_on_the_same_windows_and_are_strict_json(model):
     assert result["per_clip"]["keys"] == [key for clip in val for key in clip.keys]
     for key in ("python", "torch", "codecs", "cpu", "seed", "device"):
         assert result["environment"][key] is not None
+    check_against_x264(result, rows)
     text = printed(result)
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     assert "PSNR" in text and "x264" in text and "*" in text and f"{rows['flexible', 4]['psnr_db']:.2f}" in text

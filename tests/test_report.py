@@ -509,3 +509,23 @@ def test_captions_cannot_run_code(tmp_path, browser):
     assert browser.js("window.hacked") is None
     assert NASTY in str(browser.js("document.getElementById('caption').textContent"))
     assert re.search("img", str(browser.js("document.querySelector('h1').innerHTML"))) and browser.problems() == []
+
+
+def test_bits_beside_codecs(tmp_path):
+    """BD-rate where curves overlap, matched bits by budget, a floor, and what was not reached."""
+    from vtok.rows import against_codec
+
+    curve = [(1000.0, 20.0), (2000.0, 23.0), (4000.0, 26.0)]
+    ours = [(1, 100.0, 12.5), (4, 800.0, 21.5), (16, 1600.0, 24.5), (64, 3200.0, 27.5)]
+    entries = against_codec("x265", curve, {"bits_mean": ours, "ar_bits_mean": ours[:1]})
+    assert entries[0]["bd_rate_percent"] == pytest.approx(100 * (800 / (1000 * 2**0.5) - 1))
+    assert entries[0]["overlap_psnr_db"] == pytest.approx([20, 26]) and entries[1]["bd_rate_percent"] is None
+    evaluation = make_evaluation(make_clips(1))
+    assert json.loads(json.dumps(entries, allow_nan=False)) == entries
+    text = write_report({**evaluation, "against_codecs": entries}, [], tmp_path / "r.html").read_text()
+    section = text[text.index("Bits beside codecs") :].split("</section>")[0]
+    assert "\N{MINUS SIGN}43." in section and "20.00 to 26.00 dB" in section and "none in common" in section
+    for words in ("floor: 1,000 bits, 10x", "1,414 bits, 1.77x", "2,828 bits, 1.77x", "not reached", "64 tokens"):
+        assert words in section, words
+    assert "Bits beside codecs" not in write_report(evaluation, [], tmp_path / "r.html").read_text()
+    assert "codec_curve" not in text, "eval.json holds the points"

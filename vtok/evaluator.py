@@ -30,10 +30,12 @@ from vtok.metrics.distortion import clip_lpips, clip_psnr, clip_ssim, clip_tdiff
 from vtok.metrics.frechet import FeatureCache, FeatureNet, FrechetDistance
 from vtok.metrics.rate import CodebookUsage
 from vtok.prior_coding import signalling_bits
-from vtok.rows import SCHEMA, Row, environment, without_nan
+from vtok.rows import SCHEMA, Row, against_codec, environment, without_nan
 from vtok.types import Clip, Tokens, to_uint8
 
 log = logging.getLogger(__name__)
+BETWEEN = (0.5, 0.5**0.5, 2**0.5, 2.0)  # rates of a codec's curve beside the budgets', of the largest one's
+COUNTED = {"bits_mean": "bits", "entropy_bits_mean": "entropy_bits", "ar_bits_mean": "ar_bits"}
 
 
 def default_budgets(max_tokens: int) -> list[int]:
@@ -133,6 +135,7 @@ class Evaluator:
         self.keys: list[str] = []
         self.rates: dict[int, float] = {}
         self.controls: dict[str, Any] = {}
+        self.against_codecs: list[dict[str, Any]] = []
 
     def _track(self, what: str, total: int | None) -> Any:
         task = self.bar.add_task(what, total=total)
@@ -362,7 +365,7 @@ class Evaluator:
                 row.notes.append(control.describe(self.rates[row.budget]))
         return rows
 
-    def _codec_rows(self) -> list[Row]:
+    def _codec_rows(self, models: list[Row]) -> list[Row]:
         if not self.codec_names:
             return []
         rows = [Row(name, budget) for name in self.codec_names for budget in self.budgets]
@@ -386,6 +389,7 @@ class Evaluator:
         seconds = sum(float(durations(clip, self.fps)[0]) for clip in clips[:1])
         fps = videos[0].shape[1] / seconds if videos and math.isfinite(seconds) else self.fps or 8.0
         rates = [self.rates[budget] for budget in self.budgets]
+        between = [rates[-1] * factor for factor in BETWEEN]
         with Workers(min(self.processes, len(videos))) as workers:
             for name in self.codec_names:
                 points = sweep_clips(
@@ -393,13 +397,33 @@ class Evaluator:
                     rates,
                     codec=name,
                     workers=workers,
+                    more_rates=between,
                     fps=fps,
                     profile=self.profile,
                     progress=self._track(name, len(videos)),
                 )
                 for at, row in enumerate(row for row in rows if row.method == name):
                     self._codec_row(row, clips, [None if each is None else each[at] for each in points], rates[at])
+                self._compare(name, points, models)
         return rows
+
+    def _compare(self, codec: str, points: list[list[Point] | None], models: list[Row]) -> None:
+        """The codec's curve beside the tokenizer's, both means over the clips that the codec coded."""
+        coded = [at for at, each in enumerate(points) if each is not None]
+        each_rate = list(zip(*(each for each in points if each is not None)))
+        curve = [
+            (sum(p.bits for p in column) / len(coded), sum(p.psnr_db for p in column) / len(coded))
+            for column in each_rate
+        ]
+        if not curve:
+            return
+        ours: dict[str, list[tuple[int, float, float]]] = {}
+        for key, column in COUNTED.items():
+            for row in models:
+                if column in row.values and row.budget is not None:
+                    bits, psnr = (float(row.tensor(name)[coded].mean()) for name in (column, "psnr_db"))
+                    ours.setdefault(key, []).append((row.budget, bits, psnr))
+        self.against_codecs += against_codec(codec, curve, ours)
 
     def _codec_row(self, row: Row, clips: list[Clip], points: list[Point | None], rate: float) -> None:
         """Scores of one codec at one rate; None is a clip that crashed it."""
@@ -422,11 +446,12 @@ class Evaluator:
     def run(self, *, model: str = "", shards: str = "") -> dict[str, Any]:
         """Everything, as eval.json holds it: strict JSON, schema 1."""
         with self.bar:
-            rows = self._model_rows()
+            models = self._model_rows()
+            rows = list(models)
             self.rates = {row.budget: row.mean("bits") for row in rows if row.budget is not None}
             self.fit_controls()
             rows += self._control_rows()
-            rows += self._codec_rows()
+            rows += self._codec_rows(models)
         per_clip: dict[str, dict[str, list[float]]] = {}
         for row in rows:
             # a row without budget (a rate of its own) is filed under "-"
@@ -450,6 +475,7 @@ class Evaluator:
                 )
                 for row in rows
             ],
+            "against_codecs": self.against_codecs,
             "per_clip": {"keys": self.keys, "psnr_db": per_clip},
         }
         return without_nan(result)

@@ -102,6 +102,7 @@ def write_report(
         _player_section(stored, exact),
         _gallery_section(stored),
         _rate_section(rows, family),
+        _codecs_section(evaluation),
         _samples_section(samples or []),
         _usage_section(evaluation, rows, family),
         _table_section(rows, family),
@@ -376,6 +377,38 @@ def _rate_section(rows: list[dict[str, Any]], family: str) -> str:
 <div class="charts">{"".join(figures)}</div></section>"""
 
 
+def _codecs_section(evaluation: dict[str, Any]) -> str:
+    """Bits at equal quality: a row for each codec and way to count ours, a column a budget."""
+    entries = evaluation.get("against_codecs") or []
+    if not entries:
+        return ""
+    counted = {key: heading for key, heading, _ in COLUMNS}
+    budgets = [point["budget"] for point in entries[0]["matched"]]
+    heads = ["codec", "our bits", "BD-rate", "PSNR in common", *(_tokens_text(budget) for budget in budgets)]
+    lines = []
+    for entry in entries:
+        delta, overlap = _number(entry["bd_rate_percent"]), entry["overlap_psnr_db"]
+        cells = [html.escape(entry["codec"]), html.escape(counted.get(entry["rate"], entry["rate"]))]
+        cells.append("none in common" if delta is None else f"{delta:+.1f} %".replace("-", "\N{MINUS SIGN}"))
+        cells.append("" if overlap is None else f"{overlap[0]:.2f} to {overlap[1]:.2f} dB")
+        cells += [_matched_text(point) for point in entry["matched"]]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"""<section aria-labelledby="codecs-title"><h2 id="codecs-title">Bits beside codecs</h2>
+<p class="note">BD-rate: our bits against the codec's at equal PSNR, averaged over the range that both reach; below 0 we
+need fewer. Under each budget: what the codec needs for our PSNR there, and how many times our bits that is. A floor is
+the smallest stream the codec can write, which is better than ours already.</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="codecs-title">
+<table><thead><tr>{"".join(f'<th scope="col">{head}</th>' for head in heads)}</tr></thead>
+<tbody>{"".join(lines)}</tbody></table></div></section>"""
+
+
+def _matched_text(point: dict[str, Any]) -> str:
+    theirs, ours = _number(point["codec_bits"]), _number(point["bits"])
+    if theirs is None or not ours:
+        return "not reached"
+    return ("floor: " if point["where"] == "floor" else "") + f"{theirs:,.0f} bits, {theirs / ours:.3g}x"
+
+
 def _usage_section(evaluation: dict[str, Any], rows: list[dict[str, Any]], family: str) -> str:
     """Bars for every list named *_per_position, of the largest budget that has one."""
     found: dict[str, tuple[list[float], str]] = {}
@@ -558,7 +591,7 @@ def _tiles(rows: list[dict[str, Any]], family: str) -> str:
 
 
 def _environment_section(evaluation: dict[str, Any]) -> str:
-    long = ("rows", "environment", "per_clip")  # eval.json holds them
+    long = ("rows", "environment", "per_clip", "against_codecs")  # eval.json holds them
     shown = {k: v for k, v in evaluation.items() if k not in long and not k.endswith("_per_position")}
     environment = evaluation.get("environment")
     shown |= environment if isinstance(environment, dict) else {"environment": environment}

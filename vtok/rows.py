@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok.metrics.bd import bjontegaard, frontier, matched_bits
 from vtok.metrics.codecs import encoder_versions
 from vtok.metrics.frechet import FrechetDistance
 
@@ -126,6 +127,37 @@ class Row:
                 notes.append("psnr_db_ci: needs two clips")
         out["note"] = "; ".join(notes) or None
         return out
+
+
+def against_codec(
+    codec: str, curve: Sequence[tuple[float, float]], ours: Mapping[str, Sequence[tuple[int, float, float]]]
+) -> list[dict[str, Any]]:
+    """What the tokenizer's budgets cost beside a codec: an entry of eval.json's `against_codecs` for each way to count.
+
+    curve: (bits, PSNR) of the codec. ours: by the key of a row that holds the bits, (budget, bits, PSNR) of budgets,
+    all means over the codec's clips.
+    """
+    out = []
+    for rate, points in ours.items():
+        delta = bjontegaard(curve, [(bits, psnr) for _, bits, psnr in points])
+        matched = []
+        for budget, bits, psnr in points:
+            there = matched_bits(curve, psnr)
+            matched.append(
+                {"budget": budget, "psnr_db": psnr, "bits": bits, "codec_bits": there.bits, "where": there.where}
+            )
+        out.append(
+            {
+                "codec": codec,
+                "rate": rate,
+                "bd_rate_percent": delta.rate_percent,
+                "bd_psnr_db": delta.quality,
+                "overlap_psnr_db": delta.overlap and list(delta.overlap),
+                "matched": matched,
+                "codec_curve": [list(point) for point in frontier(curve)],
+            }
+        )
+    return out
 
 
 def check_same_weights(*evaluations: Mapping[str, Any]) -> None:

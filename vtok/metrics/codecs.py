@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -275,10 +275,12 @@ def restore(small: Tensor, anchor: Anchor, size: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """One clip at one rate: bits spent, the reconstruction [3, T, H, W], which anchor and CRF, within the rate?"""
+    """One clip at one rate: bits spent, the reconstruction [3, T, H, W] (empty where it was not kept), its PSNR, which
+    anchor and CRF, within the rate?"""
 
     bits: int
     video: Tensor
+    psnr_db: float
     anchor: Anchor
     crf: int
     fits: bool
@@ -340,20 +342,23 @@ def sweep(
             crf = curve.best_crf(rate)
             if crf is not None:
                 psnr, video = curve.score(crf)
-                found.append((psnr, Point(curve.at(crf).bits, video, curve.anchor, crf, True)))
+                found.append(Point(curve.at(crf).bits, video, psnr, curve.anchor, crf, True))
         if found:
-            points.append(max(found, key=lambda item: item[0])[1])
+            points.append(max(found, key=lambda point: point.psnr_db))
             continue
         floor = min(curves, key=lambda curve: curve.at(spec.worst_crf).bits)
         smallest = floor.at(spec.worst_crf).bits
-        points.append(Point(smallest, floor.score(spec.worst_crf)[1], floor.anchor, spec.worst_crf, False))
+        psnr, video = floor.score(spec.worst_crf)
+        points.append(Point(smallest, video, psnr, floor.anchor, spec.worst_crf, False))
     return points
 
 
-def _job(job: tuple[Tensor, list[float], str, float, str]) -> list[Point]:
+def _job(job: tuple[Tensor, list[float], int, str, float, str]) -> list[Point]:
     torch.set_num_threads(1)
-    clip, rates, codec, fps, profile = job
-    return sweep(clip, rates, codec=codec, fps=fps, profile=profile)
+    clip, rates, kept, codec, fps, profile = job
+    points = sweep(clip, rates, codec=codec, fps=fps, profile=profile)
+    none = torch.empty(0, dtype=torch.uint8)
+    return [*points[:kept], *(replace(point, video=none) for point in points[kept:])]
 
 
 class Workers:
@@ -436,17 +441,21 @@ def sweep_clips(
     *,
     codec: str,
     workers: Workers,
+    more_rates: Sequence[float] = (),
     fps: float = 8.0,
     profile: str = "offline",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Point] | None]:
     """`sweep` of many clips, [clip][rate]; progress is called with (done, total).
 
+    more_rates: points that follow those of `rates`, without their frames.
+
     Encoders run in processes of their own: one that aborts (seen with libx265 216 at width 48, height 32: heap
     corruption) costs its clip, for which there is None, and not the evaluation.
     """
     _spec(codec, profile)
-    jobs = [(clip, [float(rate) for rate in rates], codec, fps, profile) for clip in clips]
+    every = [float(rate) for rate in (*rates, *more_rates)]
+    jobs = [(clip, every, len(rates), codec, fps, profile) for clip in clips]
     return workers.map(_job, jobs, progress=progress)
 
 
