@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtok.evaluator import default_budgets
 from vtok.families import reducer as reducing
 from vtok.llm import Answered, FrozenLLM, ask
 from vtok.metrics.cost import shape_of
@@ -152,24 +151,28 @@ class AnsweringEvaluator:
 
         self._ask(row("blind", 0), clip, None, None)
         seen, features = self._seen(clip, self.model)
-        most = self.model.most_tokens(features)
-        self.budgets = self.budgets or default_budgets(int(most.max()))
-        for budget in self.budgets:
-            self._at(row(self.family, budget), seen, self.model, budget, most)
+        for budget in self._menu(self.model, features):
+            self._ask(row(self.family, budget), seen, self.model, budget)
         if self.full is None:
             return
         if self.full.config.tower != self.model.config.tower:
             seen, features = self._seen(clip, self.full)
         self._ask(row("full", None), seen, self.full, None)
-        most = self.full.most_tokens(features)
         for name in self.names:
             for seed in range(self.seeds if _draws(name) else 1):
                 reduced = reduced_model(self.full, name, seed=self.seed + seed)
-                for budget in self.budgets:
+                for budget in self._menu(reduced, features):
                     if name == "downsample" and clip.video is None:
                         row(name, budget).note("the shards hold features: frames cannot be made smaller")
                         continue
-                    self._at(row(name, budget), clip if name == "downsample" else seen, reduced, budget, most)
+                    self._ask(row(name, budget), clip if name == "downsample" else seen, reduced, budget)
+
+    def _menu(self, model: Any, features: Features) -> list[int | None]:
+        """The budgets of every row, settled by the first clips; all tokens for a model that takes no budget."""
+        if not model.any_budget:
+            return [None]
+        self.budgets = self.budgets or [budget for budget in model.budgets(features) if budget is not None]
+        return list(self.budgets)
 
     def _seen(self, clip: Clip, model: Any) -> tuple[Clip, Features]:
         """The clip with the features of the model's tower, and these, made once for all rows that read them: with
@@ -177,30 +180,21 @@ class AnsweringEvaluator:
         asked: dict[str, Any] = {}
         if self.full is not None and self.full.config.tower == model.config.tower:
             methods = [REDUCERS[name] for name in self.names if name in REDUCERS]
-            if layers := max((method.layers for method in methods), default=0):
-                asked["attention"] = attention_layers(self.full, layers)
+            layers = {each for m in methods if m.layers for each in attention_layers(self.full, m.layers)}
+            if layers:
+                asked["attention"] = sorted(layers)
             if any(method.keys for method in methods):
                 asked["keys"] = True
         features = model.features(clip, **asked)
         return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), features
 
-    def _at(self, row: AnswerRow, clip: Clip, model: Any, budget: int, most: torch.Tensor) -> None:
-        """The batch at a budget; clips that cannot hold it are given all their tokens, and the row says so."""
-        fits = most >= budget
-        if bool(fits.all()):
-            self._ask(row, clip, model, budget)
-            return
-        row.note(f"clips of fewer than {budget} tokens are given all of theirs")
-        for index in range(len(clip)):
-            self._ask(row, clip.rows(slice(index, index + 1)), model, min(budget, int(most[index])))
-
-    def _ask(self, row: AnswerRow, clip: Clip, model: Any, budget: Budget | None) -> None:
+    def _ask(self, row: AnswerRow, clip: Clip, model: Any, budget: int | None) -> None:
         timed = _Timed(model, self._sync) if model is not None else None
         if timed is not None and math.isnan(row.compress_flops):
             with FlopCounterMode(display=False) as counter:
                 timed.model.encode(replace(clip, prompt=[""] * len(clip)), budget=budget)
             row.compress_flops = counter.get_total_flops() / len(clip)
-        row.answers += ask(
+        found = ask(
             self.llm,
             clip,
             timed,
@@ -209,6 +203,9 @@ class AnsweringEvaluator:
             timestamps=self.timestamps and timed is not None,
             max_new_tokens=self.max_new_tokens,
         )
+        row.answers += found
+        if budget is not None and any(each.tokens < budget for each in found):
+            row.note(f"clips that have fewer than {budget} tokens are given all of theirs")
         if timed is not None:
             row.compress_s += [timed.seconds / len(clip)] * len(clip)
 
@@ -293,11 +290,12 @@ class _Timed:
 
 def attention_layers(model: Any, count: int) -> list[int]:
     """Blocks of the model's tower whose attention reducers follow, where its configuration names none: the last but
-    one; of two, the middle one first."""
+    one; of two, the middle one and the last."""
     named = list(getattr(model.config, "attention_layers", []))
     if len(named) >= count:
         return named
-    return [-2] if count == 1 else [model.tower.depth // 2, -2]
+    depth = model.tower.depth
+    return [max(depth - 2, 0)] if count == 1 else [depth // 2, depth - 1]
 
 
 def _draws(name: str) -> bool:
@@ -307,7 +305,8 @@ def _draws(name: str) -> bool:
 def reduced_model(full: Any, name: str, *, seed: int = 0) -> Any:
     """A training-free reducer on the projector of the stage-0 model: it shares the weights."""
     layers = attention_layers(full, REDUCERS[name].layers) if name in REDUCERS and REDUCERS[name].layers else []
-    options = {"seed": seed} if _draws(name) else {}
+    options: dict[str, Any] = {"seed": seed} if _draws(name) else {}
+    options |= dict(zip(("layer",) if len(layers) == 1 else ("object_layer", "last_layer"), layers))
     made = reducing.Model(replace(full.config, method=name, options=options, attention_layers=layers))
     made.projector, made._tower = full.projector, full._tower
     return made.to(next(full.parameters()).device).eval()

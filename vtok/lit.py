@@ -398,18 +398,16 @@ class LitProjector(LitCompressor):
     Its objective has `ask` and `generate`, as `vtok.llm.ProjectorObjective`.
     """
 
-    def _seen(self, clip: Clip) -> tuple[Clip, list[int]]:
-        """The clip with the tower's features, made once for all budgets; the budgets that each of its clips can fill:
-        eval.budgets, or 1, 4, 16, ... and every token."""
+    menu: tuple[int | None, ...] = ()  # budgets of validation, settled by its first clips
+
+    def _seen(self, clip: Clip) -> tuple[Clip, tuple[int | None, ...]]:
+        """The clip with the tower's features, made once for all budgets; eval.budgets, or those of the model."""
         model: Any = self.model
         clip = self._prepare(clip)
         features = model.features(clip)
-        most = int(model.most_tokens(features).min())
-        asked = self.config.eval.budgets or [4**i for i in range(16)]
-        budgets = sorted(
-            {b for b in asked if b < most} | {most if not self.config.eval.budgets else min(most, max(asked))}
-        )
-        return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), budgets
+        asked = self.config.eval.budgets if model.any_budget else []
+        self.menu = self.menu or tuple(asked or model.budgets(features))
+        return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), self.menu
 
     def measure(self, clip: Clip, index: int) -> dict[str, Any]:
         out, mean = super().measure(clip, index), {}
@@ -417,14 +415,14 @@ class LitProjector(LitCompressor):
         with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
             ready, budgets = self._seen(clip)
             for budget in budgets:
-                found = objective.ask(self.model, ready, budget=budget)
-                for each in found:
+                name = "all" if budget is None else str(budget)
+                for each in objective.ask(self.model, ready, budget=budget):
                     if each.right is not None:
-                        mean.setdefault(f"accuracy_{budget}", []).append(float(each.right))
-                        mean.setdefault(f"{each.type or 'other'}_accuracy_{budget}", []).append(float(each.right))
-                    mean.setdefault(f"positions_{budget}", []).append(float(each.positions))
-                if mean.get(f"accuracy_{budget}"):
-                    out["top"] = f"accuracy_{budget}"
+                        mean.setdefault(f"accuracy_{name}", []).append(float(each.right))
+                        mean.setdefault(f"{each.type or 'other'}_accuracy_{name}", []).append(float(each.right))
+                    mean.setdefault(f"positions_{name}", []).append(float(each.positions))
+                if mean.get(f"accuracy_{name}"):
+                    out["top"] = f"accuracy_{name}"
         out["mean"] |= mean
         return out
 
@@ -432,10 +430,10 @@ class LitProjector(LitCompressor):
         objective: Any = self.objective
         with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
             ready, budgets = self._seen(clip)
-            chosen = sorted({budgets[0], budgets[-1]})
+            chosen = list(dict.fromkeys([budgets[0], budgets[-1]]))
             said = {b: objective.ask(self.model, ready, budget=b, max_new_tokens=16) for b in chosen}
             told = {b: objective.generate(self.model, ready, budget=b) for b in chosen}
-        heads = [f"{b} tokens" for b in chosen]
+        heads = ["all tokens" if b is None else f"{b} tokens" for b in chosen]
         lines = [f"| clip | asked | truth | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
         for row, key in enumerate(clip.keys):
             truth = clip.text[row] if clip.text else ""

@@ -402,9 +402,10 @@ def _in_step(trainer: Any, lit: LitCompressor, loader: Any) -> Any:
         yield batch
 
 
-def _tokens_of(name: str) -> int:
-    """256 of psnr_db_256; "" comes before every name."""
-    return int(name.rpartition("_")[2]) if name else -1
+def _tokens_of(name: str) -> float:
+    """256 of psnr_db_256, infinite of accuracy_all; "" comes before every name."""
+    budget = name.rpartition("_")[2]
+    return (math.inf if budget == "all" else int(budget)) if name else -1
 
 
 def _all_max(values: list[Any], device: torch.device) -> list[float]:

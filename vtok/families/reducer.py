@@ -26,9 +26,10 @@ from torch import Generator, Tensor
 
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.llm import ObjectiveConfig, ProjectorObjective
-from vtok.reducers import REDUCERS, build, everything
+from vtok.reducers import REDUCERS, everything
+from vtok.reducers import build as bind  # a family's own `build` is asked for a fresh model
 from vtok.types import Budget, Clip, Features, Tokens
-from vtok.vision import Tower, TowerConfig, load_tower
+from vtok.vision import TowerConfig
 
 Objective = ProjectorObjective
 __all__ = ["Config", "Model", "Objective", "ObjectiveConfig"]
@@ -61,7 +62,7 @@ class Config(ProjectorConfig):
             return
         if self.method not in REDUCERS:
             raise ValueError(f"model.method={self.method!r} is unknown; choose one of {', '.join((*OWN, *REDUCERS))}")
-        build(self.method, **self.options)
+        bind(self.method, **self.options)
         needed = REDUCERS[self.method].layers
         if len(self.attention_layers) < needed:
             raise ValueError(
@@ -76,9 +77,9 @@ class Model(ProjectorModel):
     nested = False
 
     def __init__(self, config: Config):
-        super().__init__(config, load=load_tower)
-        self.max_tokens = config.max_tokens
-        self._small: dict[tuple[int, int], Tower] = {}  # downsample: the tower by the size of frames it sees
+        super().__init__(config)
+        self.max_tokens, self.any_budget = config.max_tokens, config.method != "none"
+        self._small: dict[tuple[int, int], Any] = {}  # downsample: the tower by the size of frames it sees
 
     def features(self, clip: Clip, **asked: Any) -> Features:
         """The clip's features, with the attention and the keys that the method follows where they are made here."""
@@ -113,7 +114,7 @@ class Model(ProjectorModel):
             raise ValueError("model.method=downsample makes the video smaller, features come too late: give it clips")
         projected = self.project(features)
         if c.method in REDUCERS:
-            reduce = build(c.method, **c.options)
+            reduce = bind(c.method, **c.options)
             return reduce(projected, budget=keep[:, None], prompt=prompt, generator=self._chance())
         if bool((keep < available).any()):
             short = int((keep < available).nonzero()[0])
@@ -175,7 +176,7 @@ class Model(ProjectorModel):
         seen = self.tower.preprocess.size(*video.shape[-2:])
         return grid, (seen[0] // grid[0], seen[1] // grid[1])
 
-    def _at_size(self, size: tuple[int, int]) -> Tower:
+    def _at_size(self, size: tuple[int, int]) -> Any:
         """The same weights for whole frames resized to that many pixels; loaded once for each size."""
         if size not in self._small:
             self._small[size] = self._load(replace(self.config.tower, size=list(size)))

@@ -55,7 +55,7 @@ from vtok.layers.temporal_options import (
 )
 from vtok.llm import ObjectiveConfig, ProjectorObjective
 from vtok.types import Budget, Clip, Features, Tokens
-from vtok.vision import TowerConfig, load_tower
+from vtok.vision import TowerConfig
 
 Objective = ProjectorObjective
 __all__ = ["Config", "Model", "Objective", "ObjectiveConfig"]
@@ -168,7 +168,7 @@ class Model(ProjectorModel):
     """
 
     def __init__(self, config: Config):
-        super().__init__(config, load=load_tower)
+        super().__init__(config)
         c, dim = config, config.embedding_dim
         self.max_tokens, self.nested = c.max_tokens, c.compressor != "matryoshka"
         self.reads_prompt = c.text

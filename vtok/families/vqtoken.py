@@ -47,7 +47,7 @@ from vtok.llm import ObjectiveConfig as LanguageConfig
 from vtok.llm import ProjectorObjective
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Budget, Clip, Features, ShapeError, StreamState, Tokens, resolve_budget
-from vtok.vision import TowerConfig, load_tower
+from vtok.vision import TowerConfig
 
 SCOPES = ("clip", "blocks", "stream")
 TINY = 1e-20  # under a root, so that zeros have a gradient
@@ -153,7 +153,7 @@ class _Sets:
 class Model(ProjectorModel):
     """What ships: `encode`, `compress`; with scope=stream also `init_state`, `step`, `flush`."""
 
-    def __init__(self, config: Config, *, load: Any = load_tower):
+    def __init__(self, config: Config, *, load: Any = None):
         super().__init__(config, load=load)
         c = config
         self.max_tokens = c.num_tokens

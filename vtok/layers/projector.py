@@ -8,6 +8,7 @@ all tokens (families/reducer.py without a reducer, stage 0) ended, aligned with 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,14 +53,21 @@ class MLPProjector(nn.Module):
 
 
 class ProjectorModel(nn.Module):
-    """Base of `Model`: the tower by reference, `encode`, the projector. A family gives `compress`.
+    """Base of `Model`: the tower by reference, `encode`, the projector. A family gives `compress` and `max_tokens`.
+
+    any_budget: whether every number of tokens up to `max_tokens` can be asked for. Clips that cannot be given so many
+    are given all they have.
 
     Args:
         config: its `tower` has a name; `in_dim`, `embedding_dim`, `embedding_rms` as in `ProjectorConfig`.
-        load: makes the tower of `config.tower`, once, when features are asked of a video.
+        load: makes the tower of `config.tower`, once, when features are asked of a video; None: `vtok.vision`, where it
+            is installed (an export alone compresses the features it is given).
     """
 
-    def __init__(self, config: Any, *, load: Callable[[Any], Any]):
+    any_budget = True
+    max_tokens: int
+
+    def __init__(self, config: Any, *, load: Callable[[Any], Any] | None = None):
         super().__init__()
         for name in ("in_dim", "embedding_dim", "embedding_rms"):
             if not getattr(config, name) > 0:
@@ -68,7 +76,7 @@ class ProjectorModel(nn.Module):
                 )
         self.config, self.embedding_dim = config, config.embedding_dim
         self.projector = MLPProjector(config.in_dim, config.embedding_dim, rms=config.embedding_rms)
-        self._load = load
+        self._load = load or _load_tower
         self._tower: Any = None  # no module: not in the state_dict, not in the engine
 
     @property
@@ -95,6 +103,14 @@ class ProjectorModel(nn.Module):
             )
         return replace(features, patches=self.projector(features.patches))
 
+    def budgets(self, features: Features) -> list[int | None]:
+        """Budgets to measure at, where none are asked: 1, 4, 16 ... and the most a clip of this length is given; [None]
+        for a model whose number of tokens cannot be chosen."""
+        if not self.any_budget:
+            return [None]
+        most = min(self.max_tokens, int(features.count().max()) * features.patches.shape[2])
+        return [*(4**i for i in range(16) if 4**i < most), most]
+
     def compress(self, features: Features, *, budget: Budget | None = None, prompt: list[str] | None = None) -> Tokens:
         raise NotImplementedError
 
@@ -107,3 +123,14 @@ class ProjectorModel(nn.Module):
             raise ValueError(f"init_from: the source has no {', '.join(missing)} of the shapes this model has")
         self.load_state_dict(taken, strict=False)
         return f"{len(taken)} of {len(own)} tensors taken"
+
+
+def _load_tower(config: Any) -> Any:
+    try:
+        vision = importlib.import_module("vtok.vision")  # by name: an export's one file does without towers
+    except ImportError as error:
+        raise ImportError(
+            f"frames are seen by the tower {config.name!r}, which vtok loads: pip install 'vtok[towers]', or give "
+            "features to `compress`"
+        ) from error
+    return vision.load_tower(config)

@@ -1,0 +1,165 @@
+"""A projector's whole life: trained between a frozen tower and a frozen LLM, killed and gone on with, measured beside
+the training-free reducers. Tower and LLM are real classes with small random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_llm import small_model, small_tokenizer
+
+import vtok
+from vtok import strategy
+from vtok.answering import AnsweringEvaluator, video_of
+from vtok.config import loads
+from vtok.data import shards, synthetic
+from vtok.evaluate import main as evaluate
+from vtok.export import main_export
+from vtok.llm import LLMConfig, load_llm
+from vtok.loading import load_run
+from vtok.train import build, train
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+from tiny_tower import write_tower
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("projector")
+    synthetic.write_corpus(
+        root / "corpus", clips=12, seconds=1, size=(32, 32), fps=8, complexity=(0, 1), val_fraction=0.5, workers=1,
+        progress=False,
+    )  # fmt: skip
+    shards.main([str(root / "corpus" / "captions.jsonl"), "--out", str(root / "shards"), "--workers", "1"])
+    torch.manual_seed(3)
+    tokenizer = small_tokenizer("llama")
+    model = small_model("llama", len(tokenizer))
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(root / "llm")
+    tokenizer.save_pretrained(root / "llm")
+    write_tower(root / "tower", size=32, patch=8, width=16, depth=3)
+    return root
+
+
+def settings(lab: Path, name: str, model: str, **more: str) -> str:
+    return f"""
+name: {name}
+out: {lab / "runs"}
+{more.get("top", "")}
+model: {{{model}, tower: {{name: {lab / "tower"}}}}}
+objective: {{llm: {{name: {lab / "llm"}}}, max_answer: 24, {more.get("objective", "")}}}
+data: {{shards: {lab / "shards" / "train"}, val_shards: {lab / "shards" / "val"}, num_frames: 4, fps: 4.0,
+       size: [32, 32], batch_size: 2, val_batch_size: 3, num_workers: 0}}
+optim: {{lr: 1.0e-3, warmup_steps: 1, schedule: constant}}
+trainer: {{max_steps: {more.get("steps", "4")}, devices: 1, accelerator: cpu, log_every: 1, val_every: 2,
+          sample_every: 2, progress: false, tensorboard: false}}
+eval: {{budgets: [1, 4]}}
+"""
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def stage0(lab) -> Path:
+    """The export of a run whose projector reads every token."""
+    run = train(loads(settings(lab, "stage0", "name: reducer")))
+    main_export([str(run), "--out", str(lab / "stage0")])
+    return lab / "stage0"
+
+
+def test_a_run_validates_answers_and_changes_nothing_frozen(lab, stage0):
+    before = weights(lab / "llm")
+    pooled = "name: reducer, method: pooling, max_tokens: 16"
+    run = train(
+        loads(settings(lab, "pooling", pooled, top=f"init_from: {stage0}", objective="budgets: {values: [1, 4]}"))
+    )
+    assert weights(lab / "llm") == before
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (val, *_) = [line for line in lines if "val/loss" in line]
+    assert {"val/accuracy_1", "val/accuracy_4", "val/colour_accuracy_4", "val/positions_4"} <= val.keys()
+    assert val["val/positions_4"] == val["val/positions_1"] + 3
+    assert val["val/accuracy"] == val["val/accuracy_4"]
+    text = (run / "samples" / "step-00000002.md").read_text()
+    assert "| 1 tokens | 4 tokens |" in text and "What colour" in text
+    kept = strategy.consolidate(run / "checkpoints" / "last.ckpt")
+    assert {name.split(".")[0] for name in kept} == {"model"}, "neither the tower nor the LLM is in a checkpoint"
+    written = loads((run / "config.yaml").read_text()).model
+    assert (written.in_dim, written.embedding_dim) == (16, 32) and written.embedding_rms > 0
+
+
+def test_a_run_goes_on_where_it_stopped(lab, stage0):
+    """The widths that were read off tower and LLM are no change of the model."""
+    text = settings(lab, "short", "name: reducer", steps="2")
+    train(loads(text))
+    run = train(loads(text.replace("max_steps: 2", "max_steps: 4")))
+    runs = (run, lab / "runs" / "stage0")
+    ends = [strategy.consolidate(r / "checkpoints" / "last.ckpt") for r in runs]
+    same = {name for name in ends[0] if torch.equal(ends[0][name], ends[1][name])}
+    assert len(same) == len(ends[0])
+
+
+def test_widths_that_do_not_fit_are_refused(lab):
+    with pytest.raises(ValueError, match="model.embedding_dim=48, but the words"):
+        build(loads(settings(lab, "x", "name: reducer, embedding_dim: 48")))
+
+
+def test_eval_measures_the_run_beside_everything_training_free(lab, stage0, tmp_path, capsys):
+    name = "name: reducer, method: kmeans, max_tokens: 16"
+    run = train(loads(settings(lab, "kmeans", name, objective="budgets: {values: [4]}")))
+    evaluate([str(run), "--full", str(stage0), "--controls", "divprune,visionzip,hiprune", "--seeds", "2",
+              "--answers", "4", "--out", str(tmp_path), "--no-progress"])  # fmt: skip
+    found = json.loads((tmp_path / "eval.json").read_text())
+    rows = {(row["method"], row["budget"]): row for row in found["rows"]}
+    controls = ("random", "uniform", "pooling", "downsample", "divprune", "visionzip", "hiprune")
+    assert set(rows) == {("blind", 0), ("full", None)} | {(m, b) for m in ("reducer", *controls) for b in (1, 4)}
+    asked = rows["blind", 0]["questions"]
+    assert asked > 6 and rows["random", 4]["questions"] == 2 * asked
+    for (method, budget), row in rows.items():
+        if budget:
+            assert row["tokens_mean"] == budget, method
+            assert row["positions_mean"] == pytest.approx(rows["blind", 0]["positions_mean"] + budget)
+        assert 0 <= row["accuracy"] <= 1 and row["accuracy_ci"][0] <= row["accuracy"] <= row["accuracy_ci"][1]
+        assert row["loss"] > 0 and row["exact_match"] is not None
+        mean = sum(row["by_type"].values()) / len(row["by_type"])
+        assert 0 <= mean <= 1
+    assert rows["full", None]["tokens_mean"] == 4 * 16
+    assert rows["full", None]["prefill_flops"] > 2 * rows["pooling", 1]["prefill_flops"]
+    assert rows["pooling", 4]["kv_bytes"] > rows["pooling", 1]["kv_bytes"] > 0
+    assert rows["reducer", 4]["compress_flops"] > 0 and found["llm"]["sha256"] == weights(lab / "llm")
+    assert "chance" in capsys.readouterr().out
+
+
+def test_an_export_gives_the_same_tokens(lab, stage0):
+    before, after = load_run(lab / "runs" / "stage0")[0], vtok.load(str(stage0))
+    clip = next(iter(_val(lab)))
+    assert torch.equal(before.encode(clip).embeddings, after.encode(clip).embeddings)
+    assert not [name for name in after.state_dict() if not name.startswith("projector.")]
+
+
+def _val(lab):
+    from vtok.data.module import ClipDataModule
+
+    return ClipDataModule(loads(settings(lab, "x", "name: reducer")).data).val_dataloader()
+
+
+def test_a_table_without_stage_0_says_so(lab, stage0):
+    model = vtok.load(str(stage0))
+    llm = load_llm(LLMConfig(name=str(lab / "llm")))
+    template = "<video>\nQuestion: {question}\nAnswer:"
+    found = AnsweringEvaluator(model, llm, val=_val(lab), template=template, budgets=[64], progress=False).run()
+    assert {row["method"] for row in found["rows"]} == {"blind", "reducer"}
+    assert all(row["retained"] is None and "no full-token row" in row["note"] for row in found["rows"])
+    with pytest.raises(ValueError, match="divprun"):
+        AnsweringEvaluator(model, llm, val=[], template=template, reducers=["divprun"])
+
+
+def test_clips_of_one_video_are_one_cluster():
+    assert video_of("tv_news__0003") == video_of("tv_news__0117") == "tv_news" != video_of("tv_news2")
