@@ -1,0 +1,318 @@
+"""A small causal language model for texts of procedural clips: python data/tiny_lm.py captions.jsonl OUT [--steps 600].
+
+It is the frozen LLM of commands and tests where no other is at hand (`objective.llm.name=OUT`); it knows the captions
+and questions of one procedural train split (vtok/data/synthetic.py) and nothing else. Reads a manifest that
+`demo_corpus.py` wrote (its rows with split "train") or a folder of shards. Trained in minutes on one core; a folder
+that holds the same model already is left as it is.
+
+What it learns: given a description of a clip in front, to answer questions about it and to describe it, in the
+prompts that projectors are trained with (`vtok.llm.TaskConfig`). So what stands in place of "<video>" decides the
+answer, as it does in a large model, which a projector over a frozen model needs:
+
+- In every text the names of colours, shapes, directions, textures and palettes are exchanged at random, the same way
+  in description, question and answer. What is true of a clip cannot be learned by heart, only read.
+- A description is its words, or phrases: one vector each, the sum of several words' embeddings with noise added, in
+  any order and several times over, at positions that leave gaps. Frozen models have not seen a projector's vectors;
+  large ones can be spoken to in mixtures of words, and this makes a small one alike.
+- The questions of a clip stand side by side after its description and do not see one another.
+
+Letters: B descriptions, L positions, W words of a phrase, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from rich.progress import track
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy, embedding_bag
+
+from vtok.data.synthetic_scenes import COLOURS, DIRECTIONS, PALETTES, SHAPES, TEXTURES
+from vtok.llm import PLACE, LLMConfig, TaskConfig, ask, load_llm
+from vtok.llm.tasks import ask_as
+from vtok.types import Clip
+
+NAMES = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), TEXTURES, tuple(PALETTES))
+END = "<end>"
+GROUP = 8  # batches drawn together
+RECIPE = 1  # raised when the same settings would give another model
+# of a position's loss: what is asked for, descriptions, and the wording of questions and descriptions
+WEIGHTS = {"answer": 1.0, "description": 0.2, "wording": 0.02}
+
+
+@dataclass
+class TinyConfig:
+    seed: int = 0
+    steps: int = 600
+    batch_size: int = 32  # descriptions a step, each with its questions
+    lr: float = 2e-3
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 1024
+    positions: int = 1024  # longest text, and the reach of the gaps
+    phrases: float = 0.6  # share of the descriptions that are phrases, not words
+    noise: float = 0.3  # standard deviation of the noise on a phrase, over the embeddings' RMS
+    empty: float = 0.05  # share of the descriptions that are left out: without a video, the model guesses evenly
+    tasks: TaskConfig = field(default_factory=TaskConfig)  # the prompts
+
+
+def read_texts(source: Path) -> list[dict[str, Any]]:
+    """[{key, caption, qa}] of the train rows of a manifest (all rows where none is marked), or of a folder of shards.
+
+    Raises: ValueError where there is no caption with questions.
+    """
+    rows: list[dict[str, Any]] = []
+    if source.is_dir():
+        for path in sorted(source.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    file = tar.extractfile(member) if member.name.endswith(".json") else None
+                    if file is not None:
+                        rows.append({**json.load(file), "key": member.name.removesuffix(".json")})
+    elif source.is_file():
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    every = [
+        {"key": str(r.get("key") or r.get("file")), **{k: r.get(k) for k in ("caption", "qa", "split")}} for r in rows
+    ]
+    texts = [row for row in every if row["caption"] and row["qa"] and row.pop("split") in (None, "train")]
+    if not texts:
+        raise ValueError(f"{source}: no row of the train split with a caption and questions; see data/demo_corpus.py")
+    return texts
+
+
+def exchanged(texts: list[str], rng: random.Random) -> list[str]:
+    """The texts with the names of each kind exchanged for one another, the same way in all of them."""
+    to: dict[str, str] = {}
+    for names in NAMES:
+        to |= dict(zip(names, rng.sample(names, len(names))))
+    words = re.compile(r"\b(" + "|".join(to) + r")\b")
+    return [words.sub(lambda found: to[found[0]], text) for text in texts]
+
+
+def make_tokenizer(texts: Iterable[str], config: TinyConfig) -> Any:
+    """A byte-level BPE of the texts: every byte can be written, the corpus's words are one id each."""
+    listed = list(texts)
+    known = [f" {name}" for names in NAMES for name in names] * max(2, len(listed) // 100)
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(
+        listed + known, vocab_size=config.vocabulary, min_frequency=2, special_tokens=[END], show_progress=False
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token=END, pad_token=END)
+
+
+class Document(NamedTuple):
+    """One description and what is asked after it. slots: the ids at each position (several in a phrase); branch: 0 for
+    the description, 1, 2 ... for what follows; places: positions; labels: (position, id, weight) to be predicted."""
+
+    slots: list[list[int]]
+    branch: list[int]
+    places: list[int]
+    labels: list[tuple[int, int, float]]
+
+
+def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: random.Random) -> Document:
+    """A clip's texts with exchanged names."""
+    questions, tasks = row["qa"], config.tasks
+    texts = [row["caption"], *(str(q[k]) for q in questions for k in ("question", "answer"))]
+    caption, *rest = exchanged(texts, rng)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    mark = rng.random()
+    slots = [] if mark < config.empty else [[i] for i in ids(caption)]
+    repeats = 1
+    if slots and mark < config.empty + config.phrases:
+        repeats = rng.choice((1, 1, 1, 2, 4))
+        slots = _phrases(caption, ids, rng, repeats)
+    asked = [
+        (ask_as(rng.choice(tasks.qa_prompts), {"question": question}), f" {answer}", "answer")
+        for question, answer in zip(rest[::2], rest[1::2])
+        if repeats == 1 or not answer.isdigit()  # what is told twice cannot be counted
+    ]
+    if rng.random() < 0.3 * bool(slots) or not asked:
+        prompts = tasks.caption_prompts + tasks.reconstruction_prompts
+        asked.append((rng.choice(prompts), f" {caption}", "description"))
+    longest = max(len(ids(p + a)) + 1 for p, a, _ in asked)
+    room = config.positions - longest
+    span = len(slots) if rng.random() < 0.5 else rng.randint(len(slots), max(room, len(slots)))
+    branch, places = [0] * len(slots), sorted(rng.sample(range(span), len(slots)))
+    labels = [
+        (i, slot[0], WEIGHTS["wording"]) for i, slot in enumerate(slots) if i and len(slot) == len(slots[i - 1]) == 1
+    ]
+    for number, (prompt, answer, kind) in enumerate(asked, 1):
+        before, after = ids(prompt.split(PLACE)[-1]), [*ids(answer), tokenizer.eos_token_id]
+        first = len(slots)
+        slots += [[i] for i in before + after]
+        branch += [number] * (len(slots) - first)
+        places += range(span, span + len(slots) - first)
+        for at, item in enumerate(before[1:] + after, first + 1):
+            labels.append((at, item, WEIGHTS[kind] if at >= first + len(before) else WEIGHTS["wording"]))
+    return Document(slots, branch, places, labels)
+
+
+def _phrases(caption: str, ids: Any, rng: random.Random, repeats: int) -> list[list[int]]:
+    """A description's clauses as sums of 2, 4 or all their words; whole ones within a scene in any order."""
+    out: list[list[int]] = []
+    size, shuffled = rng.choice((2, 4, 64)), rng.random() < 0.7
+    for scene in re.split(r"(?=Scene \d+:)", caption):
+        clauses = [clause for clause in re.split(r",| and |(?<=[.:])", scene) if clause.strip()]
+        head = [clauses.pop(0)] if clauses and clauses[0].startswith("Scene") else []
+        clauses = clauses * repeats
+        if shuffled and size == 64:
+            rng.shuffle(clauses)
+        for clause in head + clauses:
+            words = ids(f" {clause.strip(' .')}")
+            out += [words[i : i + size] for i in range(0, len(words), size)]
+    return out
+
+
+def make_batch(documents: list[Document]) -> dict[str, Tensor]:
+    """ids [I] of all slots, sizes [B * L] of the slots (1 in padding), mask [B, 1, L, L] bool, places [B, L], and row,
+    at, label, weight [M] of what is predicted."""
+    batch, most = len(documents), max(len(d.slots) for d in documents)
+    slots = [slot for d in documents for slot in [*d.slots, *[[0]] * (most - len(d.slots))]]
+    branch, places = torch.full((batch, most), -1), torch.zeros(batch, most, dtype=torch.int64)
+    for row, document in enumerate(documents):
+        count = len(document.slots)
+        branch[row, :count], places[row, :count] = torch.tensor(document.branch), torch.tensor(document.places)
+    earlier = torch.ones(most, most, dtype=torch.bool).tril()
+    sees = earlier & ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])) & (branch[:, None] >= 0)
+    sees |= torch.eye(most, dtype=torch.bool)  # padding sees itself: a softmax over nothing is not a number
+    labels = torch.tensor([(row, *label) for row, d in enumerate(documents) for label in d.labels], dtype=torch.float64)
+    row, at, label = labels[:, :3].long().unbind(1)
+    ids, sizes = torch.tensor([i for slot in slots for i in slot]), torch.tensor([len(slot) for slot in slots])
+    parts = dict(ids=ids, sizes=sizes, mask=sees[:, None], places=places, row=row, at=at - 1, label=label)
+    return {**parts, "weight": labels[:, 3].float()}
+
+
+def loss_of(model: Any, batch: dict[str, Tensor], *, noise: float) -> Tensor:
+    """Weighted cross-entropy. A phrase is the sum of its words over the root of their number, which keeps the scale."""
+    words, sizes = model.get_input_embeddings().weight, batch["sizes"]
+    sums = embedding_bag(batch["ids"], words, sizes.cumsum(0) - sizes, mode="sum")
+    embeds = sums / sizes[:, None].sqrt()
+    size = words.detach().square().mean().sqrt() * noise
+    embeds = (embeds + torch.randn_like(embeds) * size * (sizes > 1)[:, None]).unflatten(0, batch["places"].shape)
+    mask = torch.zeros_like(batch["mask"], dtype=embeds.dtype).masked_fill(
+        ~batch["mask"], torch.finfo(embeds.dtype).min
+    )
+    hidden = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["places"], use_cache=False)[0]
+    logits = model.lm_head(hidden[batch["row"], batch["at"]])
+    each = cross_entropy(logits, batch["label"], reduction="none")
+    return (each * batch["weight"]).sum() / batch["weight"].sum()
+
+
+def train_tiny_lm(
+    source: Path | str, out: Path | str, config: TinyConfig | None = None, *, progress: bool = False
+) -> Path:
+    """The folder `out` with a model and its tokenizer as `save_pretrained` writes them, and tiny_lm.json about them.
+
+    Raises: ValueError for a source without texts, and where `out` holds something else.
+    """
+    config, source, out = config or TinyConfig(), Path(source), Path(out)
+    texts = read_texts(source)
+    facts: dict[str, Any] = {"recipe": RECIPE, "settings": asdict(config)}
+    known = json.dumps([facts, texts], sort_keys=True).encode()
+    facts["hash"] = hashlib.sha256(known).hexdigest()
+    told = out / "tiny_lm.json"
+    if told.is_file() and json.loads(told.read_text(encoding="utf-8")).get("hash") == facts["hash"]:
+        return out
+    if out.exists() and any(out.iterdir()) and not told.is_file():
+        raise ValueError(f"{out} holds files of something else; name another folder")
+    rng = random.Random(config.seed)
+    wording = [
+        prompt for name in ("caption", "qa", "reconstruction") for prompt in getattr(config.tasks, f"{name}_prompts")
+    ]
+    spoken = [t for row in texts for t in (row["caption"], *(f"{q['question']} {q['answer']}" for q in row["qa"]))]
+    tokenizer = make_tokenizer(spoken + [p.replace(PLACE, "") for p in wording] * 20, config)
+    torch.manual_seed(config.seed)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=3 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.positions,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    warm = max(1, config.steps // 20)
+    losses, ready = [], []
+    for step in track(range(config.steps), description="tiny language model", disable=not progress):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+        if not ready:  # documents of like length together: little padding
+            rows = rng.choices(texts, k=config.batch_size * GROUP)
+            drawn = sorted((make_document(row, tokenizer, config, rng) for row in rows), key=lambda d: len(d.slots))
+            ready = [drawn[i : i + config.batch_size] for i in range(0, len(drawn), config.batch_size)]
+            rng.shuffle(ready)
+        loss = loss_of(model, make_batch(ready.pop()), noise=config.noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    out.mkdir(parents=True, exist_ok=True)
+    told.unlink(missing_ok=True)  # the folder counts as made once this stands again
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    last = losses[-max(1, len(losses) // 20) :]
+    facts |= {"texts": len(texts), "loss": sum(last) / len(last)}
+    told.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def accuracy(folder: Path | str, rows: list[dict[str, Any]], *, captions: bool) -> dict[str, float]:
+    """Share of questions whose likeliest choice is right, by type and over all ("all"); with the clip's caption in
+    place of a video, or with nothing there."""
+    llm = load_llm(LLMConfig(name=str(folder)))
+    clip = Clip(
+        keys=[row["key"] for row in rows], text=[row["caption"] for row in rows], qa=[row["qa"] for row in rows]
+    )
+    answered = ask(llm, clip, template=TaskConfig().qa_prompts[0], captions=captions)
+    found: dict[str, list[bool]] = {"all": []}
+    for one in answered:
+        if one.right is not None:
+            found.setdefault(one.type, []).append(one.right)
+            found["all"].append(one.right)
+    return {kind: sum(right) / len(right) for kind, right in found.items() if right}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="captions.jsonl of a procedural corpus, or a folder of its shards")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--held-out", type=Path, help="such a folder or manifest (all its rows) to measure answers on")
+    for name in ("seed", "steps", "batch_size", "width", "layers"):
+        default = getattr(TinyConfig(), name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"(default: {default})")
+    args = vars(parser.parse_args())
+    source, out, held_out = (args.pop(name) for name in ("source", "out", "held_out"))
+    train_tiny_lm(source, out, TinyConfig(**args), progress=True)
+    print(f"{out}: {json.loads((out / 'tiny_lm.json').read_text())['loss']:.3f} nats a position")
+    for told in (True, False) if held_out else ():
+        kinds = accuracy(out, read_texts(held_out), captions=told)
+        text = ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.items())
+        print(f"answers {'with the caption' if told else 'blind'}: {text}")
+
+
+if __name__ == "__main__":
+    main()
