@@ -134,7 +134,7 @@ def test_as_many_clusters_as_asked_where_few_vectors_are_distinct(init):
         for metric in ("cosine", "euclidean"):
             got = kmeans(x, 7, metric=metric, init=init)
             assert got.mass.shape == (1, 7) and bool((got.mass > 0).all()) and float(got.mass.sum()) == 30
-            assert got.labels.unique().tolist() == list(range(7)) and float(got.inertia) < 1e-5
+            assert got.labels.unique().tolist() == list(range(7)) and float(got.inertia) < 1e-4
     got = kmeans(two, 7, init=init).labels[0]
     assert not set(got[:20].tolist()) & set(got[20:].tolist())  # no cluster holds both
 

@@ -100,8 +100,7 @@ def test_tokens_say_what_they_are(form):
     with torch.no_grad():
         tokens = model.compress(seen)
     assert tokens.embeddings.shape[2] == model.embedding_dim and int(tokens.lengths.max()) <= model.max_tokens
-    most = model.most_tokens(seen).tolist()
-    assert most == [6, 6, 6] and (form in ADAPTIVE or tokens.lengths.tolist() == most)
+    assert form in ADAPTIVE or tokens.lengths.tolist() == [6, 6, 6]
     real = tokens.mask
     assert tokens.mass is not None and tokens.source is not None and tokens.times is not None
     for row, frames in enumerate((5, 2, 4)):
@@ -171,10 +170,9 @@ def test_every_patch_its_own_token():
     assert tokens.source is not None and tokens.source.tolist() == [list(range(60))] * 3
     torch.testing.assert_close(tokens.embeddings, patches, atol=1e-6, rtol=1e-5)
     few = model.compress(features(2, 2, lengths=[2, 1]))  # clips with fewer patches than tokens keep them all
-    assert few.lengths.tolist() == [24, 12] == model.most_tokens(features(2, 2, lengths=[2, 1])).tolist()
+    assert few.lengths.tolist() == [24, 12]
     split = build("blocks", num_tokens=60).compress(features(2, 3, lengths=[3, 1]))  # 30 for each block of 24 or 12
-    most = build("blocks", num_tokens=60).most_tokens(features(2, 3, lengths=[3, 1]))
-    assert split.lengths.tolist() == [36, 12] == most.tolist()
+    assert split.lengths.tolist() == [36, 12]
 
 
 @pytest.mark.parametrize("mixer", ["add", "attention_residual"])
@@ -398,7 +396,7 @@ def test_training_on_one_clip_lowers_the_loss_and_a_copy_gives_the_same():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     again = build("fourier")
     again.load_state_dict(model.state_dict(), strict=True)

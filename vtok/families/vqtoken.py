@@ -153,6 +153,8 @@ class _Sets:
 class Model(ProjectorModel):
     """What ships: `encode`, `compress`; with scope=stream also `init_state`, `step`, `flush`."""
 
+    nested = False  # every budget has clusters of its own
+
     def __init__(self, config: Config, *, load: Any = None):
         super().__init__(config, load=load)
         c = config
@@ -181,13 +183,6 @@ class Model(ProjectorModel):
                 f"budget={int(share.sum(1).max())} is above model.num_tokens={c.num_tokens}, the largest of this model"
             )
         return share
-
-    def most_tokens(self, features: Features) -> Tensor:
-        """[B] int64: tokens of each clip at the largest budget; at most so many, where the number is adaptive."""
-        share, size = self._shares(features, None), features.patches.shape[2]
-        cut = self.config.block_frames if self.config.scope == "blocks" else features.patches.shape[1]
-        frames = features.count()[:, None] - cut * torch.arange(share.shape[1], device=share.device)
-        return torch.minimum(share, size * frames.clamp(0, cut)).sum(1)
 
     def compress(self, features: Features, *, budget: Budget | None = None, prompt: list[str] | None = None) -> Tokens:
         """K tokens of each clip; `prompt` is not read.

@@ -173,7 +173,7 @@ def _seeds(x: Tensor, mass: Tensor, count: int, *, init: str, generator: Generat
             weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, mass)
             pick = _drawn(weight, chance[place])
         candidate = x.gather(1, pick[..., None].expand(-1, -1, x.shape[2]))  # [B, trials, D]
-        distance = square[..., None] + candidate.square().sum(-1)[:, None] - 2 * x @ candidate.transpose(1, 2)
+        distance = square[..., None] + candidate.square().sum(-1)[:, None] - x @ (2 * candidate).transpose(1, 2)
         distance = torch.minimum(distance.clamp_min(0), nearest[..., None])  # [B, n, trials]
         best = (mass[:, None] @ distance).argmin(2)  # [B, 1]
         nearest = distance.gather(2, best[..., None].expand(-1, x.shape[1], -1))[..., 0]
@@ -191,14 +191,14 @@ def _drawn(weight: Tensor, chance: Tensor) -> Tensor:
     return torch.searchsorted(steps, (chance * steps[:, -1:]).long(), right=True)
 
 
-def _assigned(x: Tensor, centres: Tensor, valid: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """[B, n] label and squared distance of the nearest centre; ties go to the lowest."""
+def _assigned(x: Tensor, square: Tensor, centres: Tensor, valid: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """[B, n] label and squared distance of the nearest centre; ties go to the lowest. square [B, n] is |x|^2."""
     compared = _compared(centres, metric)
     bias = (compared.square().sum(-1) / 2).masked_fill(~valid, math.inf)[:, None]
     size = max(1, CELLS // centres.shape[1])
     best = [(part @ compared.transpose(1, 2) - bias).max(-1) for part in x.split(size, 1)]
     scores, labels = (torch.cat(parts, 1) for parts in zip(*best))
-    return labels, (x.square().sum(-1) - 2 * scores).clamp_min(0)
+    return labels, (square - 2 * scores).clamp_min(0)
 
 
 def _revived(labels: Tensor, distance: Tensor, dead: Tensor, real: Tensor) -> Tensor:
@@ -218,13 +218,14 @@ def _revived(labels: Tensor, distance: Tensor, dead: Tensor, real: Tensor) -> Te
 def _lloyd(
     x: Tensor, mass: Tensor, centres: Tensor, valid: Tensor, *, metric: str, iterations: int, tolerance: float
 ) -> Tensor:
-    """[B, n] labels, no valid cluster without a member; sets that have converged are put aside."""
-    real = mass > 0
-    out = torch.full(mass.shape, -1, device=x.device)
-    spread = (mass * (x - (mass[:, None] @ x) / mass.sum(1)[:, None, None]).square().sum(-1)).sum(1) / mass.sum(1)
-    rows, previous = torch.arange(x.shape[0], device=x.device), out
+    """[B, n] labels, no valid cluster without a member."""
+    real, square = mass > 0, x.square().sum(-1)
+    mean = (mass[:, None] @ x) / mass.sum(1)[:, None, None]
+    spread = (mass * square).sum(1) / mass.sum(1) - mean.square().sum((1, 2))
+    out, rows = torch.full(mass.shape, -1, device=x.device), torch.arange(x.shape[0], device=x.device)
+    previous, runs = out, torch.ones_like(rows, dtype=torch.bool)
     for turn in range(iterations):
-        labels, distance = _assigned(x, centres, valid, metric)
+        labels, distance = _assigned(x, square, centres, valid, metric)
         members = torch.zeros_like(valid, dtype=torch.int64).scatter_add(1, labels, real.long())
         dead = valid & (members == 0)
         if bool(dead.any()):
@@ -234,17 +235,15 @@ def _lloyd(
         step, size = (moved - centres).square().sum((1, 2)), moved.square().sum((1, 2))
         # the last: what rounding moves, or sets of equal vectors would never rest
         done = (labels == previous).all(1) | (step <= tolerance * spread) | (step <= 1e-12 * size)
-        centres, previous = moved, labels
-        if turn == iterations - 1:
-            done = torch.ones_like(done)
-        if not bool(done.any()):
-            continue
-        out[rows[done]] = labels[done]
-        if bool(done.all()):
+        ends = runs & (done | (turn == iterations - 1))
+        out[rows[ends]] = labels[ends]
+        centres, previous, runs = moved, labels, runs & ~ends
+        left = int(runs.sum())
+        if not left:
             break
-        keep = ~done
-        x, mass, real, centres, valid = x[keep], mass[keep], real[keep], centres[keep], valid[keep]
-        rows, previous, spread = rows[keep], previous[keep], spread[keep]
+        if 2 * left <= len(runs):  # sets that have converged are put aside when they are half, as this copies the rest
+            x, square, mass, real, centres, valid = (v[runs] for v in (x, square, mass, real, centres, valid))
+            rows, previous, spread, runs = rows[runs], previous[runs], spread[runs], runs[runs]
     return out
 
 
@@ -257,10 +256,11 @@ def _clusters(x: Tensor, labels: Tensor, mass: Tensor, lengths: Tensor, shift: T
     """What partitions of prepared vectors are, ids as they stand."""
     count = int(lengths.max())
     total = pool(torch.ones_like(mass)[..., None], labels, count, mass=mass)
-    centres = pool(x, labels, count, mass=mass) / total.clamp_min(1e-30)
-    own = _compared(centres, metric).gather(1, labels.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
-    inertia = ((x - own).square().sum(-1) * mass).sum(1)
-    return Clusters(labels, torch.where(total > 0, centres + shift, 0), total[..., 0], lengths, inertia)
+    sums = pool(x, labels, count, mass=mass)
+    centres = sums / total.clamp_min(1e-30)
+    own = _compared(centres, metric)  # sum of m |x - c|^2 without a vector of differences for each x
+    inertia = (mass * x.square().sum(-1)).sum(1) + (own * (total * own - 2 * sums)).sum((1, 2))
+    return Clusters(labels, torch.where(total > 0, centres + shift, 0), total[..., 0], lengths, inertia.clamp_min(0))
 
 
 class Memory(NamedTuple):
