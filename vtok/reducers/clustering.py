@@ -67,7 +67,7 @@ def plus_plus(x: Tensor, valid: Tensor, drawn: Tensor) -> Tensor:
     drawn: [B, K] in [0, 1). Where all distances are 0, patches that are no centre yet are equally likely.
     """
     free, rows = valid.clone(), torch.arange(len(x), device=x.device)
-    chance, out = valid.double(), []
+    chance, squares, out = valid.double(), x.square().sum(-1), []
     for step in range(drawn.shape[1]):
         weight = torch.where((chance.sum(1) > 0)[:, None], chance, free.double())
         total = weight.cumsum(1)
@@ -75,7 +75,9 @@ def plus_plus(x: Tensor, valid: Tensor, drawn: Tensor) -> Tensor:
         at = at.clamp(max=x.shape[1] - 1)
         out.append(at)
         free[rows, at] = False
-        squared = (x - x[rows, at][:, None]).square().sum(-1).double()
+        both = squares + squares[rows, at][:, None]
+        squared = both - 2 * torch.bmm(x, x[rows, at][..., None])[..., 0]
+        squared = squared.masked_fill(squared < 1e-6 * both, 0).double()  # rounding, where vectors are equal
         chance = (squared if step == 0 else torch.minimum(chance, squared)) * free
     return torch.stack(out, 1)
 
@@ -176,8 +178,9 @@ def components(linked: Tensor) -> Tensor:
     labels = torch.arange(size, device=linked.device).expand(sets, -1)
     block = max(1, BLOCK // max(1, sets * size))
     while True:
-        part = [torch.where(rows, labels[:, None], size).amin(-1) for rows in linked.split(block, 1)]
-        new = torch.minimum(labels, torch.cat(part, 1))
+        short = labels.int()[:, None]
+        part = [torch.where(rows, short, size).amin(-1) for rows in linked.split(block, 1)]
+        new = torch.minimum(labels, torch.cat(part, 1).long())
         new = new.gather(1, new)
         if torch.equal(new, labels):
             return labels
@@ -190,7 +193,7 @@ def scissor(
     budget: Budget,
     prompt: list[str] | None = None,
     generator: Generator | None = None,
-    steps: int = 10,
+    steps: int = 6,
 ) -> Tokens:
     """One token for each group of patches that chains of similar patches connect. O(steps (T N^2 + M^2) D).
 
@@ -199,23 +202,18 @@ def scissor(
     linked and joined in the same way; every patch then goes to the representative most like it, and a token is the mean
     of these patches and the representative.
 
-    Exact components, where the paper samples nodes of large graphs. The threshold is the lowest of `steps` bisections
-    that leaves K tokens at least; pairs most alike are then merged (as in `tome`) down to K. A representative is the
-    mean of all its patches, and the one most like it stays with it, so that no token is empty. Its graphs differ from
-    clip to clip: one clip after another.
+    Exact components, where the paper samples nodes of large graphs. The threshold that leaves K tokens at least is
+    looked for upwards, from the lowest that leaves K means, and then in `steps` bisections; pairs most alike are then
+    merged (as in `tome`) down to K. A representative is the mean of all its patches, and the one most like it stays
+    with it, so that no token is empty. Graphs differ from clip to clip: one clip after another.
     """
     with deciding(features):
         p = Patches.of(features, budget)
         groups = torch.full_like(p.valid, -1, dtype=torch.int64)
         for b, (length, keep) in enumerate(zip(p.frames.tolist(), p.keep.tolist())):
             x = unit(p.vectors[b, : length * p.size].unflatten(0, (length, p.size)))
-            alike, asked = x @ x.transpose(1, 2), p.keep[b : b + 1]
-
-            def left(threshold: Tensor, x: Tensor = x, alike: Tensor = alike, keep: int = keep) -> Tensor:
-                return _joined(x, alike, float(threshold), keep)[1]
-
-            threshold = lowest_threshold(left, asked, -1.01, 1.01, steps=steps)
-            groups[b, : length * p.size] = _joined(x, alike, float(threshold), keep)[0]
+            threshold = _lowest_joined(x, keep, steps)
+            groups[b, : length * p.size] = _joined(x, x @ x.transpose(1, 2), threshold, keep)[0]
         groups, number = compact(groups, p.valid)
         groups = merge_down(p.vectors, groups, number, p.keep)
         x = unit(p.vectors)
@@ -227,6 +225,24 @@ def scissor(
         stays = torch.zeros_like(torch.cat([p.valid, p.valid[:, :1]], 1)).scatter(1, stays, True)[:, :-1]
         source = torch.where(stays, groups, nearest(x, representative, bias)[1])
     return p.merged(torch.where(p.valid, source, -1), extra=groups)
+
+
+def _lowest_joined(x: Tensor, keep: int, steps: int) -> float:
+    """The threshold for one clip: a low one has few means, so that the costly second stage is cheap on the way up."""
+    alike, asked = x @ x.transpose(1, 2), torch.tensor([keep], device=x.device)
+
+    def left(threshold: Tensor) -> Tensor:
+        return _joined(x, alike, float(threshold), keep)[1]
+
+    def means_left(threshold: Tensor) -> Tensor:
+        found = components(alike > float(threshold))
+        return (found == torch.arange(x.shape[1], device=x.device)).sum()[None]
+
+    low = high = float(lowest_threshold(means_left, asked, -1.01, 1.01, steps=12))
+    width = 2.0**-8
+    while high < 1.01 and int(left(asked.new_tensor([high], dtype=x.dtype))) < keep:
+        low, high, width = high, min(high + width, 1.01), 2 * width
+    return float(lowest_threshold(left, asked, low, high, steps=steps))
 
 
 def _joined(x: Tensor, alike: Tensor, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
