@@ -39,7 +39,7 @@ from vtok.rate_control import Predicted
 from vtok.trial import Trial, groups_of, mean_squared_error, most_tokens, mse_of, stand_alone
 
 log = logging.getLogger(__name__)
-PER_OCTAVE = 8  # lengths at which a calibration block is measured
+PER_OCTAVE = 4  # lengths at which a calibration block is measured
 FACTS = "halting.json"  # of the export: what was calibrated, and how it held
 
 

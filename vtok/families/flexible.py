@@ -654,7 +654,9 @@ class Objective(losses.PixelObjective):
             model.quantizer.train(training)
             block = int(torch.randint(chunks.blocks, (1,)))
             unit = shape.num_tokens // shape.scorer_levels
-            counts = range(unit, shape.num_tokens + 1, unit) if self.config.scorer else spread_lengths(shape.num_tokens)
+            counts = range(unit, shape.num_tokens + 1, unit)
+            if self.config.halting:
+                counts = spread_lengths(shape.num_tokens, per_octave=1)
             args = (model.decode_chunks, self._distortion, codes, chunks, video)
             target = measure_lengths(*args, block=block, block_frames=shape.block_frames, counts=counts)
         if self.config.halting:

@@ -58,17 +58,25 @@ class HaltingHead(nn.Module):
         self.places = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
         self.transformer = Transformer(width, depth, num_heads)
         self.wanted_in = nn.Linear(2 * FREQUENCIES + 1, width)
-        self.hidden = nn.Linear(2 * width, width)
-        self.out = nn.Linear(width, 1)
+        self.whole = nn.Linear(width, width)
+        self.each = nn.Linear(width, width)
+        self.middle = nn.Linear(width, 2)  # log2 of the length at even odds, and how sharply they turn there
+        self.out = nn.Linear(width, 1)  # what a token adds to that
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        with torch.no_grad():
+            self.middle.bias.copy_(torch.tensor([math.log2(max(num_tokens, 2)) / 2, 0.0]))
         self.register_buffer("thresholds", torch.zeros(LEVELS))  # of 0, STEP_DB, 2 STEP_DB ... dB
         self.register_buffer("videos", torch.zeros(LEVELS, dtype=torch.int64))  # that each was found with
 
     def forward(self, codes: Tensor, wanted_db: Tensor) -> Tensor:
         """codes [M, K, D], wanted_db [M, W] -> logits [M, W, K] that the block halts before token k is read."""
         x = self.transformer(self.code_in(codes) + self.places.to(codes), None)
-        x = torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], -1)
-        inner = self.hidden(x)[:, None] + self.wanted_in(embed_db(wanted_db).to(x))[:, :, None]  # [M, W, K, width]
-        return self.out(F.gelu(inner))[..., 0]
+        block = self.whole(x.mean(1))[:, None] + self.wanted_in(embed_db(wanted_db).to(x))  # [M, W, width]
+        middle, sharpness = self.middle(F.gelu(block))[..., None].unbind(-2)  # [M, W, 1]
+        octaves = torch.arange(1, self.num_tokens + 1, device=x.device).log2() - middle.float()
+        own = self.out(F.gelu(self.each(x)[:, None] + block[:, :, None]))[..., 0]  # [M, W, K]
+        return octaves * sharpness.float().exp() + own
 
     @property
     def calibrated(self) -> bool:
