@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ import torch
 from miniature import clip, config, movie, photo, take, write_index, write_tar
 
 from vtok import features as recording
-from vtok.data.feature_index import FeatureShardError
+from vtok.data.feature_index import FeatureSettings, FeatureShardError
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.data.pipeline import num_val_clips, training_batches, validation_batches
+from vtok.data.shard_work import plan
 from vtok.data.view import View, view_of
 from vtok.features import record_features
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
@@ -157,6 +159,11 @@ def test_middle_windows_alone(home, tmp_path):
         module(home, tmp_path / "t", num_frames=6, fps=6.0).train_dataloader()
 
 
+@dataclass
+class MeanConfig(ProjectorConfig):
+    tower: TowerConfig = field(default_factory=TowerConfig)
+
+
 class Mean(ProjectorModel):
     """Mean of the projected patches of a clip's real frames, to predict a number: enough to train on."""
 
@@ -167,14 +174,8 @@ class Mean(ProjectorModel):
 
 
 def losses(home: Path, shards: Path, steps: int = 12) -> list[float]:
-    from dataclasses import dataclass, field
-
-    @dataclass
-    class Config(ProjectorConfig):
-        tower: TowerConfig = field(default_factory=TowerConfig)
-
     torch.manual_seed(0)
-    model = Mean(Config(16, 8, 1.0, tower_config(home)), load=load_tower)
+    model = Mean(MeanConfig(16, 8, 1.0, tower_config(home)), load=load_tower)
     data = ClipDataModule(config(shards, **SEEN, batch_size=4), tower=lambda: model.tower)
     optimizer, out = torch.optim.Adam(model.parameters(), lr=0.01), []
     for batch in take(data.train_dataloader(), steps):
@@ -249,6 +250,7 @@ def film_tower(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_video_towers_keep_their_windows(home, film_tower, tmp_path):
     """Frames are seen 4 at once: a window of features begins where one of these does, and is what is seen live."""
     settings = {"name": str(film_tower), "dtype": "bfloat16", "frames_per_call": 8}
@@ -422,6 +424,9 @@ def test_an_interrupted_call_goes_on_and_ends_bitwise_the_same(home, tmp_path, m
     assert made[2:] == ["train-000001.tar"] and contents(out) == contents(home / "at_12.0")
     with pytest.raises(ValueError, match="holds features made otherwise: fps=12.0 there, 6.0 now"):
         run(home, out, fps=6.0)
+    (job, _), tower = plan(str(home / "shards")), json.dumps(asdict(tower_config(home)))
+    with pytest.raises(ValueError, match="changed: its weights were 00 when recording began"):
+        write(job, out, tower, "00", FeatureSettings(size=(17, 17)), ["cpu"], 0.0, {}, print)
     with pytest.raises(ValueError, match="holds features made otherwise: tower.layer=1 there, 0 now"):
         run(home, out, fps=12.0, tower=tower_config(home, layer=0))
 
@@ -497,15 +502,20 @@ def test_damaged_features_are_left_out_as_broken_videos_are(home, tmp_path):
     place = data.index(b'"BF16"', at[f"k0_4.{FILE}"].offset_data)
     data[place : place + 6] = b'"F32" '
     path.write_bytes(bytes(data))
+    other = tmp_path / "t" / "train-000001.tar"
+    data = bytearray(other.read_bytes())
+    place = data.index(b'"end_s":"1.9') + len('"end_s":"')
+    data[place : place + 2] = b"-1"
+    other.write_bytes(bytes(data))
     keywords = {"max_bad_fraction": 0.9, "num_frames": 40, "batch_size": 4}
     batches = module(home, tmp_path / "t", **keywords)
     batches._quarantine = tmp_path / "q.jsonl"
     seen = {key.partition(":")[2] for batch in take(batches.train_dataloader(), 6) for key in batch.keys}
-    assert seen == {"k0_0", "k0_3", *(f"k1_{i}" for i in range(5))}
+    assert seen == {"k0_0", "k0_3", *(f"k1_{i}" for i in range(1, 5))}
     lines = {
         (line := json.loads(text))["key"]: line["reason"] for text in (tmp_path / "q.jsonl").read_text().splitlines()
     }
-    assert set(lines) == {"k0_1", "k0_2", "k0_4"} and "checksum" in lines["k0_1"]
+    assert set(lines) == {"k0_1", "k0_2", "k0_4", "k1_0"} and "checksum" in lines["k0_1"]
     assert all("vtok features" in reason for reason in lines.values())
     strict = module(home, tmp_path / "t", **(keywords | {"max_bad_fraction": 0.0}))
     with pytest.raises(TooManyBroken):

@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,11 @@ def record_features(
     devices = shard_work.devices_of(device)
     for cached in (_tower, _health):  # of an earlier call in this process
         cached.cache_clear()
-    loaded = _tower(json.dumps(asdict(tower)), "cpu")
+    config = json.dumps(asdict(tower))
+    loaded = _tower(config, "cpu")
     settings = FeatureSettings(fps, size or own_size(loaded), crop, frames, attention, attention_from, keys)
     try_settings(loaded, settings)
     who = loaded.identity()
-    pinned = replace(tower, sha256=loaded.sha256, revision=loaded.revision or tower.revision)
     ledger = Ledger(out, jobs, claim="recording.json", counts=COUNTS, made="features")
     numerics = {"frames_per_call": tower.frames_per_call, "torch": torch.__version__, "av": av.__version__}
     ledger.claim(
@@ -100,7 +100,7 @@ def record_features(
     )
     now = ledger.run(
         write_shard,
-        lambda job: (job, out, json.dumps(asdict(pinned)), settings, devices, max_bad_fraction),
+        lambda job: (job, out, config, loaded.sha256, settings, devices, max_bad_fraction),
         part=part,
         workers=shard_work.default_workers(device, devices) if workers is None else workers,
         title="recording clips",
@@ -140,6 +140,7 @@ def write_shard(
     job: Job,
     out: Path,
     tower: str,
+    sha256: str,
     settings: FeatureSettings,
     devices: list[str],
     limit: float,
@@ -149,12 +150,16 @@ def write_shard(
     """Record one shard; returns its record.
 
     Args:
-        tower: its configuration as json. lost: {key: reason} of samples not to touch again. notify: called with each
-            sample's key before it is touched.
-    Raises: ValueError past the share of broken samples. OSError where the shard cannot be read or written.
+        tower: its configuration as json. sha256: of its weights when recording began.
+        lost: {key: reason} of samples not to touch again. notify: called with each sample's key before it is touched.
+    Raises: ValueError for other weights. TooManyBroken past the share of broken samples. OSError where the shard cannot
+        be read or written.
     """
     number = (multiprocessing.current_process()._identity or (0,))[0]  # 1, 2 ... in worker processes
-    recorder = Recorder(_tower(tower, devices[number % len(devices)]), settings)
+    loaded = _tower(tower, devices[number % len(devices)])
+    if loaded.sha256 != sha256:
+        raise ValueError(f"{loaded.name} changed: its weights were {sha256} when recording began: {loaded.sha256} now")
+    recorder = Recorder(loaded, settings)
     health, threads = _health(limit), torch.get_num_threads()
     reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=recorder.view.media)
     rejected: list[dict[str, Any]] = []

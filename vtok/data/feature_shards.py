@@ -222,6 +222,8 @@ def window_of_features(read: Read, num_bytes: int, view: View, rng: random.Rando
     assert view.cached is not None
     file = _File(read, num_bytes)
     index, times = _pick(file, view, view.cached, rng)
+    if not index:  # a header whose times cannot be; its checksum is that of the rows
+        raise BrokenSample(f"the features are damaged: no frame is on show from {file.start_s} s on; {AGAIN}")
     stride = file.stride
     rows = sorted({i // stride for i in index}) if stride > 1 else index
     found = file.features(rows)
