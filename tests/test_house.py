@@ -19,7 +19,14 @@ LEAVES = {"budget", "layers", "quantize", "losses", "vision", "llm", "reducers",
 PLUMBING = {"charts", "entropy", "bitstream", "stream_header", "prior_coding"}
 READS_LAYERS = {"losses", "metrics", "quantize", "vision", "prior_coding"}
 LIGHTNING = {"vtok.strategy", "vtok.lit", "vtok.loop", "vtok.train", "vtok.evaluate", "vtok.data.module"}
-HUGGING = {"vtok.llm", "vtok.vision.load", "vtok.vision.preprocess", "vtok.hf", "vtok.families.language"}
+HUGGING = {
+    "vtok.llm.frozen",
+    "vtok.llm.lora",
+    "vtok.vision.load",
+    "vtok.vision.preprocess",
+    "vtok.hf",
+    "vtok.families.language",
+}
 LIBRARIES = {"lightning": LIGHTNING, "transformers": HUGGING, "timm": HUGGING, "deepspeed": {"vtok.strategy"}}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtok.data.feature_shards import Window, collate_features, window_of_features
+from vtok.data.language import visible_questions
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.view import View, decode_view, fit, map_view
 from vtok.types import Clip
@@ -57,7 +58,7 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     if view.cached is not None:
         read = functools.partial(_read_part, reader, sample, suffix)
         window = window_of_features(read, sample.members[suffix][1], view, rng)
-        return Item(key, None, window.times.float(), caption, qa, window)
+        return Item(key, None, window.times.float(), caption, visible_questions(qa, window.times), window)
     if view.map:
         fps = facts.get("fps")
         if fps is not None and not (type(fps) in (int, float) and math.isfinite(fps) and fps > 0):
@@ -66,7 +67,7 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
         frames, times = map_view(read, sample.members[suffix][1], view, rng, fps=fps)
     else:
         frames, times = decode_view(reader.read(sample, suffix), view, rng)
-    return Item(key, fit(frames, view, rng), times.float(), caption, qa)
+    return Item(key, fit(frames, view, rng), times.float(), caption, visible_questions(qa, times))
 
 
 def _read_part(reader: ShardReader, sample: Sample, suffix: str, first: int, num_bytes: int) -> bytes:
