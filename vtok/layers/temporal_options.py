@@ -105,28 +105,17 @@ def patch_positions(frames: Frames) -> Tensor:
 _TENSORS = ("norm1", "qkv", "out", "norm2", "up", "down")  # of one pre-norm block of `TuringMachine`
 
 
-class TuringMachine(nn.Module):
-    """A memory of G vectors for each of the m tokens of a frame, read and written frame by frame, pooled at the end:
-    the Token Turing Machine (Ryoo et al. 2022, https://arxiv.org/abs/2211.09119) in BLIP-3-Video's grouped form.
+class TuringMemory(nn.Module):
+    """Inputs [B, T, m, width] and mask [B, T] -> the memories after the last real frame [B, m, G, width].
 
-    At each frame and for each of its m tokens: [memories, token] -> transformer blocks -> a new memory, each of G
-    vectors a weighted mean of [memories, what the blocks gave]. Weights are shared by the m tokens. Frames come one
-    after the other, so the state of a stream is m x G vectors.
-
-    Its tensors are its own, not those of modules inside: an engine that gathers weights module by module (ZeRO-3) meets
-    one call however many frames a clip has.
+    Its tensors are its own, not those of modules inside, and it gives a tensor: an engine that gathers weights module
+    by module (ZeRO-3) meets one call however many frames a clip has, and finds what its backward pass reads again.
     """
 
-    def __init__(self, dim: int, config: TuringConfig):
+    def __init__(self, config: TuringConfig):
         super().__init__()
-        if config.width % config.num_heads or min(config.num_inputs, config.memories) < 1:
-            raise ValueError(
-                f"turing.width={config.width} must be a multiple of num_heads={config.num_heads}, num_inputs="
-                f"{config.num_inputs} and memories={config.memories} at least 1"
-            )
         self.config = config
         width, many = config.width, config.num_inputs
-        self.into = nn.Linear(dim, width)
         self.begin = nn.Parameter(torch.randn(many, config.memories, width))
         tensors: dict[str, Tensor] = {}
         for i in range(config.depth):
@@ -145,8 +134,6 @@ class TuringMachine(nn.Module):
         tensors["write_slot"] = torch.eye(config.memories, 2 * config.memories + 1) * 2  # begins by keeping
         for name, value in tensors.items():
             self.register_parameter(f"memory_{name}", nn.Parameter(value))
-        self.pool = AttentionPool(width, config.pool)
-        self.out = nn.Linear(width, dim)
 
     def _tensor(self, name: str) -> Tensor:
         return self.get_parameter(f"memory_{name}")
@@ -170,6 +157,37 @@ class TuringMachine(nn.Module):
         logits = self._tensor("write").to(made.dtype) @ normed.transpose(1, 2) + self._tensor("write_slot").to(made)
         return logits.softmax(-1) @ made
 
+    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        memory = self.begin.to(inputs).expand(len(inputs), -1, -1, -1)
+        for t in range(inputs.shape[1]):
+            new = self.step(memory.flatten(0, 1), inputs[:, t].flatten(0, 1)).unflatten(0, memory.shape[:2])
+            memory = torch.where(mask[:, t, None, None, None], new, memory)
+        return memory
+
+
+class TuringMachine(nn.Module):
+    """A memory of G vectors for each of the m tokens of a frame, read and written frame by frame, pooled at the end:
+    the Token Turing Machine (Ryoo et al. 2022, https://arxiv.org/abs/2211.09119) in BLIP-3-Video's grouped form.
+
+    At each frame and for each of its m tokens: [memories, token] -> transformer blocks -> a new memory, each of G
+    vectors a weighted mean of [memories, what the blocks gave]. Weights are shared by the m tokens. Frames come one
+    after the other, so the state of a stream is m x G vectors.
+    """
+
+    def __init__(self, dim: int, config: TuringConfig):
+        super().__init__()
+        if config.width % config.num_heads or min(config.num_inputs, config.memories) < 1:
+            raise ValueError(
+                f"turing.width={config.width} must be a multiple of num_heads={config.num_heads}, num_inputs="
+                f"{config.num_inputs} and memories={config.memories} at least 1"
+            )
+        self.config = config
+        width = config.width
+        self.into = nn.Linear(dim, width)
+        self.memory = TuringMemory(config)
+        self.pool = AttentionPool(width, config.pool)
+        self.out = nn.Linear(width, dim)
+
     def forward(self, frames: Frames, words: object = None, audio: object = None) -> Pieces:
         c = self.config
         batch, count = frames.patches.shape[:2]
@@ -178,11 +196,7 @@ class TuringMachine(nn.Module):
         inputs = self.into(tokens)  # [B, T, m, width]
         stamp = sincos(frames.time.flatten() * 64.0, c.width + c.width % 2)[:, : c.width].to(inputs)
         inputs = inputs + stamp.unflatten(0, (batch, count))[:, :, None]
-        memory = self.begin.to(inputs).expand(batch, -1, -1, -1)
-        for t in range(count):
-            new = self.step(memory.flatten(0, 1), inputs[:, t].flatten(0, 1)).unflatten(0, memory.shape[:2])
-            memory = torch.where(frames.mask[:, t, None, None, None], new, memory)
-        flat = memory.flatten(1, 2)
+        flat = self.memory(inputs, frames.mask).flatten(1, 2)
         weights = self.pool.weights(flat, torch.ones(flat.shape[:2], dtype=torch.bool, device=flat.device))
         return [clip_piece(self.out(weights @ flat))], []
 
