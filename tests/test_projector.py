@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_contract import PROJECTORS
 from test_llm import small_model, small_tokenizer
 
 import vtok
@@ -104,6 +105,41 @@ def test_a_run_goes_on_where_it_stopped(lab, stage0):
     ends = [strategy.consolidate(r / "checkpoints" / "last.ckpt") for r in runs]
     same = {name for name in ends[0] if torch.equal(ends[0][name], ends[1][name])}
     assert len(same) == len(ends[0])
+
+
+SIZES = {
+    "reducer": "method: tome, max_tokens: 16",
+    "temporal": "max_tokens: 16, window: 2, static: {tokens: 4}, former: {num_queries: 2, width: 16, depth: 2, "
+    "num_heads: 2}, summary: {num_tokens: 2, width: 16, depth: 2, num_heads: 2}",
+    "vqtoken": "num_tokens: 16",
+}
+
+
+class Poison(list):
+    """A list that may be counted and carried along, but not looked into."""
+
+    def _refuse(self, *_):
+        raise AssertionError("encode looked at the answer")
+
+    __iter__ = __getitem__ = __contains__ = __eq__ = __reversed__ = _refuse
+
+
+@pytest.mark.parametrize("family", sorted(PROJECTORS))
+def test_every_family_trains_ships_and_never_sees_the_answer(lab, stage0, family):
+    text = settings(lab, family, f"name: {family}, {SIZES[family]}", top=f"init_from: {stage0}", steps="2")
+    run = train(loads(text))
+    out = lab / f"export-{family}"
+    main_export([str(run), "--out", str(out)])
+    before, after = load_run(run)[0], vtok.load(str(out))
+    clip = next(iter(_val(lab)))
+    clip.target, clip.qa = Poison([""] * len(clip)), Poison([[]] * len(clip))
+    for budget in (1, 5, 16):
+        tokens = before.encode(clip, budget=budget)
+        assert tokens.lengths.tolist() == [budget] * len(clip)
+        assert torch.equal(tokens.embeddings, after.encode(clip, budget=budget).embeddings)
+    assert not any("tower" in name or "llm" in name for name in after.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert before.encode(clip, budget=5).embeddings.isfinite().all()
 
 
 def test_widths_that_do_not_fit_are_refused(lab):

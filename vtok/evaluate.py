@@ -201,15 +201,20 @@ def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
     return model, data, settings
 
 
-def _loader(data: DataConfig, shards: str, *, clips: int | None, setting: str) -> Any:
-    """Batches of the middle window and centre crop of each clip, the same for training and validation clips."""
+def _loader(data: DataConfig, shards: str, *, clips: int | None, setting: str, tower: Any = None) -> Any:
+    """Batches of the middle window and centre crop of each clip, the same for training and validation clips.
+
+    tower: gives the model's frozen tower, whose features the shards may hold instead of videos.
+    """
+    from vtok.data.feature_index import feature_view
     from vtok.data.pipeline import ValidationSet, make_loader
     from vtok.data.sources import every_shard
     from vtok.data.view import view_of
 
+    where: dict[str, Any] = dict(root=data.root, cache_dir=data.cache_dir, setting=setting)
     held = ValidationSet(
-        every_shard(shards, root=data.root, cache_dir=data.cache_dir, setting=setting),
-        view=view_of(data),
+        every_shard(shards, **where),
+        view=feature_view(view_of(data), shards, training=False, tower=tower, **where),
         batch_size=data.val_batch_size,
         val_clips=clips,
         cache_dir=data.cache_dir,
@@ -321,9 +326,9 @@ def main(argv: list[str] | None = None) -> int:
     val_shards, train_shards = _resolve_shards(data, options)
     if options.batch_size:
         data = replace(data, val_batch_size=options.batch_size)
-    val = _loader(
-        data, val_shards, clips=data.val_clips if options.clips is None else options.clips, setting="--shards"
-    )
+    clips = data.val_clips if options.clips is None else options.clips
+    tower = (lambda: model.tower) if hasattr(model, "compress") else None
+    val = _loader(data, val_shards, clips=clips, setting="--shards", tower=tower)
     if not hasattr(model, "decode"):
         return _main_projector(options, model, val, settings, shards=val_shards)
     train = None

@@ -82,6 +82,18 @@ class Features:
         return torch.arange(self.patches.shape[1], device=self.patches.device) < self.count()[:, None]
 
 
+def _changed(value: Any, change: Callable[[Any], Any], *, lists: bool = False) -> Any:
+    """A Clip with `change` made to every tensor in it (and every list), those of its features included."""
+    if isinstance(value, Tensor) or (lists and isinstance(value, list)):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _changed(item, change, lists=lists) for key, item in value.items()}
+    if isinstance(value, (Clip, Features)):
+        kept = {f.name: _changed(getattr(value, f.name), change, lists=lists) for f in fields(value)}
+        return type(value)(**kept)
+    return value
+
+
 @dataclass
 class Clip:
     """A batch of clips; not frozen, since Lightning must move it to a device.
@@ -125,34 +137,15 @@ class Clip:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Clip:
         """The same clip with every tensor on `device`."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=non_blocking)
-            if isinstance(value, Features):
-                return Features(**{f.name: move(getattr(value, f.name)) for f in fields(value)})
-            if isinstance(value, dict):
-                return {key: move(item) for key, item in value.items()}
-            return value
-
-        return Clip(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return _changed(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def rows(self, which: slice) -> Clip:
         """The clips at `which`, as a batch of their own: views, nothing is copied."""
-
-        def take(value: Any) -> Any:
-            if isinstance(value, Features):
-                kept = {f.name: getattr(value, f.name) for f in fields(value)}
-                return Features(**{name: v if name == "grid" else take(v) for name, v in kept.items()})
-            if isinstance(value, dict):
-                return {key: take(item) for key, item in value.items()}
-            return value[which] if isinstance(value, (Tensor, list)) else value
-
-        return Clip(**{f.name: take(getattr(self, f.name)) for f in fields(self)})
+        return _changed(self, lambda x: x[which], lists=True)
 
     def pin_memory(self) -> Clip:
-        """The same clip with its video in pinned memory (the DataLoader's hook)."""
-        return replace(self, video=self.video.pin_memory() if self.video is not None else None)
+        """The same clip with every tensor in pinned memory (the DataLoader's hook)."""
+        return _changed(self, lambda x: x.pin_memory())
 
     def as_float(self) -> Clip:
         """The clip with its video in [-1, 1]: uint8 is mapped linearly (0 -> -1, 255 -> 1), floats pass unchanged."""

@@ -87,9 +87,19 @@ class ProjectorModel(nn.Module):
         return self._tower
 
     def features(self, clip: Clip, **asked: Any) -> Features:
-        """The clip's cached features of the tower where it brings them, else those of its video."""
+        """The clip's cached features of the tower where it brings them, else those of its video.
+
+        asked: as of `vtok.vision.Tower`. Raises: ValueError for cached features without the attention or keys asked.
+        """
         found = (clip.features or {}).get(self.config.tower.name)
-        return self.tower.features(clip, **asked) if found is None else found
+        if found is None:
+            return self.tower.features(clip, **asked)
+        if asked.get("attention") and not found.attention or asked.get("keys") and found.keys is None:
+            raise ValueError(
+                f"the clips bring features of {self.config.tower.name!r} without the attention or the keys that are "
+                "asked for: record them (vtok features --attention L --keys), or read shards of videos"
+            )
+        return found
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         return self.compress(self.features(clip), budget=budget, prompt=clip.prompt)
