@@ -317,8 +317,8 @@ def test_another_prior_or_another_arithmetic_is_refused():
 
 
 def test_arithmetic_that_slips_past_the_probe_is_noticed(monkeypatch):
-    """Frequencies that are off by one somewhere give other ids, and a record's check says so."""
-    data = write_file(PRIOR, chunks_of(4))
+    """Frequencies that are off somewhere give other ids, and a record's check says so; the end of a short file does."""
+    short, long = (write_file(PRIOR, chunks_of(count)) for count in (2, 24))
     right = exact.frequencies
 
     def wrong(logits):
@@ -328,7 +328,9 @@ def test_arithmetic_that_slips_past_the_probe_is_noticed(monkeypatch):
 
     monkeypatch.setattr(prior_coding, "frequencies", wrong)
     with pytest.raises(bitstream.DamagedFile, match="check they were written with|bytes|ids"):
-        read_file(data)
+        read_file(long)
+    with pytest.raises(bitstream.DamagedFile, match="or the prior gave other ids here"):
+        read_file(short)
 
 
 PROBE = """

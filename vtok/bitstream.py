@@ -271,7 +271,7 @@ class Reader:
 
     A record is checked before any of its ids is given out; the end of the iteration has checked the whole file, and
     `footer` is set. Call `expect` before the first chunk where the coding needs a model.
-    Raises: ForeignFile, NewerVersion, TruncatedFile, DamagedFile; WrongModel from `expect`.
+    Raises: ForeignFile, NewerVersion, OlderVersion, TruncatedFile, DamagedFile; WrongModel from `expect`.
     """
 
     def __init__(self, file: BinaryIO, *, name: str = "this file") -> None:
@@ -387,7 +387,8 @@ class Reader:
         footer = Footer(*values)
         self._sha.update(totals)
         if self._read(DIGEST_BYTES) != self._sha.digest()[:DIGEST_BYTES]:
-            raise DamagedFile(f"{self._name} is damaged: its sha256 is not the one it states")
+            slipped = ", or the prior gave other ids here" if self.header.coding == "ar" else ""
+            raise DamagedFile(f"{self._name} is damaged: its sha256 is not the one it states{slipped}")
         if (footer.groups, footer.tokens, footer.records) != (groups, tokens, records):
             raise DamagedFile(
                 f"{self._name} is damaged: it states {footer}, but holds {groups} groups, {tokens} tokens"

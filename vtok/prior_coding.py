@@ -33,6 +33,7 @@ from vtok.types import Tokens
 
 PIECE = 256  # tokens that encoding reads at once: scores are [heads, PIECE, keys]
 CHECK_BYTES = 1  # of a CRC-32 over a record's ids: wrong probabilities give wrong ids, not an error
+CHECK_TOKENS = 64  # of a record that has a check; the file's own at the end, which covers the ids, serves shorter ones
 
 
 class PriorModel:
@@ -204,7 +205,8 @@ class PriorStream:
     def decode(self, data: bytes, counts: Sequence[int]) -> np.ndarray:
         """The inverse of `encode`: ids [N, Q] int64. Raises: ValueError for bytes that these ids would not make."""
         coder = _constriction().stream
-        body, check = data[:-CHECK_BYTES], data[-CHECK_BYTES:]
+        checked = CHECK_BYTES if sum(counts) >= CHECK_TOKENS else 0
+        body, check = data[: len(data) - checked], data[len(data) - checked :]
         words = np.frombuffer(body + bytes(8 + -len(body) % 4), ">u4").astype(np.uint32)  # the rest of x is zeros
         decoder = coder.queue.RangeDecoder(words)
         rows = []
@@ -251,7 +253,9 @@ def _shortest(encoder: Any) -> bytes:
 
 
 def _check(ids: np.ndarray) -> bytes:
-    return zlib.crc32(ids.astype("<i4").tobytes()).to_bytes(4, "little")[:CHECK_BYTES]
+    """What a record of these ids ends with."""
+    count = CHECK_BYTES if len(ids) >= CHECK_TOKENS else 0
+    return zlib.crc32(ids.astype("<i4").tobytes()).to_bytes(4, "little")[:count]
 
 
 def signalling_bits(tokens: Tokens) -> Tensor:
