@@ -6,6 +6,9 @@ Features stand in for a tower's: no tower is loaded where the clip brings its fe
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -455,6 +458,81 @@ def test_sixteen_tokens_and_fewer_learn_what_came_first(tmp_path):
         loss.backward()
         optimizer.step()
     assert before < 0.3 and accuracy(16) > 0.9 and accuracy(4) > 0.8
+
+
+ZERO = """
+import sys
+sys.path.insert(0, {tests!r})
+import deepspeed
+import torch
+from torch import nn
+import test_temporal as t
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first use, for minutes
+rank = torch.distributed.get_rank()
+
+class Step(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, clip, budget):
+        tokens = self.model.encode(clip, budget=budget)
+        return (tokens.embeddings / 0.05 - 1).square().mean()
+
+whole = {{"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+plan = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": whole}}
+for form in {forms!r}:
+    model = t.make(form, max_frames=60).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.003)
+    engine, *_ = deepspeed.initialize(model=Step(model), optimizer=optimizer, config=plan)
+    losses = []
+    for step in range(4):
+        frames = [1, 60][(rank + step) % 2]
+        seen, heard = t.features([frames]), t.ears([frames])
+        for each in (seen, heard):
+            each.patches = each.patches.float()
+        seen.times = seen.times.float()
+        loss = engine(t.clip(seen, heard, ["Why?"]), [None, 1, 7, None][step])
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, losses)
+    short, long = [everyone[0][0], everyone[1][3]], [everyone[1][0], everyone[0][3]]
+    assert short[1] < short[0] and long[1] < long[0], (form, everyone)
+    if rank == 0:
+        print("trained", form, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_zero_3_trains_where_one_rank_holds_a_frame_and_the_other_sixty(tmp_path):
+    pytest.importorskip("deepspeed")
+    script, forms = tmp_path / "script.py", ["tdc", "turing"]
+    script.write_text(ZERO.format(tests=str(Path(__file__).parent), forms=forms))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
+    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(script)]
+    runs = []
+    try:
+        for rank in range(2):
+            own, log = {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)}, (tmp_path / f"{rank}.txt").open("w")
+            runs.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
+        codes = [run.wait(timeout=400) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert [line for line in said[0].splitlines() if line.startswith("trained")] == [f"trained {f}" for f in forms], (
+        codes,
+        said[0][-3000:],
+        said[1][-3000:],
+    )
 
 
 # --- parts ---
