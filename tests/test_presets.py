@@ -16,6 +16,7 @@ from vtok.families import flexible
 from vtok.families.flexible import Config, Model, Objective, ObjectiveConfig
 from vtok.layers.begin import patch_of_token
 from vtok.layers.prior import PriorConfig
+from vtok.layers.projector import ProjectorConfig
 from vtok.layers.sampling import draw
 from vtok.optim import freeze
 from vtok.quantize import QuantizerConfig
@@ -30,19 +31,27 @@ _DISCRETE = ("vidtok_fsq_488", "vidtok_fsq_488_stage2", "vidtok_kl_488", "magvit
              "signvip_fsq", "phenaki")  # fmt: skip
 _FLOW = ("flextok", "videoflextok", "flextok_pixel")
 DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
-FULL = [*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE]
+TWINS = {name: f"{name}_tiny" for name in (*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE)}
+TWINS |= {"temporal/tdc": "temporal/tdc_tiny", "vqtoken/vqtoken": "vqtoken/tiny"}
+TWINS |= {"reducer/stage0": "reducer/tiny", "reducer/pooling": "reducer/tiny_pooling"}
+FULL = list(TWINS)
 
 
 def test_every_preset_has_a_twin():
-    found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*_tiny.yaml")}
-    assert found == {f"{name}_tiny" for name in FULL}
+    found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*tiny*.yaml")}
+    assert found == set(TWINS.values())
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_presets_have_the_parameters_their_header_states(name):
-    stated = re.search(r"^# Parameters: ([\d.]+) M", (CONFIGS / f"{name}.yaml").read_text(), re.M)
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    stated = re.search(r"^# Parameters: ([\d.]+) M", text, re.M)
     assert stated, f"{name}.yaml states no parameter count"
     config = configuration.load(CONFIGS / f"{name}.yaml").model
+    if isinstance(config, ProjectorConfig):  # widths of a tower and an LLM, which a run reads off these
+        widths = re.search(r"\(in_dim (\d+), embedding_dim (\d+)\)", text)
+        assert widths, f"{name}.yaml does not say for which widths it counts"
+        config.in_dim, config.embedding_dim, config.embedding_rms = int(widths[1]), int(widths[2]), 1.0
     with torch.device("meta"):
         model = configuration.load_family(config.name).Model(config)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - float(stated[1])) < 0.06
@@ -60,6 +69,17 @@ _COMMON = {
     *("model.size", "data.size", "objective.perceptual_side"),
     *(f"objective.adversarial.{k}" for k in ("width", "depth", "num_heads")),
     "name",
+}
+_PROJECTOR = _COMMON | {
+    # the tower, the LLM, and how they are held
+    *("model.tower.name", "model.tower.dtype"),
+    *(f"objective.llm.{k}" for k in ("name", "dtype", "checkpoint")),
+    # width, depth, length, and how many of each thing a shorter clip of smaller frames is given
+    *("data.num_frames", "data.fps", "optim.lr", "model.max_tokens", "model.max_frames", "model.num_tokens"),
+    *("model.text_words", "model.segments.most", "model.static.tokens"),
+    *(f"model.{part}.{k}" for part in ("former", "summary") for k in ("num_queries", "width", "depth", "num_heads")),
+    *(f"model.places.{k}" for k in ("map_size", "hidden", "num_heads")),
+    *("objective.budgets.values", "objective.budgets.max_tokens"),
 }
 _SIZES = {
     "flexible": _COMMON
@@ -80,6 +100,7 @@ _SIZES = {
         *(f"model.transformer.{k}" for k in ("encoder_spatial", "decoder_spatial")),  # held to its letters below
         *("model.latent_channels", "optim.lr", "model.quantizer.entropy_warmup_steps"),  # held to rules below
     },
+    **dict.fromkeys(("reducer", "temporal", "vqtoken"), _PROJECTOR),
 }
 
 
@@ -92,7 +113,7 @@ def _resolved(name: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", FULL)
 def test_twins_differ_in_size_alone(name):
-    full, tiny = _resolved(name), _resolved(f"{name}_tiny")
+    full, tiny = _resolved(name), _resolved(TWINS[name])
     changed = {key for key in full.keys() | tiny.keys() if full.get(key) != tiny.get(key)}
     sizes = _SIZES[name.partition("/")[0]]
     assert changed and changed <= sizes, changed - sizes
