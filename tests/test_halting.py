@@ -129,7 +129,10 @@ def test_the_halting_head_learns_what_the_search_finds(tmp_path, fitted):  # noq
     after = against_search(model, held_out, wanted)
     assert len(after) == 3 and usual_levels(measured.psnr) == sorted(usual_levels(measured.psnr))
     for row, raw in zip(after, before):
-        assert row.missed <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / row.videos) and row.missed <= max(raw.missed, 0.1), (row, raw)
+        assert row.missed <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / row.videos) and row.missed <= max(raw.missed, 0.1), (
+            row,
+            raw,
+        )
         assert row.predicted >= row.searched, row
     done = codec.encode_file(model, source, out, asked=Asked(predicted_psnr_db=24.0))
     header, lengths = lengths_in(out, model)
