@@ -388,7 +388,7 @@ def _codecs_section(evaluation: dict[str, Any]) -> str:
     lines = []
     for entry in entries:
         delta, overlap = _number(entry["bd_rate_percent"]), entry["overlap_psnr_db"]
-        cells = [html.escape(entry["codec"]), html.escape(counted.get(entry["rate"], entry["rate"]))]
+        cells = [html.escape(entry["codec"]), html.escape(counted.get(entry["rate"]) or entry["rate"])]
         cells.append("none in common" if delta is None else f"{delta:+.1f} %".replace("-", "\N{MINUS SIGN}"))
         cells.append("" if overlap is None else f"{overlap[0]:.2f} to {overlap[1]:.2f} dB")
         cells += [_matched_text(point) for point in entry["matched"]]
