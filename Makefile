@@ -27,7 +27,7 @@ test: lint  ## Lint, types and every test; PYTEST_ARGS="-k report" picks some, J
 test-fast: lint  ## The same without the tests that launch processes or a browser
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-twins: $(STAMP)  ## The tiny twins of presets that train for minutes, left out of `make test`
+test-twins: $(STAMP)  ## The long tests, left out of `make test`: twins of presets trained for minutes, variants
 	$(PYTEST) --dist load -m long $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Lint, format and types

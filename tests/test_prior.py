@@ -533,7 +533,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_command_killed_and_run_again(home, tmp_path, number):
     command = [sys.executable, "-m", "vtok.cli", "prior", str(home / "tokens"), "--model", str(home / "export")]
     command += [

@@ -160,6 +160,7 @@ def test_a_head_begins_with_how_often_ids_come_and_which_are_alike(sizes):
             assert correlation(torch.cdist(rows, rows).detach(), torch.cdist(table, table)) > 0.9
 
 
+@pytest.mark.long
 def test_base(lab):
     check(learn(lab, "base_tiny"), "l2")
 
@@ -167,6 +168,7 @@ def test_base(lab):
 VIDEO_TERMS = ("l1", "perceptual", "quantizer", "prior", "adversarial", "discriminator", "lecam")
 
 
+@pytest.mark.long
 def test_larp(lab):
     result = learn(lab, "larp_tiny", f"objective.perceptual_weights={lab.lpips}")
     check(result, *VIDEO_TERMS)

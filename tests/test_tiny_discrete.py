@@ -116,6 +116,7 @@ def test_cosmos_second_stage_adds_to_the_first(cosmos):
     check(cosmos[1])
 
 
+@pytest.mark.long
 def test_cosmos_81616(lab, networks):
     result = learn(lab, "cosmos_fsq_81616_tiny", both(lab), f"objective.perceptual_weights={networks['vgg']}")
     check(result, "l1", "perceptual")

@@ -307,7 +307,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(0, (1, 2)), (2, (1,))])  # when so many shards are there
+@pytest.mark.parametrize(
+    ("workers", "kills"), [pytest.param(0, (1, 2), marks=pytest.mark.long), (2, (1,))]
+)  # when so many shards are there
 def test_kill_9_anywhere_and_again_equals_uninterrupted(home, tmp_path, workers, kills):
     out, script = tmp_path / "t", tmp_path / "go.py"
     script.write_text(KILLED)
