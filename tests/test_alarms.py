@@ -272,7 +272,7 @@ train(test_train.settings(Path(sys.argv[1]), name=sys.argv[2], trainer=trainer),
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", ["ddp", "deepspeed_2"])
+@pytest.mark.parametrize("chosen", ["ddp", pytest.param("deepspeed_2", marks=pytest.mark.long)])
 def test_two_processes_stop_together(tmp_path, chosen):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))

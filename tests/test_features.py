@@ -451,7 +451,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
+@pytest.mark.long  # the same code as tokenize's
+@pytest.mark.parametrize("workers", [0, 2])
 def test_kill_9_anywhere_and_again_equals_uninterrupted(home, tmp_path, workers):
     corpus(tmp_path / "shards", shards=4)
     run(home, tmp_path / "wanted", shards=tmp_path / "shards", fps=12.0)

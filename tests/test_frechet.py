@@ -343,6 +343,7 @@ class _Detector(nn.Module):
         return self.logits(self.net(x)[:, :, None, None, None]).flatten(1)  # after the mean: the same, it is linear
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_the_documented_conversion_of_torchscript(weights, tmp_path, monkeypatch):
@@ -427,6 +428,7 @@ def test_tables_of_other_weights_do_not_compare():
         check_same_weights(one, {"model": "b", "weights": {"rfvd": {"sha256": "3" * 64}}})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_vtok_eval_end_to_end(weights, tmp_path, capsys):
     synthetic.write_corpus(
