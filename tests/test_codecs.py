@@ -155,11 +155,12 @@ def _half(number: int) -> int:
 
 @pytest.mark.slow
 def test_processes_give_the_same_points_and_a_crash_costs_its_job():
+    # low-delay: the macroblock tree of the other profile reads beyond small frames: bits differ from run to run
     seen = []
     clips = [CLIP, CLIP.flip(1)]
     with Workers(0) as here:
-        alone = sweep_clips(clips, [3000.0], codec="x264", workers=here)
-        (more,) = sweep_clips(clips[:1], [3000.0], more_rates=[9000.0], codec="x264", workers=here)
+        alone = sweep_clips(clips, [3000.0], codec="x264", profile="low-delay", workers=here)
+        (more,) = sweep_clips(clips[:1], [3000.0], more_rates=[9000.0], codec="x264", profile="low-delay", workers=here)
         assert alone[0] and more and more[0].bits == alone[0][0].bits and torch.equal(more[0].video, alone[0][0].video)
         assert more[1].bits > more[0].bits and more[1].psnr_db > more[0].psnr_db and not len(more[1].video)
         assert more[0].psnr_db == pytest.approx(float(codecs.clip_psnr(more[0].video[None], CLIP[None])))
@@ -168,6 +169,7 @@ def test_processes_give_the_same_points_and_a_crash_costs_its_job():
             clips,
             [3000.0],
             codec="x264",
+            profile="low-delay",
             workers=workers,
             progress=lambda done, total: seen.append((done, total)),
         )

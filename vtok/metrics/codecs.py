@@ -54,7 +54,14 @@ CODECS = {
         51,
         {
             "offline": {"preset": "slow", "g": "{frames}", "sc_threshold": "0", "flags": "+cgop"},
-            "low-delay": {"preset": "medium", "tune": "psnr", "bf": "0", "g": "{frames}", "sc_threshold": "0"},
+            "low-delay": {
+                "preset": "medium",
+                "tune": "psnr",
+                "bf": "0",
+                "g": "{frames}",
+                "sc_threshold": "0",
+                "mbtree": "0",
+            },
         },
     ),
     "x265": Codec(
