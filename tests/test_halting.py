@@ -174,9 +174,8 @@ def test_the_chain_of_commands(tmp_path, capsys):
     model = load(out)
     assert "calibrated on" in told and model.halting.calibrated
     assert facts["calibration"]["videos"] == int(model.halting.videos[0]) >= 15 and facts["coverage"] == 0.9
-    # of the very videos calibrated on, so this cannot fail by chance; calibration reads between the lengths it decodes
-    for row in facts["held_out"]["rows"]:
-        assert row["missed"] <= 0.1 + 1 / row["videos"] and row["predicted"] >= row["searched"]
+    for row in facts["held_out"]["rows"]:  # of the very videos calibrated on, so this cannot fail by chance
+        assert row["missed"] <= 0.1 and row["predicted"] >= row["searched"]
     asked = ["encode", str(out), names[0], "--out", str(tmp_path / "x.vtok"), "--predict-psnr"]
     assert vtok_main([*asked, str(facts["held_out"]["rows"][0]["wanted_db"])]) == 0
     assert "of the blocks" in capsys.readouterr().out

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtok.budget import interpolate_lengths, search_length, spread_lengths
+from vtok.budget import search_length, spread_lengths
 from vtok.codec import resize_crop, stream_steps
 from vtok.config import DataConfig
 from vtok.data.decode import VideoReader
@@ -100,7 +100,7 @@ def measure(model: Any, videos: Iterable[Video]) -> Measured:
             for group in groups_of(model, step):
                 most = most_tokens(group.tokens)
                 menu = spread_lengths(most, per_octave=PER_OCTAVE)
-                error = interpolate_lengths(torch.tensor(trial.measure(group, menu)), menu, most)
+                error = between(torch.tensor(trial.measure(group, menu)), menu, most)
                 trial.accept(group, most)
                 codes.append(group.tokens.embeddings[0].cpu())
                 curves.append((10 * (255**2 / error).log10()).float())
@@ -108,6 +108,15 @@ def measure(model: Any, videos: Iterable[Video]) -> Measured:
     if not codes:
         raise ValueError("the calibration shards hold no usable video")
     return Measured(torch.stack(codes), torch.stack(curves), torch.tensor(which))
+
+
+def between(error: Tensor, lengths: list[int], most: int) -> Tensor:
+    """Error [S] measured at `lengths` (ascending, the first 1 and the last `most`) as error [most] of every length: of
+    one between two measured, the larger of theirs, so that what is calibrated on it holds when it is decoded."""
+    at, known = torch.arange(1, most + 1), torch.tensor(lengths)
+    right = torch.searchsorted(known, at)
+    left = torch.where(known[right] == at, right, right - 1)
+    return torch.maximum(error[left], error[right])
 
 
 @dataclass(frozen=True)
