@@ -51,7 +51,7 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def blocks():
-    model = make_model(**dict(BLOCKS, num_tokens=16))
+    model = make_model(**dict(BLOCKS, num_tokens=32))  # enough for the static coding of near-constant ids to cost bytes
     model.shipped = Identity(*with_entropy(model))
     return model
 
@@ -106,9 +106,7 @@ def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahe
         assert (header.asked, header.asked_value, header.look_ahead) == ("bytes", limit, ahead)
         assert min(lengths) >= 1 and len(lengths) == -(-frames // model.config.block_frames)
         tokens.append(sum(lengths))
-    # ids of `blocks` cost its static model next to nothing: the best lengths fit into the least there can be
-    assert tokens[0] < tokens[1] or (which, coding) == ("blocks", "static") and tokens[0] == tokens[-1], tokens
-    assert tokens[0] <= tokens[-1], tokens
+    assert tokens[0] < tokens[-1] and tokens[0] < tokens[1], tokens
     if which == "fitted":  # of an untrained model, fewer tokens can be better
         assert tokens[1] < tokens[-1] == whole.tokens
     if which == "fitted" and ahead is None:  # the size is measured: what is named is the least, and little is left
