@@ -12,9 +12,13 @@ answer, as it does in a large model, which a projector over a frozen model needs
 - In every text the names of colours, shapes, directions, textures and palettes are exchanged at random, the same way
   in description, question and answer. What is true of a clip cannot be learned by heart, only read.
 - A description is its words, or phrases: one vector each, the sum of several words' embeddings with noise added, in
-  any order and several times over, at positions that leave gaps. Frozen models have not seen a projector's vectors;
-  large ones can be spoken to in mixtures of words, and this makes a small one alike.
+  any order and several times over, at positions that leave gaps. Or it is told as patches of frames tell it: frame
+  after frame, each clause again where the thing is seen, lost among vectors that say nothing. Frozen models have not
+  seen a projector's vectors; large ones can be spoken to in mixtures of words, and this makes a small one alike.
 - The questions of a clip stand side by side after its description and do not see one another.
+
+With --repeat it is one for texts (data/demo_texts.py): names stay, and each text is also to be repeated word for word,
+from its words or from runs of several words as one vector each, in order. The frozen reader of a compressor of texts.
 
 Letters: B descriptions, L positions, W words of a phrase, D width.
 """
@@ -48,9 +52,10 @@ from vtok.types import Clip
 NAMES = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), TEXTURES, tuple(PALETTES))
 END = "<end>"
 GROUP = 8  # batches drawn together
-RECIPE = 1  # raised when the same settings would give another model
+RECIPE = 2  # raised when the same settings would give another model
+RUNS = (2, 3, 4, 5, 6, 8)  # words that are one vector, of a text that is to be repeated
 # of a position's loss: what is asked for, descriptions, and the wording of questions and descriptions
-WEIGHTS = {"answer": 1.0, "description": 0.2, "wording": 0.02}
+WEIGHTS = {"answer": 1.0, "description": 0.2, "repeated": 0.5, "wording": 0.02}
 
 
 @dataclass
@@ -64,31 +69,49 @@ class TinyConfig:
     heads: int = 4
     vocabulary: int = 1024
     positions: int = 1024  # longest text, and the reach of the gaps
-    phrases: float = 0.6  # share of the descriptions that are phrases, not words
+    phrases: float = 0.35  # share of the descriptions that are phrases, not words
+    frames: float = 0.35  # share of the descriptions that are told frame by frame
+    longest: int = 320  # vectors of a description told frame by frame
     noise: float = 0.3  # standard deviation of the noise on a phrase, over the embeddings' RMS
     empty: float = 0.05  # share of the descriptions that are left out: without a video, the model guesses evenly
     tasks: TaskConfig = field(default_factory=TaskConfig)  # the prompts
+    repeat: bool = False  # texts are repeated word for word too, and may come without questions
+
+    def settings(self) -> dict[str, Any]:
+        """What a model is a function of, beside its texts."""
+        return {key: value for key, value in asdict(self).items() if key != "repeat" or value}
 
 
-def read_texts(source: Path) -> list[dict[str, Any]]:
+def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
     """[{key, caption, qa}] of the train rows of a manifest (all rows where none is marked), or of a folder of shards.
 
+    A row's caption is its `text` where it has one, the sample's txt in shards. repeat: without questions, too.
     Raises: ValueError where there is no caption with questions.
     """
     rows: list[dict[str, Any]] = []
     if source.is_dir():
         for path in sorted(source.glob("*.tar")):
+            found: dict[str, dict[str, Any]] = {}
             with tarfile.open(path) as tar:
                 for member in tar:
-                    file = tar.extractfile(member) if member.name.endswith(".json") else None
+                    key, _, suffix = member.name.rpartition(".")
+                    file = tar.extractfile(member) if suffix in ("json", "txt") else None
                     if file is not None:
-                        rows.append({**json.load(file), "key": member.name.removesuffix(".json")})
+                        facts = json.load(file) if suffix == "json" else {"text": file.read().decode("utf-8")}
+                        found.setdefault(key, {"key": key}).update(facts)
+            rows += found.values()
     elif source.is_file():
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     every = [
-        {"key": str(r.get("key") or r.get("file")), **{k: r.get(k) for k in ("caption", "qa", "split")}} for r in rows
+        {
+            "key": str(r.get("key") or r.get("file")),
+            "caption": r.get("text") or r.get("caption"),
+            "qa": r.get("qa") or [],
+            "split": r.get("split"),
+        }
+        for r in rows
     ]
-    texts = [row for row in every if row["caption"] and row["qa"] and row.pop("split") in (None, "train")]
+    texts = [row for row in every if row["caption"] and (row["qa"] or repeat) and row.pop("split") in (None, "train")]
     if not texts:
         raise ValueError(f"{source}: no row of the train split with a caption and questions; see data/demo_corpus.py")
     return texts
@@ -115,7 +138,8 @@ def make_tokenizer(texts: Iterable[str], config: TinyConfig) -> Any:
 
 
 class Document(NamedTuple):
-    """One description and what is asked after it. slots: the ids at each position (several in a phrase); branch: 0 for
+    """One description and what is asked after it. slots: the ids at each position (several in a phrase, none in
+    one that says nothing); branch: 0 for
     the description, 1, 2 ... for what follows; places: positions; labels: (position, id, weight) to be predicted."""
 
     slots: list[list[int]]
@@ -125,10 +149,10 @@ class Document(NamedTuple):
 
 
 def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: random.Random) -> Document:
-    """A clip's texts with exchanged names."""
+    """A clip's texts with exchanged names, or as they are where they are repeated."""
     questions, tasks = row["qa"], config.tasks
     texts = [row["caption"], *(str(q[k]) for q in questions for k in ("question", "answer"))]
-    caption, *rest = exchanged(texts, rng)
+    caption, *rest = texts if config.repeat else exchanged(texts, rng)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -136,20 +160,30 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
     mark = rng.random()
     slots = [] if mark < config.empty else [[i] for i in ids(caption)]
     repeats = 1
-    if slots and mark < config.empty + config.phrases:
+    if slots and mark < config.empty + config.phrases and config.repeat:
+        words, size = ids(f" {caption}"), rng.choice(RUNS)
+        slots = [words[i : i + size] for i in range(0, len(words), size)]
+    elif slots and mark < config.empty + config.phrases:
         repeats = rng.choice((1, 1, 1, 2, 4))
         slots = _phrases(caption, ids, rng, repeats)
+    elif slots and mark < config.empty + config.phrases + config.frames:
+        slots, repeats = _frames(caption, ids, rng, most=config.longest)
     asked = [
         (ask_as(rng.choice(tasks.qa_prompts), {"question": question}), f" {answer}", "answer")
         for question, answer in zip(rest[::2], rest[1::2])
         if repeats == 1 or not answer.isdigit()  # what is told twice cannot be counted
     ]
-    if rng.random() < 0.3 * bool(slots) or not asked:
+    if config.repeat:
+        if slots or not asked:
+            asked.append((rng.choice(tasks.reconstruction_prompts), f" {caption}", "repeated"))
+    elif rng.random() < 0.3 * bool(slots) or not asked:
         prompts = tasks.caption_prompts + tasks.reconstruction_prompts
         asked.append((rng.choice(prompts), f" {caption}", "description"))
     longest = max(len(ids(p + a)) + 1 for p, a, _ in asked)
     room = config.positions - longest
-    span = len(slots) if rng.random() < 0.5 else rng.randint(len(slots), max(room, len(slots)))
+    span = len(slots)
+    if not config.repeat and rng.random() >= 0.5:
+        span = rng.randint(len(slots), max(room, len(slots)))
     branch, places = [0] * len(slots), sorted(rng.sample(range(span), len(slots)))
     labels = [
         (i, slot[0], WEIGHTS["wording"]) for i, slot in enumerate(slots) if i and len(slot) == len(slots[i - 1]) == 1
@@ -165,20 +199,61 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
     return Document(slots, branch, places, labels)
 
 
+def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:
+    """What each scene of a description begins with ("Scene 2:" or nothing), and its clauses."""
+    out = []
+    for scene in re.split(r"(?=Scene \d+:)", caption):
+        clauses = [
+            clause.strip(" .") for clause in re.split(r",(?! then)| and |(?<=[.:])", scene) if clause.strip(" .")
+        ]
+        head = [clauses.pop(0)] if clauses and clauses[0].startswith("Scene") else []
+        out.append((head, clauses))
+    return out
+
+
 def _phrases(caption: str, ids: Any, rng: random.Random, repeats: int) -> list[list[int]]:
     """A description's clauses as sums of 2, 4 or all their words; whole ones within a scene in any order."""
     out: list[list[int]] = []
     size, shuffled = rng.choice((2, 4, 64)), rng.random() < 0.7
-    for scene in re.split(r"(?=Scene \d+:)", caption):
-        clauses = [clause for clause in re.split(r",| and |(?<=[.:])", scene) if clause.strip()]
-        head = [clauses.pop(0)] if clauses and clauses[0].startswith("Scene") else []
+    for head, clauses in _scenes(caption):
         clauses = clauses * repeats
         if shuffled and size == 64:
             rng.shuffle(clauses)
         for clause in head + clauses:
-            words = ids(f" {clause.strip(' .')}")
+            words = ids(f" {clause}")
             out += [words[i : i + size] for i in range(0, len(words), size)]
     return out
+
+
+def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[list[list[int]], int]:
+    """A description as patches of frames would tell it, one vector a clause, and in how many frames: what appears late
+    is not told before, a flash hides the rest for a frame, and vectors that say nothing stand between."""
+    scenes = [(head, clauses) for head, clauses in _scenes(caption) if clauses]
+    frames = max(1, min(rng.choice((1, 2, 4, 8, 16)), most // (2 * sum(len(clauses) for _, clauses in scenes))))
+    out: list[list[int]] = []
+    for head, clauses in scenes:
+        count = max(1, frames // len(scenes))
+        flashes = [c for c in clauses if "flashes" in c]
+        late = [found for c in clauses if (found := re.match(r"The (\w+ \w+) appears first, then the (\w+ \w+)", c))]
+        since = {found[k + 1]: min(count * (k + 1) // 3, count - 1) for found in late for k in range(2)}
+        if late and count > 2 and rng.random() < 0.5:  # seen in the frames alone
+            clauses = [c for c in clauses if "appears first" not in c]
+        hidden = rng.sample(range(count), min(len(flashes), count))
+        out += [ids(f" {c}") for c in head]
+        for frame in range(count):
+            told = [c for c in clauses if c not in flashes and rng.random() < (0.9 if frame else 1.0)]
+            told = [
+                c for c in told if all(frame >= at for name, at in since.items() if set(name.split()) <= set(c.split()))
+            ]
+            if frame in hidden and count > len(flashes):
+                told = [flashes[hidden.index(frame)]]
+            elif count <= len(flashes):
+                told += flashes
+            empty = rng.randint(0, max(0, min(15, most // frames - len(told))))
+            vectors = [ids(f" {c}") for c in told] + [[] for _ in range(empty)]
+            rng.shuffle(vectors)
+            out += vectors
+    return out, frames
 
 
 def make_batch(documents: list[Document]) -> dict[str, Tensor]:
@@ -201,12 +276,13 @@ def make_batch(documents: list[Document]) -> dict[str, Tensor]:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor], *, noise: float) -> Tensor:
-    """Weighted cross-entropy. A phrase is the sum of its words over the root of their number, which keeps the scale."""
+    """Weighted cross-entropy. A phrase is the sum of its words over the root of their number, which keeps the scale; a
+    vector that says nothing is noise of that scale."""
     words, sizes = model.get_input_embeddings().weight, batch["sizes"]
     sums = embedding_bag(batch["ids"], words, sizes.cumsum(0) - sizes, mode="sum")
-    embeds = sums / sizes[:, None].sqrt()
-    size = words.detach().square().mean().sqrt() * noise
-    embeds = (embeds + torch.randn_like(embeds) * size * (sizes > 1)[:, None]).unflatten(0, batch["places"].shape)
+    embeds = sums / sizes.clamp(min=1)[:, None].sqrt()
+    size = words.detach().square().mean().sqrt() * torch.where(sizes > 1, noise, (sizes == 0).float())
+    embeds = (embeds + torch.randn_like(embeds) * size[:, None]).unflatten(0, batch["places"].shape)
     mask = torch.zeros_like(batch["mask"], dtype=embeds.dtype).masked_fill(
         ~batch["mask"], torch.finfo(embeds.dtype).min
     )
@@ -224,8 +300,8 @@ def train_tiny_lm(
     Raises: ValueError for a source without texts, and where `out` holds something else.
     """
     config, source, out = config or TinyConfig(), Path(source), Path(out)
-    texts = read_texts(source)
-    facts: dict[str, Any] = {"recipe": RECIPE, "settings": asdict(config)}
+    texts = read_texts(source, repeat=config.repeat)
+    facts: dict[str, Any] = {"recipe": RECIPE, "settings": config.settings()}
     known = json.dumps([facts, texts], sort_keys=True).encode()
     facts["hash"] = hashlib.sha256(known).hexdigest()
     told = out / "tiny_lm.json"
@@ -304,6 +380,7 @@ def main() -> None:
     for name in ("seed", "steps", "batch_size", "width", "layers"):
         default = getattr(TinyConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--repeat", action="store_true", help="texts are repeated word for word, too")
     args = vars(parser.parse_args())
     source, out, held_out = (args.pop(name) for name in ("source", "out", "held_out"))
     train_tiny_lm(source, out, TinyConfig(**args), progress=True)
