@@ -204,7 +204,9 @@ def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:
     out = []
     for scene in re.split(r"(?=Scene \d+:)", caption):
         clauses = [
-            clause.strip(" .") for clause in re.split(r",(?! then)| and |(?<=[.:])", scene) if clause.strip(" .")
+            clause.strip(" .")
+            for clause in re.split(r",(?! then)| and |(?= over )|(?<=[.:])", scene)
+            if clause.strip(" .")
         ]
         head = [clauses.pop(0)] if clauses and clauses[0].startswith("Scene") else []
         out.append((head, clauses))
@@ -227,7 +229,7 @@ def _phrases(caption: str, ids: Any, rng: random.Random, repeats: int) -> list[l
 
 def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[list[list[int]], int]:
     """A description as patches of frames would tell it, one vector a clause, and in how many frames: what appears late
-    is not told before, a flash hides the rest for a frame, and vectors that say nothing stand between."""
+    is not told before, a flash hides the rest for a frame, and vectors of the ground or of nothing stand between."""
     scenes = [(head, clauses) for head, clauses in _scenes(caption) if clauses]
     frames = max(1, min(rng.choice((1, 2, 4, 8, 16)), most // (2 * sum(len(clauses) for _, clauses in scenes))))
     out: list[list[int]] = []
@@ -238,6 +240,8 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
         since = {found[k + 1]: min(count * (k + 1) // 3, count - 1) for found in late for k in range(2)}
         if late and count > 2 and rng.random() < 0.5:  # seen in the frames alone
             clauses = [c for c in clauses if "appears first" not in c]
+        grounds = [c for c in clauses if c.startswith("over ")]
+        between = ids(f" {grounds[0]}") if grounds and rng.random() < 0.5 else []
         hidden = rng.sample(range(count), min(len(flashes), count))
         out += [ids(f" {c}") for c in head]
         for frame in range(count):
@@ -250,7 +254,7 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
             elif count <= len(flashes):
                 told += flashes
             empty = rng.randint(0, max(0, min(15, most // frames - len(told))))
-            vectors = [ids(f" {c}") for c in told] + [[] for _ in range(empty)]
+            vectors = [ids(f" {c}") for c in told] + [list(between) for _ in range(empty)]
             rng.shuffle(vectors)
             out += vectors
     return out, frames

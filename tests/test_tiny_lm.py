@@ -86,7 +86,7 @@ def test_packed_texts_are_learned_as_projectors_read_them(small):
     """Without gaps, phrases and noise, the packed loss of a clip is that of its prompts one by one."""
     _, folder = small
     llm = load_llm(LLMConfig(name=str(folder)))
-    config = tiny.TinyConfig(**SMALL, phrases=0.0, empty=0.0)
+    config = tiny.TinyConfig(**SMALL, phrases=0.0, frames=0.0, empty=0.0)
     for seed, row in enumerate(rows(4)):
         rng = random.Random(seed)
         while True:  # a draw without gaps

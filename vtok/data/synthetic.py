@@ -28,10 +28,10 @@ from rich.progress import track
 from vtok.data.encode import write_video
 from vtok.data.synthetic_maps import MAP_CHANNELS, check_map_settings, render_map, write_map
 from vtok.data.synthetic_pixels import render
-from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene
+from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene, scene_of
 
 __all__ = ["LEVELS", "MAP_CHANNELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Shot", "Thing"]
-__all__ += ["render", "render_map", "scene", "write_corpus", "write_scene"]
+__all__ += ["render", "render_map", "scene", "scene_of", "write_corpus", "write_scene"]
 
 
 def write_scene(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryfast") -> None:

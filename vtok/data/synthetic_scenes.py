@@ -331,6 +331,29 @@ def scene(
     return Scene(seed, index, level, (height, width), rate, frames, tuple(made), planted, questions_per_type)
 
 
+def scene_of(row: dict[str, Any]) -> Scene:
+    """The scene that a manifest line was made of (`Scene.row`), for the truth that a row does not tell.
+
+    Raises: ValueError where the line says otherwise, as one of another version of this file does.
+    """
+    made = scene(
+        row["seed"],
+        row["index"],
+        level=row["complexity"],
+        seconds=row["duration"],
+        size=(row["height"], row["width"]),
+        fps=row["fps"],
+        shots=len(row["cuts_s"]) + 1,
+        needles=len(row["needles"]),
+    )
+    if (made.caption, made.frames) != (row["caption"], row["frames"]):
+        raise ValueError(
+            f"{row['file']} shows {row['caption']!r}, which clip {row['index']} of seed {row['seed']} no longer does: "
+            "write the corpus again"
+        )
+    return made
+
+
 def _needles(seed: int, index: int, count: int, frames: int) -> tuple[Needle, ...]:
     most = min(len(SHAPES) * len(GROUNDS), frames // 4)
     if not 0 <= count <= most:
