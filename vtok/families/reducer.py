@@ -70,6 +70,18 @@ class Config(ProjectorConfig):
                 f"{needed} block(s) of the tower; name them, such as {[-2] if needed == 1 else [8, -1]}"
             )
 
+    @property
+    def length_policy(self) -> str:
+        return "metadata"
+
+    def _bounds(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """downsample: of a clip by itself; a shorter one in a batch is made smaller as the longest of them is."""
+        patches = frames * grid[0] * grid[1]
+        count = math.prod(small_grid(frames, *grid, budget)) if self.method == "downsample" else min(budget, patches)
+        if self.method == "none" and count < patches:
+            raise ValueError(f"model.method=none keeps all patches: a clip has {patches}, the budget is {budget}")
+        return count, count
+
 
 class Model(ProjectorModel):
     """max_tokens: the largest budget. nested: a smaller budget is made anew, no part of a larger one's tokens."""

@@ -40,6 +40,7 @@ from vtok.layers.memory_bridge import BridgeConfig, MemoryBridge
 from vtok.layers.pieces import Piece, arrange, gather_tokens, kept
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.resampler import Resampler
+from vtok.layers.segment_counts import cut_by_length, fixed_sizes, segments_between, windows_between
 from vtok.layers.segments import SegmentConfig, segment, windows
 from vtok.layers.temporal_options import (
     AttentionPool,
@@ -140,6 +141,77 @@ class Config(ProjectorConfig):
                 f"model.audio.name={self.audio.name!r} needs in_dim, the width of its features ({self.audio.in_dim}), "
                 f"and tokens ({self.audio.tokens}) of at least 1"
             )
+
+    @property
+    def length_policy(self) -> str:
+        if cut_by_length(self.segments, most_frames=self.max_frames):
+            return "metadata"
+        if self.compressor == "tdc":
+            alike = self.static.keep == "pool" and self._static_tokens((1, 1)) == self.former.num_queries
+            return "metadata" if self.window == 1 or self.static.keep == "none" or alike else "content"
+        return "content" if self.compressor == "bridge" and self.bridge.emit != "memory" else "metadata"
+
+    def _bounds(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        if self.compressor == "progressive" and frames == 1:
+            frames = self.progressive.repeat_images
+        frames = min(frames, self.max_frames)
+        most = min(budget, self.max_tokens)
+        found = sorted(self.summary.num_tokens + count for count in self._made(frames, grid, budget))
+        return min(found[0], most), min(found[1], most)
+
+    def _made(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """Tokens of the compressor at both ends of what the cuts can be."""
+        if self.compressor == "tdc":
+            still, moving = self._static_tokens(grid), self.former.num_queries
+            if self.static.keep == "none":
+                still = moving
+            few, many = windows_between(frames, self.segments, length=self.window)
+            each = frames * (moving + self.separator)
+            return each + few * (still - moving), each + many * (still - moving)
+        if self.compressor == "bridge":
+            few, many = self._bridged(frames)
+            return self.bridge.memory + self.bridge.pooled * few, self.bridge.memory + self.bridge.pooled * many
+        if self.compressor == "attn_pool":
+            count = self.pool.num_tokens
+        elif self.compressor == "turing":
+            count = self.turing.pool.num_tokens
+        elif self.compressor == "dual_path":
+            count = frames * (self.dual_path.pooled + self.dual_path.former.num_queries)
+        elif self.compressor == "matryoshka":
+            count = self._levels(frames, grid, budget)
+        else:
+            side = self.region.scale if self.compressor == "region" else self.progressive.shuffle
+            count = frames * -(-grid[0] // side) * -(-grid[1] // side)
+        return count, count
+
+    def _static_tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens of a window's first frame (of tdc), what is heard in it included."""
+        heard = self.audio.tokens if self.audio.name else 0
+        return heard + (self.static.tokens if self.static.keep == "pool" else grid[0] * grid[1])
+
+    def _bridged(self, frames: int) -> tuple[int, int]:
+        """Frames that the bridge gives tokens of, at least and at most."""
+        c = self.bridge
+        if c.emit == "memory":
+            return 0, 0
+        few, many = segments_between(frames, self.segments)
+        if self.segments.name == "fixed":
+            sizes = fixed_sizes(frames, self.segments)
+            count = sum(min(size, c.frames) for size in (sizes if c.emit == "all" else sizes[-1:]))
+            return count, count
+        longest = frames - few + 1  # of one segment, beside others of one frame
+        if c.emit == "last":
+            return min(longest if many == 1 else 1, c.frames), min(longest, c.frames)
+        return few - 1 + min(longest, c.frames), min(frames, many * c.frames)
+
+    def _levels(self, frames: int, grid: tuple[int, int], budget: int) -> int:
+        """Tokens of matryoshka: the finest level for all frames, and the next for as many as the rest affords."""
+        costs = [side * side for side in self.matryoshka.sides if side <= min(grid)]
+        if not costs:
+            raise ValueError(f"matryoshka.sides={self.matryoshka.sides}: none fits {grid} patches; begin with 1")
+        now = max([cost for cost in costs if cost * frames <= budget], default=0)
+        above = [cost - now for cost in costs if cost > now]
+        return frames * now + (above[0] * ((budget - frames * now) // above[0]) if above else 0)
 
 
 class WordSize(nn.Module):

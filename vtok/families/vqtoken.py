@@ -46,7 +46,7 @@ from vtok.layers.ward import CRITERIA, adaptive_kmeans
 from vtok.llm import ObjectiveConfig as LanguageConfig
 from vtok.llm import ProjectorObjective
 from vtok.quantize import QuantizerConfig, build_quantizer
-from vtok.types import Budget, Clip, Features, ShapeError, StreamState, Tokens, resolve_budget
+from vtok.types import Budget, Clip, Features, ShapeError, StreamState, Tokens, resolve_budget, share
 from vtok.vision import TowerConfig
 
 SCOPES = ("clip", "blocks", "stream")
@@ -125,6 +125,26 @@ class Config(ProjectorConfig):
                     f"model.scope=stream keeps sums over members and nothing else: {wrong or 'model.places.kind'} "
                     "needs all patches; leave it out (places.kind=moments or none), or set scope=clip or blocks"
                 )
+
+    @property
+    def length_policy(self) -> str:
+        chosen = self.adaptive.criterion != "none" and self.adaptive.min_tokens < self.num_tokens
+        return "content" if chosen or self.codebook is not None else "metadata"
+
+    @property
+    def largest_budget(self) -> int:
+        return self.num_tokens
+
+    def _bounds(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        cut = self.block_frames if self.scope == "blocks" else frames
+        begins = range(0, frames, cut)
+        sizes = [(min(begin + cut, frames) - begin) * grid[0] * grid[1] for begin in begins]  # patches of each group
+        most = [min(asked, size) for asked, size in zip(share(budget, len(sizes)), sizes)]
+        if self.codebook is not None:
+            return sum(min(1, count) for count in most), sum(most)
+        if self.adaptive.criterion == "none":
+            return sum(most), sum(most)
+        return sum(min(self.adaptive.min_tokens, count) for count in most), sum(most)
 
 
 @dataclass

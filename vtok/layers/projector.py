@@ -27,6 +27,52 @@ class ProjectorConfig:
     embedding_dim: int = 0  # width of the LLM's word embeddings
     embedding_rms: float = 0.0  # root mean square of one number of these: the scale the projector's output begins with
 
+    # How many tokens a clip gets, before anything has seen it. A serving engine lays out a prompt's placeholders from
+    # the shape of the video alone, where no weights are at hand: hence of the configuration, not of the model.
+
+    @property
+    def length_policy(self) -> str:
+        """metadata: the number of tokens follows from a clip's shape and the budget (`token_count`); content: it may
+        depend on what is seen too."""
+        return "content"
+
+    def token_count(self, frames: int, height: int, width: int, *, budget: int | None = None) -> int:
+        """Exactly the tokens that `compress` makes of a clip; see `token_bounds`.
+
+        Raises: ValueError where that depends on what is seen, with the largest budget for which it does not.
+        """
+        least, most = self.token_bounds(frames, height, width, budget=budget)
+        if least != most:
+            raise ValueError(
+                f"a clip of {frames} frames of {height}x{width} patches has {least} to {most} tokens, as what is seen "
+                f"decides (length_policy: {self.length_policy}): ask for {least} or fewer, or compress first"
+            )
+        return most
+
+    def token_bounds(self, frames: int, height: int, width: int, *, budget: int | None = None) -> tuple[int, int]:
+        """The fewest and the most tokens that `compress` makes of a clip.
+
+        Args:
+            frames, height, width: of its features: feature frames, rows and columns of their patches.
+            budget: as of `compress`; None: all tokens.
+        Raises: ValueError for sizes below 1, and for what `compress` refuses.
+        """
+        for name, size in (("frames", frames), ("height", height), ("width", width)):
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1: features have frames, rows and columns of patches")
+        if budget is not None and not 1 <= budget <= self.largest_budget:
+            raise ValueError(f"budget={budget} is out of range: this model gives 1 to {self.largest_budget} tokens")
+        return self._bounds(frames, (height, width), self.largest_budget if budget is None else budget)
+
+    @property
+    def largest_budget(self) -> int:
+        """The model's `max_tokens`."""
+        return getattr(self, "max_tokens", 1 << 30)
+
+    def _bounds(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """`token_bounds` of sizes that are in range; a family says what it knows."""
+        return 0, budget
+
 
 class MLPProjector(nn.Module):
     """Two layers with GELU between, patches [..., in_dim] -> [..., dim] (LLaVA-1.5, https://arxiv.org/abs/2310.03744).
