@@ -29,7 +29,7 @@ from vtok.data.decode import VideoReader
 from vtok.data.synthetic import LEVELS, Scene, render_map, scene_of
 from vtok.data.synthetic_scenes import COLOURS, PALETTES, SHAPES, TEXTURES
 
-RECIPE = 2  # raised when the same settings would give another tower
+RECIPE = 3  # raised when the same settings would give another tower
 STRIDE = 16  # pixels a side of a patch of a trained tower
 GROUNDS = sorted({ground for level in LEVELS for ground in level.backgrounds})
 # what a patch can say: (colour, shape) and (colour, texture) of things, the ground's palette and kind
@@ -58,7 +58,8 @@ def make_net(*, size: int, width: int, seed: int) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(seed)
     shape = dict(channels=(width // 4, width // 2, 3 * width // 4, width), output_stride=STRIDE, num_classes=0)
     model: Any = timm.create_model("resnet10t", pretrained=False, **shape)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size), "num_classes": 0}
+    whole = dict(crop_pct=1.0, test_input_size=None, test_crop_pct=None)  # frames as they are, not their middle
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size), "num_classes": 0, **whole}
     return model, shape
 
 

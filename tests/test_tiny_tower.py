@@ -98,3 +98,12 @@ def test_a_tower_learns_names_is_made_once_and_loads(tmp_path):
 
 def test_every_level_has_its_ground_among_the_names():
     assert {ground for level in LEVELS for ground in level.backgrounds} <= set(SAID)
+
+
+def test_a_trained_tower_sees_whole_frames(tmp_path):
+    import timm
+
+    net, shape = tiny_tower.make_net(size=64, width=16, seed=0)
+    timm.models.save_for_hf(net, tmp_path / "net", safe_serialization=True, model_args=shape)
+    tower = load_tower(TowerConfig(name=str(tmp_path / "net"), dtype="float32"))
+    assert tower.preprocess.resize == tower.preprocess.crop == (64, 64)
