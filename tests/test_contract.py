@@ -131,9 +131,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "discrete": (DISCRETE, DISCRETE_FORMS),
     "flow": (FLOW, FLOW_FORMS),
 }
-# read features of a frozen tower: their laws are asked in test_temporal, test_vqtoken, test_reducer_family, and of all
-# in test_projector
-PROJECTORS = {"reducer", "temporal", "vqtoken"}
+# read features of a frozen tower, or texts: their laws are asked in test_temporal, test_vqtoken, test_reducer_family,
+# test_language_family, and of all in test_projector
+PROJECTORS = {"language", "reducer", "temporal", "vqtoken"}
 CASES = [(family, form) for family, (_, forms) in FAMILIES.items() for form in sorted(forms)]
 # later frames never change earlier tokens
 CAUSAL = [("flexible", form) for form in ("block_causal", "block_causal_last", "block_pyramid")]

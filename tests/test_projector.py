@@ -108,6 +108,7 @@ def test_a_run_goes_on_where_it_stopped(lab, stage0):
 
 
 SIZES = {
+    "language": "source: video, lm: {name: LLM}, window: 2, num_tokens: 8, max_tokens: 16",
     "reducer": "method: tome, max_tokens: 16",
     "temporal": "max_tokens: 16, window: 2, static: {tokens: 4}, former: {num_queries: 2, width: 16, depth: 2, "
     "num_heads: 2}, summary: {num_tokens: 2, width: 16, depth: 2, num_heads: 2}",
@@ -126,7 +127,8 @@ class Poison(list):
 
 @pytest.mark.parametrize("family", sorted(PROJECTORS))
 def test_every_family_trains_ships_and_never_sees_the_answer(lab, stage0, family):
-    text = settings(lab, family, f"name: {family}, {SIZES[family]}", top=f"init_from: {stage0}", steps="2")
+    sizes = SIZES[family].replace("LLM", str(lab / "llm"))
+    text = settings(lab, family, f"name: {family}, {sizes}", top=f"init_from: {stage0}", steps="2")
     run = train(loads(text))
     out = lab / f"export-{family}"
     main_export([str(run), "--out", str(out)])

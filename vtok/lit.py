@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from vtok import strategy
 from vtok.config import RunConfig
 from vtok.curves import Bar
+from vtok.metrics.cost import Timed, clock_of, compress_flops
 from vtok.metrics.distortion import clip_psnr
+from vtok.metrics.language import exact_match
 from vtok.optim import freeze, parameter_groups, rate, total_norms
 from vtok.types import Clip, to_uint8
 
@@ -335,6 +337,10 @@ class LitCompressor(pl.LightningModule):
         """(titles, uint8 videos [B, C, T, H, W]) to look at: none for a compressor that returns no pixels."""
         return None
 
+    def told(self, scores: dict[str, Any]) -> list[str]:
+        """Lines to print below those of a validation, given its scores: none beside loss and budgets."""
+        return []
+
     def answers(self, clip: Clip) -> list[str]:
         """Lines of Markdown to read beside the pictures: none for a compressor that speaks to no LLM."""
         return []
@@ -407,6 +413,8 @@ class LitProjector(LitCompressor):
         features = model.features(clip)
         asked = self.config.eval.budgets if model.any_budget else []
         self.menu = self.menu or tuple(asked or model.budgets(features))
+        if features is None:  # texts
+            return clip, self.menu
         return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), self.menu
 
     def measure(self, clip: Clip, index: int) -> dict[str, Any]:
@@ -414,17 +422,47 @@ class LitProjector(LitCompressor):
         objective: Any = self.objective
         with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
             ready, budgets = self._seen(clip)
+            asked = [each for of_clip in clip.qa or [] for each in of_clip or [] if isinstance(each, dict)]
+            open_ended = any(not each.get("choices") for each in asked)
             for budget in budgets:
                 name = "all" if budget is None else str(budget)
-                for each in objective.ask(self.model, ready, budget=budget):
-                    if each.right is not None:
-                        mean.setdefault(f"accuracy_{name}", []).append(float(each.right))
-                        mean.setdefault(f"{each.type or 'other'}_accuracy_{name}", []).append(float(each.right))
-                    mean.setdefault(f"positions_{name}", []).append(float(each.positions))
-                if mean.get(f"accuracy_{name}"):
-                    out["top"] = f"accuracy_{name}"
+                timed = Timed(self.model, clock_of(self.device))
+                for each in objective.ask(timed, ready, budget=budget, max_new_tokens=16 * open_ended):
+                    for key, value in _scores(each).items():
+                        mean.setdefault(f"{key}_{name}", []).append(value)
+                mean[f"compress_ms_{name}"] = [1000 * timed.seconds / len(clip)] * len(clip)
+                if not index:  # counting takes longer than compressing
+                    mean[f"compress_flops_{name}"] = [compress_flops(self.model, ready, budget=budget)]
+                if hasattr(objective, "measure"):
+                    for key, values in objective.measure(self.model, ready, budget=budget).items():
+                        mean[f"{key}_{name}"] = values
+                top = [key for key in (f"repeated_accuracy_{name}", f"accuracy_{name}") if mean.get(key)]
+                out["top"] = top[0] if top else out.get("top", "")
         out["mean"] |= mean
         return out
+
+    def told(self, scores: dict[str, Any]) -> list[str]:
+        """A line for each budget: accuracy and exact match, by kind of question too, loss, tokens, costs."""
+        lines = []
+        for budget in self.menu:
+            name = "all" if budget is None else str(budget)
+            found = {
+                k[4 : -len(name) - 1]: v for k, v in scores.items() if k.startswith("val/") and k.endswith(f"_{name}")
+            }
+            if "tokens" not in found:
+                continue
+            words = [f"{found['tokens']:.4g} tokens in prompts of {found['positions']:.4g} positions"]
+            for measure, title in (("accuracy", "right"), ("exact_match", "exact match")):
+                kinds = {k.removesuffix(f"_{measure}"): v for k, v in found.items() if k.endswith(f"_{measure}")}
+                if measure in found:
+                    parts = ", ".join(f"{kind} {100 * v:.1f}" for kind, v in sorted(kinds.items()))
+                    words.append(f"{title} {100 * found[measure]:.1f} %" + f" ({parts})" * bool(parts))
+            words += [f"loss {found['loss']:.3f}"] if "loss" in found else []
+            cost = f"compressor {found['compress_ms']:.3g} ms"
+            if "compress_flops" in found:
+                cost += f", {found['compress_flops'] / 1e9:.3g} GFLOP"
+            lines.append("; ".join([*words, f"{cost} a clip"]))
+        return lines
 
     def answers(self, clip: Clip) -> list[str]:
         objective: Any = self.objective
@@ -441,6 +479,20 @@ class LitProjector(LitCompressor):
         for at, each in enumerate(said[chosen[0]]):
             lines.append(_cells(each.key, each.question, each.answer, *(said[b][at].text or "" for b in chosen)))
         return lines
+
+
+def _scores(each: Any) -> dict[str, float]:
+    """What validation counts of one answered question (`vtok.llm.Answered`), by kind too."""
+    out = {"positions": float(each.positions), "tokens": float(each.tokens)}
+    kind = each.type or "other"
+    if each.right is not None:
+        out |= {"accuracy": float(each.right), f"{kind}_accuracy": float(each.right)}
+        if each.answer in each.choices:
+            out["loss"] = -each.likelihoods[each.choices.index(each.answer)]
+    if each.text is not None:
+        same = exact_match(each.text, each.answer)
+        out |= {"exact_match": same, f"{kind}_exact_match": same}
+    return out
 
 
 def _cells(*texts: str) -> str:

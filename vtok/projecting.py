@@ -25,7 +25,7 @@ def complete(config: RunConfig) -> Any:
     from vtok.vision import load_tower
 
     model: Any = config.model
-    if not model.in_dim:
+    if not model.in_dim and getattr(model, "source", "video") == "video":  # texts are seen by no tower
         model.in_dim = load_tower(model.tower).embedding_dim
     llm = None
     if not model.embedding_dim or not model.embedding_rms:

@@ -105,9 +105,7 @@ class ProjectorObjective(nn.Module):
             )
         self._teacher: list[Any] = []
         if distils:
-            if load is None:
-                raise ValueError(f"objective.teacher={c.teacher!r} cannot be loaded here: no loader was given")
-            teacher = load(c.teacher).requires_grad_(False).eval()
+            teacher = self.load_teacher(load)
             if teacher.embedding_dim != self.llm.embedding_dim:
                 raise ValueError(
                     f"objective.teacher={c.teacher!r} makes tokens {teacher.embedding_dim} wide, the words of "
@@ -119,6 +117,20 @@ class ProjectorObjective(nn.Module):
     @property
     def llm(self) -> FrozenLLM:
         return self._llm[0]
+
+    def load_teacher(self, load: Callable[[str], Any] | None) -> Any:
+        """What makes the tokens that the teacher's pass reads."""
+        if load is None:
+            raise ValueError(f"objective.teacher={self.config.teacher!r} cannot be loaded here: no loader was given")
+        return load(self.config.teacher).requires_grad_(False).eval()
+
+    def tell(self, clip: Clip, step: int) -> tuple[Clip, Told]:
+        """The clips as they are to be compressed at a step, and what is asked of them."""
+        return clip, choose(clip, self.config.tasks, step=step, seed=self.config.seed)
+
+    def budget_of(self, model: Any, clip: Clip, step: int) -> Budget | None:
+        """The budget of a step's clips: one number of tokens for all."""
+        return self.budget(model, step)
 
     def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read) -> dict[str, Tensor]:
         """Weighted losses that a family adds, by their names in the report; called once a step."""
@@ -148,14 +160,13 @@ class ProjectorObjective(nn.Module):
         c = self.config
         if self.adapters is not None:
             self.adapters.check_strategy()
-        told = choose(clip, c.tasks, step=step, seed=c.seed)
+        clip, told = self.tell(clip, step)
         self._check_texts(clip, told)
         clip = replace(clip, prompt=told.instructions, target=None)
         if self._teacher:
             clip = self._seen_once(model, clip)
-            target = self._teach(clip, told)
-        budget = self.budget(model, step)
-        tokens = model.encode(clip, budget=budget)
+            target = self._teach(clip, told, next(model.parameters()).device)
+        tokens = model.encode(clip, budget=self.budget_of(model, clip, step))
         seen = self.read(told, tokens)
         nll, answered = seen.nll(), torch.tensor([bool(answer) for answer in told.answers], device=seen.row.device)
         report = {
@@ -237,13 +248,8 @@ class ProjectorObjective(nn.Module):
         return replace(clip, features={**(clip.features or {}), model.config.tower.name: model.features(clip)})
 
     @torch.no_grad()
-    def _teach(self, clip: Clip, told: Told) -> Read:
+    def _teach(self, clip: Clip, told: Told, device: torch.device) -> Read:
         """The same LLM, without adapters, on all tokens of the teacher."""
-        teacher, device = self._teacher[0], self.llm.device
-        if clip.video is not None:
-            device = clip.video.device
-        elif clip.features:
-            device = next(iter(clip.features.values())).patches.device
-        teacher.to(device)
+        teacher = self._teacher[0].to(device)
         with self.adapters.off() if self.adapters is not None else contextlib.nullcontext():
             return self.read(told, teacher.encode(clip))

@@ -1,0 +1,371 @@
+"""Small language models as compressors: tokens of texts and of videos, what learns, what ships, what is asked. Both
+language models are real classes of transformers with small random weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_llm import small_model, small_tokenizer
+
+from vtok.families import language
+from vtok.families.language import Config, Model, ObjectiveConfig, SmallLM, build
+from vtok.llm import LLMConfig, LoraConfig, TaskConfig, load_llm
+from vtok.llm.text_objective import tokens_at_ratio
+from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
+from vtok.types import Clip, Features
+
+torch.set_num_threads(1)
+TEXT = "A red ring moves left over the blue ground. Then a green star stays still."
+TEXTS = [TEXT, "hello", "Where is the ring? " * 3]
+TOWER = language.TowerConfig(name="tower")
+LEARNS = ("all", "lora", "none")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    out = {}
+    for kind in ("llama", "gpt2"):
+        out[kind] = str(tmp_path_factory.mktemp(kind))
+        torch.manual_seed(3)
+        tokenizer = small_tokenizer(kind)
+        model = small_model(kind, len(tokenizer))
+        if kind == "llama":
+            model.config.max_position_embeddings = 256
+        model.save_pretrained(out[kind])
+        tokenizer.save_pretrained(out[kind])
+    return out
+
+
+def config(folder: str, *, learn: str = "all", lm: dict[str, Any] | None = None, **more: Any) -> Config:
+    small = SmallLM(name=folder, learn=learn, lora=LoraConfig(rank=2 if learn == "lora" else 0), **lm or {})
+    sizes = dict(embedding_dim=24, embedding_rms=0.05, num_tokens=6, max_tokens=40, in_dim=5, tower=TOWER)
+    return Config(**sizes | dict(lm=small) | more)
+
+
+def texts(rows: list[str]) -> Clip:
+    return Clip([str(i) for i in range(len(rows))], text=rows)
+
+
+def videos(lengths: list[int], *, prompt: str = "what moves?") -> Clip:
+    patches = torch.randn(len(lengths), max(lengths), 12, 5, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        patches[row, length:] = 0
+    times = torch.arange(max(lengths)).expand(len(lengths), -1) / 2.0
+    seen = Features(patches, (3, 4), times=times, lengths=torch.tensor(lengths))
+    keys = [str(i) for i in range(len(lengths))]
+    return Clip(keys, features={"tower": seen}, prompt=[prompt] * len(lengths))
+
+
+def alone(clip: Clip, row: int) -> Clip:
+    one = clip.rows(slice(row, row + 1))
+    if one.features is None:
+        return one
+    seen = one.features["tower"]
+    length = int(seen.count()[0])
+    cut = Features(seen.patches[:, :length], seen.grid, times=seen.times[:, :length], lengths=seen.lengths)
+    return Clip(one.keys, features={"tower": cut}, prompt=one.prompt)
+
+
+FORMS = {
+    "text": (dict(), texts(TEXTS)),
+    "segments": (dict(segment_words=7, head="mlp", opening="Keep this:"), texts(TEXTS)),
+    "video": (dict(source="video", window=3), videos([7, 1, 6])),
+    "question": (dict(source="video", window=3, patches=4, question=True, lm=dict(layer=1)), videos([7, 1, 6])),
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def made(folder: str, form: str, *, learn: str = "all", dtype: torch.dtype = torch.float64) -> tuple[Model, Clip]:
+    changes, clip = FORMS[form]
+    torch.manual_seed(0)
+    lm = dict(changes.get("lm", {})) | ({"dtype": "float32"} if learn != "all" else {})
+    model = build(config(folder, learn=learn, **{**changes, "lm": lm})).eval().to(dtype)
+    return model, clip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@each_form
+@torch.no_grad()
+def test_batched_equals_one_by_one(folders, form, kind):
+    model, clip = made(folders[kind], form)
+    for budget in (None, 1, 5):
+        both = model.encode(clip, budget=budget)
+        for row in range(len(clip)):
+            single, mask = model.encode(alone(clip, row), budget=budget), both.mask[row]
+            assert int(mask.sum()) == int(single.lengths[0])
+            assert (both.embeddings[row][mask] - single.embeddings[0]).abs().max() < 1e-10
+            assert torch.equal(both.group[row][mask], single.group[0])
+            assert torch.equal(both.positions[row][mask].isnan(), single.positions[0].isnan())
+
+
+@each_form
+@torch.no_grad()
+def test_budgets_are_met_and_nested(folders, form):
+    model, clip = made(folders["llama"], form)
+    everything = model.encode(clip)
+    groups = everything.num_groups
+    assert everything.lengths.tolist() == [min(40, 6 * g) for g in groups.tolist()]
+    for budget in (1, 4, 6, 13):
+        tokens = model.encode(clip, budget=budget)
+        assert tokens.lengths.tolist() == torch.minimum(everything.lengths, torch.tensor(budget)).tolist()
+        for row in range(len(clip)):
+            own = everything.select(everything.mask & (torch.arange(len(clip)) == row)[:, None])
+            kept = [
+                torch.cat([own.group[row, :n, None], own.rank[row, :n, None]], 1).tolist() for n in [own.lengths[row]]
+            ]
+            for at in range(int(tokens.lengths[row])):
+                where = kept[0].index([int(tokens.group[row, at]), int(tokens.rank[row, at])])
+                assert torch.allclose(tokens.embeddings[row, at], own.embeddings[row, where], atol=1e-12, rtol=0)
+    per_clip = model.encode(clip, budget=torch.tensor([3, 1, 2]))
+    assert per_clip.lengths.tolist() == [3, 1, 2]
+    per_segment = torch.zeros(3, int(groups.max()), dtype=torch.int64)
+    per_segment[:, 0] = torch.tensor([6, 2, 1])
+    tokens = model.encode(clip, budget=per_segment)
+    assert tokens.lengths.tolist() == [6, 2, 1] and not tokens.group[tokens.mask].any()
+    for wrong in (0, 41):
+        with pytest.raises(ValueError, match=f"budget={wrong} is out of range"):
+            model.encode(clip, budget=wrong)
+
+
+@torch.no_grad()
+def test_budget_is_truncation(folders):
+    model, _ = made(folders["llama"], "segments")
+    clip = texts([TEXT, TEXT])
+    everything = model.encode(clip)
+    for budget in (1, 2, 7, 20):
+        tokens, cut = model.encode(clip, budget=budget), everything.truncate(budget)
+        assert tokens.lengths.tolist() == cut.lengths.tolist()
+        assert torch.equal(tokens.group, cut.group) and torch.equal(tokens.rank, cut.rank)
+        assert (tokens.embeddings - cut.embeddings).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_segments_know_themselves_alone(folders):
+    """What comes later in a text or a video never changes the tokens of earlier segments."""
+    model, _ = made(folders["llama"], "segments")
+    words = model.tokenizer(TEXT).input_ids
+    start = model.tokenizer.decode(words[:14])
+    assert model.tokenizer(start).input_ids == words[:14]
+    model.max_tokens = 400
+    long, short = model.encode(texts([TEXT])), model.encode(texts([start]))
+    assert (long.embeddings[0, :12] - short.embeddings[0]).abs().max() < 1e-12
+    model, clip = made(folders["llama"], "video")
+    tokens = model.encode(clip)
+    assert tokens.num_groups.tolist() == [3, 1, 2]
+    assert tokens.times[0].tolist() == [[0, 1], [1.5, 2.5], [3, 3]] and tokens.times[2, 1].tolist() == [1.5, 2.5]
+
+
+@torch.no_grad()
+def test_a_question_changes_tokens_where_it_is_asked_for(folders):
+    asked, _ = made(folders["llama"], "question")
+    plain, _ = made(folders["llama"], "video")
+    clip = videos([4])
+    other = Clip(clip.keys, features=clip.features, prompt=["how many?"])
+    assert asked.reads_prompt and not plain.reads_prompt
+    assert not torch.equal(asked.encode(clip).embeddings, asked.encode(other).embeddings)
+    assert torch.equal(plain.encode(clip).embeddings, plain.encode(other).embeddings)
+
+
+def objective(folder: str, model: Config, **settings: Any) -> language.Objective:
+    settings = dict(llm=LLMConfig(name=folder), tasks=TaskConfig(caption=0.0, reconstruction=1.0)) | settings
+    model.embedding_dim = 0
+    out = language.Objective(ObjectiveConfig(**settings), model)
+    model.embedding_dim, model.embedding_rms = out.llm.embedding_dim, out.llm.embedding_rms
+    return out
+
+
+@pytest.mark.parametrize("learn", LEARNS)
+def test_gradients_reach_what_learns_and_the_decoder_stays(folders, learn):
+    pytest.importorskip("peft")
+    settings = config(folders["llama"], learn=learn)
+    reads = objective(folders["llama"], settings)
+    model = build(settings).train()
+    decoder = {name: value.clone() for name, value in reads.llm.model.state_dict().items()}
+    small = {k: v.clone() for k, v in (model.lm or model.reference.model).state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
+    clip, seen = texts(TEXTS), []
+    for step in range(8):
+        loss = reads(model, clip, 0)
+        optimizer.zero_grad()
+        loss.total.backward()
+        if not step:
+            learned = {
+                name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+            }
+            assert learned == {"queries", "head"} | ({"all": {"lm"}, "lora": {"adapters"}, "none": set()}[learn])
+        optimizer.step()
+        seen.append(float(loss.report["nll"]))
+    assert seen[-1] < seen[0]
+    assert all(torch.equal(v, decoder[k]) for k, v in reads.llm.model.state_dict().items())
+    after = (model.lm or model.reference.model).state_dict()
+    moved = {k for k in small if not torch.equal(after[k], small[k])}
+    assert bool(moved) == (learn != "none") and (learn != "lora" or all("lora" in k for k in moved))
+    assert not [p for p in reads.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("learn", LEARNS)
+@torch.no_grad()
+def test_what_learns_ships_and_loads(folders, learn):
+    pytest.importorskip("peft")
+    model = build(config(folders["llama"], learn=learn)).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.01 * torch.randn_like(parameter))
+    state = model.state_dict()
+    assert {name.split(".")[0] for name in state} == {"queries", "head"} | (
+        {"all": {"lm"}, "lora": {"adapters"}, "none": set()}[learn]
+    )
+    other = Model(copy.deepcopy(model.config)).eval()
+    clip = texts(TEXTS)
+    assert not torch.equal(model.encode(clip).embeddings, other.encode(clip).embeddings)
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(model.encode(clip).embeddings, other.encode(clip).embeddings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encode(clip, budget=4).embeddings.isfinite().all()
+    if learn == "all":
+        assert model.bfloat16().encode(clip).embeddings.isfinite().all()
+
+
+def test_it_begins_as_the_small_language_model_it_names(folders):
+    model = build(config(folders["llama"])).eval()
+    given = load_llm(LLMConfig(name=folders["llama"]))
+    assert model.config.lm.sha256 == given.sha256 and model.config.lm.embedding_rms == given.embedding_rms
+    ids = torch.tensor([model.tokenizer(TEXT).input_ids])
+    with torch.no_grad():
+        ours = model.lm(input_ids=ids).last_hidden_state
+        assert torch.equal(ours, given.model.base_model(input_ids=ids).last_hidden_state)
+        words = given.embed(torch.arange(len(given.tokenizer)))
+    assert 0.5 < float(model.queries.vectors.detach().std() / words.std()) < 2
+
+
+def test_checkpointed_layers_give_the_same_gradients(folders):
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = build(config(folders["llama"], lm=dict(checkpoint=checkpoint))).train()
+        torch.nn.init.normal_(model.head.out.weight, generator=torch.Generator().manual_seed(1))
+        model.encode(texts(TEXTS)).embeddings.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_settings_that_cannot_be(folders):
+    wrong = {
+        "model.mode='c3' is unknown; choose one of latent_lm": dict(mode="c3"),
+        "model.source='audio' is unknown": dict(source="audio"),
+        "model.num_tokens=0 must be at least 1": dict(num_tokens=0),
+        "model.question=true is for videos": dict(question=True),
+    }
+    for message, settings in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            Config(**settings)
+    with pytest.raises(ValueError, match="adapters need a rank, and learn=lora"):
+        SmallLM(learn="lora")
+    with pytest.raises(ValueError, match="model.lm.name='nowhere' is no folder here"):
+        build(config("nowhere"))
+    with pytest.raises(ValueError, match="model.lm.architecture is open"):
+        Model(config(folders["llama"]))
+    model = build(config(folders["llama"])).eval()
+    with pytest.raises(ValueError, match="have no text, and model.source=text: set data.texts=true"):
+        model.encode(videos([2]))
+    with pytest.raises(ValueError, match="positions"):
+        model.encode(texts([TEXT * 30]))
+    model.config.lm.vocabulary, model._tokenizer = "0" * 64, None
+    with pytest.raises(ValueError, match="is not the one this model was trained with"):
+        model.encode(texts([TEXT]))
+
+
+# what the objective of texts asks
+
+
+def test_words_as_tokens_are_what_the_language_model_reads(folders):
+    """All words as tokens: the loss of a prompt with the text written in it, and no distance to the teacher."""
+    settings = config(folders["llama"])
+    reads = objective(folders["llama"], settings, teacher="text", logits=1.0, hidden=1.0)
+
+    class AllWords(torch.nn.Module):
+        config, max_tokens = settings, 40
+
+        def __init__(self):
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones(1))
+
+        def encode(self, clip, *, budget=None):
+            assert clip.target is None
+            return words_as_tokens(reads.llm, clip.text)
+
+    report = reads(AllWords(), texts(TEXTS), 0).report
+    assert float(report["logit_kl"]) < 1e-5 and float(report["hidden_distance"]) < 1e-9
+    model = build(settings)
+    report = reads(model, texts(TEXTS), 0).report
+    assert float(report["logit_kl"]) > 1e-3 and float(report["hidden_distance"]) > 1e-3
+
+
+def test_controls_keep_the_beginning_or_a_little_of_everything(folders):
+    llm = load_llm(LLMConfig(name=folders["llama"]))
+    words = words_as_tokens(llm, TEXTS)
+    lengths = torch.tensor(count_words(llm, TEXTS))
+    assert words.lengths.tolist() == lengths.tolist()
+    counts = tokens_at_ratio(lengths.tolist(), 4, most=1000)
+    assert counts.tolist() == [max(int(n / 4), 1) for n in lengths.tolist()]
+    first = first_words(words, counts)
+    assert torch.equal(first.lengths, counts)
+    assert torch.equal(first.embeddings[0], words.embeddings[0, : int(counts[0])])
+    pooled = mean_words(words, counts)
+    assert torch.equal(pooled.lengths, counts)
+    for row in range(3):
+        runs = torch.arange(int(lengths[row])) * int(counts[row]) // int(lengths[row])
+        for run in range(int(counts[row])):
+            members = words.embeddings[row, : int(lengths[row])][runs == run]
+            expected = members.sum(0) / len(members) ** 0.5
+            torch.testing.assert_close(pooled.embeddings[row, run], expected)
+    assert torch.equal(mean_words(words, lengths).embeddings, words.embeddings * words.mask[..., None])
+    empty = words_as_tokens(llm, ["", "hello"])
+    assert empty.lengths[0] == 0 and mean_words(empty, torch.tensor([3, 1])).lengths.tolist() == [0, 1]
+
+
+def test_texts_are_cut_and_gone_on_with(folders):
+    settings = config(folders["llama"])
+    reads = objective(folders["llama"], settings, continuation=0.5)
+    clip = texts([" ".join(f"w{i}{j}" for j in range(12)) for i in range(40)])
+    cut, told = reads.tell(clip, 3)
+    again, same = reads.tell(clip, 3)
+    assert (cut.text, told) == (again.text, same) and told != reads.tell(clip, 4)[1]
+    shares = [task == "continuation" for task in told.tasks]
+    assert 8 < sum(shares) < 32
+    for row, text in enumerate(clip.text):
+        if shares[row]:
+            assert f"{cut.text[row]} {told.answers[row]}" == text and "Continue" in told.prompts[row]
+            assert 3 <= len(cut.text[row].split()) <= 9
+        else:
+            assert cut.text[row] == text == told.answers[row] and "Repeat" in told.prompts[row]
+
+
+def test_tokens_follow_the_length_of_texts(folders):
+    settings = config(folders["llama"])
+    reads = objective(folders["llama"], settings, ratios=[5.0])
+    model = build(settings)
+    words = count_words(reads.llm, TEXTS)
+    seen = []
+    inner = model.encode
+    model.encode = lambda clip, budget=None: seen.append(inner(clip, budget=budget)) or seen[-1]
+    reads(model, texts(TEXTS), 0)
+    assert seen[0].lengths.tolist() == [min(max(int(n / 5), 1), 6) for n in words]
+    for wrong in (dict(ratios=[0.5]), dict(continuation=1.0), dict(continuation_prompts=["Go on:"])):
+        with pytest.raises(ValueError, match=f"objective.{next(iter(wrong))}"):
+            ObjectiveConfig(**wrong)
+
+
+def test_repeating_is_measured_word_after_word(folders):
+    settings = config(folders["llama"])
+    reads, model = objective(folders["llama"], settings), build(settings).eval()
+    few, many = (reads.measure(model, texts(TEXTS), budget=budget) for budget in (1, 6))
+    assert few.keys() == {"repeated_nll", "repeated_accuracy"} and len(few["repeated_nll"]) == 3
+    assert few["repeated_nll"] != many["repeated_nll"] and all(0 <= x <= 1 for x in many["repeated_accuracy"])
+    said = reads.generate(model, texts(TEXTS), budget=2, max_new_tokens=5)
+    assert len(said) == 3
+    assert reads.measure(build(config(folders["llama"], source="video")), texts(TEXTS)) == {}

@@ -1,0 +1,429 @@
+"""A small language model reads a text, or a video, and hands a frozen large one a few tokens.
+
+    segments of words, or windows of visual features (and the question) --.
+                                learned queries after them --small language model--> states there --head--> Tokens
+
+latent_lm: C3 (Context Cascade Compression, https://arxiv.org/abs/2511.15244) for texts, and the compressor of Tempo
+(https://arxiv.org/abs/2604.08120) for videos. One pass, nothing is generated. A group of tokens is a segment: a stretch
+of the text, or a window of frames, all of which go through the small model in one packed call, however many there are
+and whatever they hold, so that sharded training (ZeRO-3) never waits for a rank with shorter clips. Queries see those
+before them alone, so the first k tokens of a segment are what k queries would have given: any budget is met exactly,
+and one model trained with random budgets serves them all.
+
+The small model is any causal language model of transformers: all of it learns and ships, or adapters in it do, or
+nothing but queries and head; what does not learn is held by reference, outside of checkpoints and engines.
+
+Letters: B clips, G segments of a clip, M segments of a batch, S inputs of a segment, n queries, K tokens per clip, T
+frames, N patches of a frame, L positions, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok.layers.frames import pool_grid, pool_shape, thin
+from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end
+from vtok.layers.projector import ProjectorConfig, ProjectorModel
+from vtok.llm.lora import LoraConfig
+from vtok.llm.splice import PLACEHOLDER, splice
+from vtok.llm.text_objective import TextObjective, TextObjectiveConfig
+from vtok.types import Budget, Clip, Features, ShapeError, Tokens, resolve_budget, share
+from vtok.vision import TowerConfig
+
+Objective = TextObjective
+ObjectiveConfig = TextObjectiveConfig
+__all__ = ["Config", "Model", "Objective", "ObjectiveConfig", "SmallLM", "build"]
+
+MODES, SOURCES, LEARNS, HEADS = ("latent_lm",), ("text", "video"), ("all", "lora", "none"), ("linear", "mlp")
+
+
+@dataclass
+class SmallLM:
+    """The small language model. What is None is read off its files when a fresh model is built."""
+
+    name: str = ""  # hf:USER/REPO, or a folder that save_pretrained wrote, the tokenizer in it
+    revision: str = ""
+    learn: str = "all"  # all (the weights ship with the model) | lora (adapters ship) | none (queries and head alone)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # where learn=lora
+    layer: int = -1  # whose states are kept: 0 = the embeddings, -1 = the last, after its norm
+    dtype: str = "float32"  # of weights that do not learn
+    checkpoint: bool = False  # keep the layers' inputs only and compute the rest again in the backward pass
+    architecture: dict[str, Any] | None = None  # its config.json
+    sha256: str | None = None  # of the weights it begins with, or keeps
+    vocabulary: str | None = None  # hash of the tokenizer's words and their ids
+    embedding_rms: float | None = None  # of one number of its word embeddings
+
+    def __post_init__(self) -> None:
+        if self.learn not in LEARNS:
+            raise ValueError(f"model.lm.learn={self.learn!r} is unknown; choose one of {', '.join(LEARNS)}")
+        if (self.learn == "lora") != bool(self.lora.rank):
+            raise ValueError(
+                f"model.lm.learn={self.learn!r} with model.lm.lora.rank={self.lora.rank}: adapters need a rank, and "
+                "learn=lora; set both or none"
+            )
+
+
+@dataclass
+class Config(ProjectorConfig):
+    name: str = "language"
+    mode: str = "latent_lm"
+    source: str = "text"  # what is compressed: text (of the clips, data.texts=true) | video
+    lm: SmallLM = field(default_factory=SmallLM)
+    num_tokens: int = 64  # queries: tokens of a segment at most
+    max_tokens: int = 1024  # of a clip; longer ones share them evenly over their segments
+    head: str = "linear"  # linear | mlp
+    segment_words: int = 0  # text: ids of a segment; 0 = the whole text is one
+    opening: str = ""  # what the small model is told before each segment
+    # of videos
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    window: int = 8  # frames of a segment
+    patches: int = 0  # of a frame, averaged over a grid; 0 = all
+    max_frames: int = 1024  # feature frames looked at; longer clips are thinned out evenly
+    question: bool = False  # the small model is told the question: tokens are then for that question alone
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("mode", self.mode, MODES),
+            ("source", self.source, SOURCES),
+            ("head", self.head, HEADS),
+        ):
+            if value not in choices:
+                raise ValueError(f"model.{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        for name, least in (("num_tokens", 1), ("max_tokens", 1), ("segment_words", 0), ("window", 1), ("patches", 0),
+                            ("max_frames", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
+        if self.source == "text" and self.question:
+            raise ValueError("model.question=true is for videos: a text is compressed before anything is asked of it")
+
+
+class Model(nn.Module):
+    """max_tokens: the largest budget. nested: a smaller budget keeps some of the tokens of a larger one. reads_prompt:
+    whether tokens are for one question; if not, they can be kept for all that are asked later."""
+
+    nested, any_budget = True, True
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        for name in ("embedding_dim", "embedding_rms"):
+            if not getattr(c, name) > 0:
+                raise ValueError(f"model.{name}={getattr(c, name)} must be above 0: it is the LLM's")
+        if c.lm.architecture is None:
+            raise ValueError(
+                f"model.lm.architecture is open: it is read off model.lm.name={c.lm.name!r} when a run begins"
+            )
+        self.embedding_dim, self.max_tokens, self.reads_prompt = c.embedding_dim, c.max_tokens, c.question
+        self._tokenizer: Any = None
+        self._reference: Any = None  # what does not learn: no module, not in the state_dict, not in the engine
+        own = _architecture(c.lm.architecture)
+        text = own.get_text_config()
+        width, scale = text.hidden_size, c.lm.embedding_rms or 0.02
+        self._positions = getattr(text, "max_position_embeddings", None) or 1 << 30
+        self.lm = _bare(own, checkpoint=c.lm.checkpoint) if c.lm.learn == "all" else None
+        self.adapters = None
+        if c.lm.learn == "lora":
+            self.adapters = _llm_room().Adapters(self.reference, c.lm.lora)
+        self.queries = LatentQueries(c.num_tokens, width, rms=scale)
+        self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms)
+        self.eye = None
+        if c.source == "video":
+            sizes: dict[str, Any] = dict(in_dim=c.in_dim, embedding_dim=width, embedding_rms=scale)
+            self.eye = ProjectorModel(_EyeConfig(**sizes, tower=c.tower))
+
+    # what is held by reference
+
+    @property
+    def reference(self) -> Any:
+        """The small language model that does not learn (`vtok.llm.FrozenLLM`), loaded at the first use."""
+        if self._reference is None:
+            self._reference = _load(self.config.lm, shared=self.config.lm.learn == "none")
+        return self._reference
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the small language model. Raises: ValueError where its words are not those the model was trained with."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            lm = self.config.lm
+            found = AutoTokenizer.from_pretrained(lm.name.removeprefix("hf:"), revision=lm.revision or "main")
+            if lm.vocabulary not in (None, vocabulary(found)):
+                raise ValueError(
+                    f"the tokenizer of model.lm.name={lm.name!r} is not the one this model was trained with: its words "
+                    "or their ids are others"
+                )
+            self._tokenizer = found
+        return self._tokenizer
+
+    @property
+    def tower(self) -> Any:
+        """The frozen tower of videos (`vtok.vision.Tower`)."""
+        assert self.eye is not None
+        return self.eye.tower
+
+    def features(self, clip: Clip, **asked: Any) -> Features | None:
+        """The clip's features of the tower; None for texts, which need none."""
+        return None if self.eye is None else self.eye.features(clip, **asked)
+
+    # tokens
+
+    def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
+        """Tokens of a batch of clips, segment after segment.
+
+        Args:
+            budget: tokens of each clip, 1 to `max_tokens`, shared evenly over its segments, the remainder to the
+                earliest; clips with fewer give all they have. int64 [B]: of each clip; [B, G]: of each segment. None:
+                all, up to `max_tokens`.
+        Raises: ValueError for budgets out of range, clips without a text, and segments longer than the small model.
+        """
+        if self.eye is not None:
+            return self.compress(self.eye.features(clip), budget=budget, prompt=clip.prompt)
+        if clip.text is None:
+            raise ValueError(
+                f"the clips {clip.keys[:4]} have no text, and model.source=text: set data.texts=true for shards of "
+                "texts (`vtok shards --texts`)"
+            )
+        size = self.config.segment_words
+        ids = [self._ids(text) for text in clip.text]
+        parts = [[row[i : i + size] for i in range(0, len(row), size)] or [[]] if size else [row] for row in ids]
+        groups = torch.tensor([len(row) for row in parts], device=self.head_device)
+        return self._tokens([(row, part) for row, rows in enumerate(parts) for part in rows], groups, budget)
+
+    def compress(
+        self, features: Features | None, *, budget: Budget | None = None, prompt: list[str] | None = None
+    ) -> Tokens:
+        """The same of a video's features; prompt: questions, read where `question` is on."""
+        c = self.config
+        if self.eye is None or features is None:
+            raise ValueError("model.source=text compresses texts: give `encode` clips that have one")
+        if prompt is not None and len(prompt) != len(features.patches):
+            raise ValueError(f"{len(prompt)} prompts for {len(features.patches)} clips")
+        features, _ = thin(features, c.max_frames)
+        seen = self.eye.project(features)
+        patches = seen.patches
+        if c.patches:
+            patches = pool_grid(patches.flatten(0, 1), seen.grid, pool_shape(c.patches, seen.grid))
+            patches = patches.unflatten(0, seen.patches.shape[:2])
+        lengths, frames = seen.count(), patches.shape[1]
+        patches = F.pad(patches, (0, 0, 0, 0, 0, -frames % c.window))
+        windows = patches.unflatten(1, (-1, c.window))  # [B, G, window, N, D]
+        first = torch.arange(windows.shape[1], device=lengths.device) * c.window
+        there = first < lengths[:, None]
+        inside = (lengths[:, None] - first).clamp(max=c.window)[there] * patches.shape[2]
+        asked = [self._ids(text) if c.question else [] for text in prompt or [""] * len(lengths)]
+        rows = [(row, asked[row]) for row, count in enumerate(there.sum(1).tolist()) for _ in range(count)]
+        times = None
+        if seen.times is not None:
+            last = (first[None] + c.window - 1).minimum(lengths[:, None] - 1).clamp(min=0)
+            begin = first[None].minimum(lengths[:, None] - 1)
+            times = torch.stack([seen.times.gather(1, begin), seen.times.gather(1, last)], -1)
+        visual = windows[there].flatten(1, 2)
+        return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times)
+
+    @property
+    def head_device(self) -> torch.device:
+        return next(self.head.parameters()).device
+
+    def budgets(self, features: Features | None) -> list[int | None]:
+        """Budgets to measure at, where none are asked: 1, 4, 16 ... and the most a clip of this length is given."""
+        segments = 1 if features is None else -(-int(features.count().max()) // self.config.window)
+        most = min(self.max_tokens, segments * self.config.num_tokens)
+        return [*(4**i for i in range(16) if 4**i < most), most]
+
+    def warm_start(self, source: nn.Module) -> str:
+        """Begin with another model's weights, where names and shapes are equal: another of this family's, or for videos
+        a stage-0 projector that was trained for the small language model."""
+        own, given = self.state_dict(), source.state_dict()
+        given |= {f"eye.{name}": value for name, value in given.items() if name.startswith("projector.")}
+        taken = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+        if not taken:
+            raise ValueError("init_from: the source has no weights of the names and shapes of this model's")
+        self.load_state_dict(taken, strict=False)
+        return f"{len(taken)} of {len(own)} tensors taken"
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def _tokens(
+        self,
+        rows: list[tuple[int, list[int]]],
+        groups: Tensor,
+        budget: Budget | None,
+        *,
+        visual: Tensor | None = None,
+        inside: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> Tokens:
+        """Args:
+        rows: (clip, ids) of each segment. groups: [B] segments of each clip. visual: [M, S, D], inside: [M] of them
+            real. times: [B, G, 2].
+        """
+        wanted = self._shares(groups, budget)  # [B, G]
+        count = max(int(wanted.max()), 1)
+        states = self._read([ids for _, ids in rows], count, visual, inside)
+        made = self.head(states)  # [M, count, D]
+        clip = torch.tensor([row for row, _ in rows], device=made.device)
+        place = torch.arange(len(rows), device=made.device) - (groups.cumsum(0) - groups)[clip]
+        kept = wanted[clip, place]  # [M]
+        rank = torch.arange(count, device=made.device)
+        keep = rank < kept[:, None]
+        lengths = wanted.sum(1)
+        begin = (wanted.cumsum(1) - wanted)[clip, place]
+        row = clip[:, None].expand_as(keep)[keep]
+        column = (begin[:, None] + rank)[keep]
+        shape = (len(groups), max(int(lengths.max()), 1))
+
+        def padded(values: Tensor, fill: float) -> Tensor:
+            return values.new_full((*shape, *values.shape[2:]), fill).index_put((row, column), values[keep])
+
+        middle = ((place + 0.5) / groups[clip]).to(made)[:, None, None].expand(-1, count, 1)
+        positions = torch.cat([middle, middle.new_full((*middle.shape[:2], 2), torch.nan)], -1)
+        out = Tokens(
+            embeddings=padded(made, 0),
+            lengths=lengths,
+            positions=padded(positions, torch.nan),
+            group=padded(place[:, None].expand_as(keep), 0),
+            rank=padded(rank.expand_as(keep), 0),
+            times=times,
+        )
+        return out
+
+    def _shares(self, groups: Tensor, budget: Budget | None) -> Tensor:
+        """[B, G] int64: tokens of each segment."""
+        most = self.config.num_tokens
+        if isinstance(budget, Tensor) and budget.ndim == 2:
+            found = resolve_budget(budget, groups=groups, max_per_group=most)
+            assert found is not None
+            past = torch.arange(found.shape[1], device=found.device) >= groups[:, None]
+            if bool(((found > 0) & past).any()):
+                raise ShapeError("budget asks for tokens of segments that a clip does not have")
+            if int(found.sum(1).min()) < 1:
+                raise ValueError("budget: a clip is to have no token at all; give each clip 1 or more")
+            return found
+        asked = torch.as_tensor(self.max_tokens if budget is None else budget).expand(len(groups)).tolist()
+        for value in asked:
+            if not 1 <= value <= self.max_tokens:
+                raise ValueError(f"budget={value} is out of range: ask for 1 to {self.max_tokens} (model.max_tokens)")
+        out = torch.zeros(len(groups), int(groups.max()), dtype=torch.int64)
+        for row, (total, count) in enumerate(zip(asked, groups.tolist())):
+            out[row, :count] = torch.tensor(share(min(total, count * most), count))
+        return out.to(groups.device)
+
+    def _read(self, ids: list[list[int]], count: int, visual: Tensor | None, inside: Tensor | None) -> Tensor:
+        """States [M, count, D] of the queries after the segments' inputs, all in one call."""
+        queries = self.queries(count).expand(len(ids), -1, -1)
+        opening = self._ids(self.config.opening)
+        if visual is None or inside is None:
+            tail, seen = queries, torch.zeros(len(ids), dtype=torch.int64, device=queries.device)
+            prompts = [[*opening, *own, PLACEHOLDER] for own in ids]
+        else:
+            at = (inside[:, None] + torch.arange(count, device=inside.device))[..., None].expand_as(queries)
+            tail = torch.cat([visual, visual.new_zeros(queries.shape)], 1).scatter(1, at, queries.to(visual.dtype))
+            seen = inside
+            prompts = [[*opening, PLACEHOLDER, *own, PLACEHOLDER] for own in ids]
+        slots = torch.arange(tail.shape[1], device=seen.device)
+        second = (slots >= seen[:, None]) & (visual is not None)
+        nowhere = tail.new_zeros(*tail.shape[:2], 3)
+        pieces = Tokens(tail, seen + count, nowhere, second.long(), torch.zeros_like(second, dtype=torch.int64))
+        made = splice(prompts, pieces, self._embed, max_length=self._positions)
+        states = self._states(made.embeds, made.mask)
+        return at_the_end(states, made.mask.sum(1), count)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        if self.lm is not None:
+            return self.lm.get_input_embeddings()(ids)
+        return self.reference.to(ids.device).embed(ids)
+
+    def _states(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """[M, L, D] states of the layer asked. Rows are padded on the right, which a causal model never looks at."""
+        layer = self.config.lm.layer
+        arguments: dict[str, Any] = dict(
+            inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False, output_hidden_states=layer != -1
+        )
+        if self.lm is not None:
+            out = self.lm(**arguments, return_dict=True)
+        else:
+            reference = self.reference
+            arguments["inputs_embeds"] = embeds.to(reference.embed(torch.zeros_like(mask[:1, 0], dtype=torch.int64)))
+            with torch.autocast(embeds.device.type, enabled=False):
+                out = reference.model.base_model(**arguments, return_dict=True)
+        return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+
+
+@dataclass
+class _EyeConfig(ProjectorConfig):
+    tower: TowerConfig = field(default_factory=TowerConfig)
+
+
+def build(config: Config, *, load: Callable[[str], Any] | None = None) -> Model:
+    """A fresh model: the small language model's facts are filled in in `config`, and its weights are taken."""
+    lm = config.lm
+    found = _load(lm, shared=lm.learn == "none")
+    drop = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+    lm.architecture = {k: v for k, v in found.model.config.to_diff_dict().items() if k not in drop}
+    lm.sha256, lm.vocabulary = found.sha256, vocabulary(found.tokenizer)
+    lm.embedding_rms = found.embedding_rms
+    model = Model(config)
+    if model.lm is not None:
+        model.lm.load_state_dict(found.model.base_model.state_dict(), strict=True)
+    known = min(len(found.tokenizer), found.model.get_input_embeddings().num_embeddings)
+    model.queries.begin_like(found.embed(torch.arange(known, device=found.device)))
+    return model
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """A hash of a tokenizer's words and their ids."""
+    digest = hashlib.sha256()
+    for word, at in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        digest.update(f"{at} {word}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _architecture(values: dict[str, Any]) -> Any:
+    """The configuration of transformers that its config.json stands for."""
+    from transformers import AutoConfig
+
+    kind = values.get("model_type")
+    if not kind:
+        raise ValueError("model.lm.architecture has no model_type: it is to be what a model's config.json holds")
+    return AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
+
+
+def _bare(architecture: Any, *, checkpoint: bool) -> Any:
+    """A language model without its output layer, its weights still random."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_config(architecture, dtype=torch.float32)
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _load(lm: SmallLM, *, shared: bool) -> Any:
+    """The `vtok.llm.FrozenLLM` of the small language model's files. Raises: ValueError for other weights than those
+    that the model was trained with."""
+    room = _llm_room()
+    wanted = dict(name=lm.name, revision=lm.revision, sha256=lm.sha256 or "", chat=False, checkpoint=lm.checkpoint)
+    config = room.LLMConfig(**wanted, dtype="float32" if lm.learn == "all" else lm.dtype)
+    try:
+        return room.load_llm(config, shared=shared)
+    except ValueError as error:
+        raise ValueError(str(error).replace("llm.", "model.lm.")) from error
+
+
+def _llm_room() -> Any:
+    try:
+        return importlib.import_module("vtok.llm")  # by name: an export's one file does without frozen models
+    except ImportError as error:
+        raise ImportError(
+            "a small language model that does not learn is loaded by vtok: pip install 'vtok[llm]'"
+        ) from error

@@ -1,0 +1,62 @@
+"""Learned queries for a language model, and the way from its states to the words of another.
+
+    input, q_1 ... q_n --causal language model--> states of q_1 ... q_n --WordHead--> vectors as large as words
+
+A query sees the input and the queries before it, never those after: its state is the same however many follow, so the
+first k of n queries are what k queries alone would have given.
+
+Letters: M packed rows, L positions, n queries, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vtok.layers.projector import MLPProjector
+
+
+class LatentQueries(nn.Module):
+    """n query vectors [n, D]; called with k, it gives the first k."""
+
+    def __init__(self, count: int, width: int, *, rms: float):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(count, width) * rms)
+
+    @torch.no_grad()
+    def begin_like(self, words: Tensor) -> None:
+        """Drawn with the mean and deviation of each number of the word embeddings [V, D], as Tempo's memory tokens
+        (https://arxiv.org/abs/2604.08120): they look like words to a model that was trained on words."""
+        words = words.float()
+        self.vectors.copy_(words.mean(0) + torch.randn_like(self.vectors) * words.std(0))
+
+    def forward(self, count: int) -> Tensor:
+        return self.vectors[:count]
+
+
+class WordHead(nn.Module):
+    """States [..., width] as vectors [..., dim] of the size of a language model's words.
+
+    linear: one layer (as C3, https://arxiv.org/abs/2511.15244), brought to that size by a norm with learned gain and
+    shift; mlp: `MLPProjector`, which has the same. The papers' heads keep whatever size comes out.
+    """
+
+    def __init__(self, width: int, dim: int, *, kind: str, rms: float):
+        super().__init__()
+        self.mlp = MLPProjector(width, dim, rms=rms) if kind == "mlp" else None
+        if self.mlp is None:
+            self.out, self.rms = nn.Linear(width, dim), rms
+            self.gain, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mlp is not None:
+            return self.mlp(x)
+        x = self.out(x.to(self.out.weight.dtype))
+        x = nn.functional.layer_norm(x, x.shape[-1:])
+        return (x * self.gain + self.shift) * self.rms
+
+
+def at_the_end(states: Tensor, ends: Tensor, count: int) -> Tensor:
+    """The last `count` of each row's own positions: states [M, L, D], ends [M] int64 -> [M, count, D]."""
+    at = ends[:, None] - count + torch.arange(count, device=ends.device)
+    return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,100 @@
+"""The loss of a compressor of texts: a frozen language model repeats the text, goes on with it, answers questions.
+
+A frozen model that is only ever asked to repeat would be spoken to in vectors that mean nothing but "repeat"; other
+tasks over the same tokens keep them to what the model understands, and so does its own reading of the text, which
+is the teacher here (`teacher: text`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from vtok.llm.objective import ObjectiveConfig, ProjectorObjective
+from vtok.llm.reading import PLACE
+from vtok.llm.tasks import Told, draw, instruction
+from vtok.llm.words import WordsTeacher, count_words
+from vtok.types import Budget, Clip
+
+TEXT = "text"  # objective.teacher: the language model on the words themselves
+
+
+@dataclass
+class TextObjectiveConfig(ObjectiveConfig):
+    # share of the clips whose text is cut in two, the first part compressed and the second one learned as the answer
+    continuation: float = 0.0
+    continuation_prompts: list[str] = field(default_factory=lambda: [f"{PLACE}\nContinue the text:"])
+    # words of the LLM for each token, one drawn a step: every clip gets tokens by its length; [] = as budgets says
+    ratios: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.continuation < 1:
+            raise ValueError(f"objective.continuation={self.continuation} is a share of the clips, 0 to below 1")
+        if any(prompt.count(PLACE) != 1 for prompt in self.continuation_prompts) or not self.continuation_prompts:
+            raise ValueError(
+                f"objective.continuation_prompts={list(self.continuation_prompts)}: each holds {PLACE} once"
+            )
+        if any(ratio < 1 for ratio in self.ratios):
+            raise ValueError(f"objective.ratios={list(self.ratios)}: words a token, 1 or more")
+
+
+class TextObjective(ProjectorObjective):
+    """`ProjectorObjective` whose clips are texts; of videos it is that objective."""
+
+    Config = TextObjectiveConfig
+
+    def load_teacher(self, load: Callable[[str], Any] | None) -> Any:
+        return WordsTeacher(self.llm) if self.config.teacher == TEXT else super().load_teacher(load)
+
+    def tell(self, clip: Clip, step: int) -> tuple[Clip, Told]:
+        """Some of the texts are cut: what was compressed is then gone on with."""
+        c = self.config
+        clip, told = super().tell(clip, step)
+        if not c.continuation or clip.text is None:
+            return clip, told
+        texts, parts = list(clip.text), [list(column) for column in told]
+        for row, text in enumerate(texts):
+            rng = draw(c.seed, step, f"continuation {clip.keys[row]}")
+            words = text.split(" ")
+            if rng.random() >= c.continuation or len(words) < 2 or told.tasks[row] == "given":
+                continue
+            cut = rng.randint(max(1, len(words) // 4), max(1, 3 * len(words) // 4))
+            prompt = rng.choice(list(c.continuation_prompts))
+            texts[row], answer = " ".join(words[:cut]), " ".join(words[cut:])
+            for column, value in zip(parts, (prompt, answer, instruction(prompt), "continuation")):
+                column[row] = value
+        return replace(clip, text=texts), Told(*parts)
+
+    def budget_of(self, model: Any, clip: Clip, step: int) -> Budget | None:
+        """Tokens at a step: by the length of each text where `ratios` are given."""
+        c = self.config
+        if not c.ratios or clip.text is None:
+            return super().budget_of(model, clip, step)
+        ratio = draw(c.seed, step, "ratio").choice(list(c.ratios))
+        return tokens_at_ratio(count_words(self.llm, clip.text), ratio, most=model.max_tokens)
+
+    @torch.no_grad()
+    def measure(self, model: Any, clip: Clip, *, budget: Budget | None = None) -> dict[str, list[float]]:
+        """Of each text, how well it is repeated word after word, those before given; {} where videos are compressed."""
+        if clip.text is None or getattr(model.config, "source", "") != TEXT:
+            return {}
+        prompts = [self.config.tasks.reconstruction_prompts[0]] * len(clip)
+        told = Told(prompts, list(clip.text), [instruction(p) for p in prompts], ["reconstruction"] * len(clip))
+        seen = self.read(told, model.encode(replace(clip, prompt=told.instructions, target=None), budget=budget))
+        hits = (seen.logits.argmax(-1) == seen.labels).float()
+        return {"repeated_nll": seen.means(seen.nll()).tolist(), "repeated_accuracy": seen.means(hits).tolist()}
+
+    def generate(self, model: Any, clip: Clip, *, prompts: list[str] | None = None, **keywords: Any) -> list[str]:
+        """The LLM's greedy answers; where the clips are texts and no prompts are given, it is to repeat them."""
+        if prompts is None and getattr(model.config, "source", "") == TEXT:
+            prompts = [self.config.tasks.reconstruction_prompts[0]] * len(clip)
+            keywords.setdefault("max_new_tokens", self.config.max_answer)
+        return super().generate(model, clip, prompts=prompts, **keywords)
+
+
+def tokens_at_ratio(words: list[int], ratio: float, *, most: int) -> torch.Tensor:
+    """[B] int64: tokens of texts of so many words at `ratio` words a token, 1 at least."""
+    return torch.tensor([min(max(int(count / ratio), 1), most) for count in words], dtype=torch.int64)
