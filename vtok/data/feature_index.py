@@ -173,6 +173,7 @@ def feature_view(
         (crop != settings.crop, f"data.crop={crop}", settings.crop),
         (training and view.hflip > 0, f"data.hflip={view.hflip}", "0"),
         (view.map != "", f"data.map={view.map!r}", "''"),
+        (view.texts, "data.texts=true", "false"),
         (settings.frames is not None and most > settings.frames, f"{most} frames of a clip", f"{settings.frames}"),
         (fps is not None and view.fps is None, "data.fps=null", f"{told} or less"),
         (fps is not None and (view.fps or 0) > fps * (1 + 1e-9), f"data.fps={view.fps}", f"{told} or less"),

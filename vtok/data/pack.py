@@ -157,12 +157,19 @@ def finished(shard: Shard, out: Path) -> dict[str, Any] | None:
 
 
 def write_shard(
-    shard: Shard, out: Path, settings: Settings, lost: dict[str, str], notify: Callable[[str], None]
+    shard: Shard,
+    out: Path,
+    settings: Any,
+    lost: dict[str, str],
+    notify: Callable[[str], None],
+    *,
+    make: Callable[[Any, Any], dict[str, bytes | Path]] | None = None,
 ) -> None:
     """Pack one shard. Clips that cannot be used are listed in the record, with the reason.
 
     Args:
         lost: {key: reason} of clips not to touch again. notify: called with each clip's key before it is touched.
+        make: (item, settings) -> members of its sample by extension; None: `make_sample`.
     Raises: PackingError when an input changed since it was planned. OSError for a full disk.
     """
     tar = shard.tar(out)
@@ -178,7 +185,7 @@ def write_shard(
                     try:
                         if item.key in lost:
                             raise DecodeError(lost[item.key])
-                        members = make_sample(item, settings)
+                        members = (make or make_sample)(item, settings)
                     except DecodeError as error:
                         reject = Reject(item.source, str(error), "", item.key, item.start_s, item.end_s)
                         rejected.append(asdict(reject))

@@ -18,14 +18,14 @@ from torch import Tensor
 from vtok.data.feature_shards import Window, collate_features, window_of_features
 from vtok.data.language import visible_questions
 from vtok.data.sources import BrokenSample, Sample, ShardReader
-from vtok.data.view import View, decode_view, fit, map_view
+from vtok.data.view import TEXT, View, decode_view, fit, map_view
 from vtok.types import Clip
 
 
 class Item(NamedTuple):
     key: str
-    video: Tensor | None  # uint8 [3, T, H, W]; of a map uint8 or float32 [C, T, H, W]; None where features are read
-    times: Tensor  # [T]
+    video: Tensor | None  # uint8 [3, T, H, W]; of a map uint8 or float32 [C, T, H, W]; None for features and texts
+    times: Tensor  # [T]; [0] of a text
     text: str | None
     qa: list[Any] | None
     features: Window | None = None
@@ -55,6 +55,10 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     if qa is not None and not isinstance(qa, list):
         raise BrokenSample(f"qa is a {type(qa).__name__}, not a list")
     suffix = next(suffix for suffix in view.media if suffix in sample.members)
+    if suffix == TEXT:
+        if not (caption or "").strip():
+            raise BrokenSample(".txt holds no text")
+        return Item(key, None, torch.zeros(0), caption, qa)
     if view.cached is not None:
         read = functools.partial(_read_part, reader, sample, suffix)
         window = window_of_features(read, sample.members[suffix][1], view, rng)
@@ -77,9 +81,15 @@ def _read_part(reader: ShardReader, sample: Sample, suffix: str, first: int, num
 def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
     """Items as one batch, padded with repeats of the last frame (and its time) to `frames`; None: to the longest.
 
-    Where uint8 and float maps meet in a batch, all become float32 in [-1, 1]. Features are padded with zeros. Raises
-    ValueError where clips have different numbers of channels.
+    Where uint8 and float maps meet in a batch, all become float32 in [-1, 1]. Features are padded with zeros. Texts are
+    a batch without frames. Raises ValueError where clips have different numbers of channels.
     """
+    told: dict[str, Any] = dict(
+        text=[item.text or "" for item in items] if any(item.text for item in items) else None,
+        qa=[item.qa or [] for item in items] if any(item.qa for item in items) else None,
+    )
+    if all(item.video is None and item.features is None for item in items):
+        return Clip([item.key for item in items], **told)
     counts = [len(item.times) for item in items]
     most = frames or max(counts)
     times = torch.empty((len(items), most))
@@ -92,8 +102,7 @@ def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
         video=None if windows else _videos([(item.key, item.video) for item in items if item.video is not None], most),
         lengths=None if min(counts) == most else torch.tensor(counts),
         times=times,
-        text=[item.text or "" for item in items] if any(item.text for item in items) else None,
-        qa=[item.qa or [] for item in items] if any(item.qa for item in items) else None,
+        **told,
         features={windows[0].tower: collate_features(windows, most)} if windows else None,
     )
 

@@ -24,7 +24,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -432,13 +432,20 @@ def _merge(todo: Plan, out: Path, *, seconds: float) -> Summary:
 
 def main(argv: list[str]) -> int:
     """`vtok shards`: 0 when something usable was packed (or verified), 1 when not, 2 for a usage error."""
+    if "--texts" in argv:
+        from vtok.data.text_shards import main as main_texts
+
+        return main_texts([argument for argument in argv if argument != "--texts"])
     arguments = _parser().parse_args(argv)
+    return guarded(lambda: _verify(arguments) if arguments.verify is not None else _pack(arguments))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """What a command returns; 2, and its message for the user, for what it cannot do."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vtok").setLevel(logging.INFO)
     try:
-        if arguments.verify is not None:
-            return _verify(arguments)
-        return _pack(arguments)
+        return command()
     except (ValueError, OSError, PackingError, WorkerError) as error:
         print(f"vtok shards: {error}", file=sys.stderr)
         return 2
@@ -466,15 +473,20 @@ def _pack(arguments: argparse.Namespace) -> int:
         part=part,
         progress=not arguments.quiet,
     )
+    return tell(summary, arguments.out)
+
+
+def tell(summary: Summary, out: Path) -> int:
+    """Prints what stands in `out`; 0 when something usable does."""
     clips = ", ".join(f"{count} {split}" for split, count in summary.samples.items()) or "0"
-    print(f"{arguments.out}: {clips} clips in {summary.shards} shards, {summary.seconds:.1f} s")
+    print(f"{out}: {clips} clips in {summary.shards} shards, {summary.seconds:.1f} s")
     for reason, count in Counter(_kind_of(r["reason"]) for r in summary.rejected).most_common():
         print(f"  rejected {count}: {reason}")
     if summary.outstanding:
         print(f"  {summary.outstanding} shards of other parts are not there yet; the last part writes the indices")
         return 0
     if summary.rejected:
-        print(f"  each is listed in {arguments.out / 'rejected.jsonl'}")
+        print(f"  each is listed in {out / 'rejected.jsonl'}")
     return 0 if sum(summary.samples.values()) else 1
 
 
@@ -520,6 +532,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", default="0/1", metavar="I/N", help="pack every N-th shard from the I-th on, for array jobs")
     add("--verify", type=Path, metavar="DIR", help="re-hash and decode a finished packing, list what is wrong")
     add("--quiet", action="store_true", help="no progress bars")
+    add("--texts", action="store_true", help="pack texts, not videos; its options: vtok shards --texts --help")
     return parser
 
 

@@ -119,6 +119,8 @@ def check_sample(members: dict[str, bytes]) -> list[str]:
         return ["no json"]
     except (ValueError, TypeError) as error:
         return [f"its json is not readable: {error}"]
+    if not media and "txt" in members:
+        return check_text(members["txt"], meta)
     problems = [f"its json lacks {', '.join(missing)}"] if missing else []
     if len(media) != 1:
         return [*problems, f"{len(media)} videos or images ({', '.join(media) or 'none'}), expected one"]
@@ -146,6 +148,15 @@ def check_sample(members: dict[str, bytes]) -> list[str]:
         except (wave.Error, EOFError) as error:
             problems.append(f"wav: {error}")
     return problems
+
+
+def check_text(data: bytes, meta: dict[str, Any]) -> list[str]:
+    """What is wrong with a sample of text, given its txt and its json."""
+    problems = [f"its json lacks {name}" for name in ("qa", "source") if name not in meta]
+    try:
+        return problems if data.decode("utf-8").strip() else [*problems, "txt: no text"]
+    except UnicodeDecodeError as error:
+        return [*problems, f"txt: not UTF-8: {error}"]
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

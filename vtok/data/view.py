@@ -19,6 +19,7 @@ from vtok.data.maps import HEAD_BYTES, MapError, read_header, window_of_map
 from vtok.data.sources import MEDIA
 
 FEATURES = "features.safetensors"  # member of a sample that holds a tower's features
+TEXT = "txt"  # member that holds a text
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class View:
     crop: random | center | none (whole frame, aspect not kept). scale: (low, high), side of a random crop as a share of
     the largest box of the wanted aspect. hflip: probability. max_pixels: frames x height x width a clip may decode to.
     map: extension of the member that holds a dense map (`vtok.data.maps`); "" takes the video or image.
+    texts: take the text alone, of any length, and no frames.
     cached: read features of the window instead (`vtok.data.feature_index.feature_view`).
     """
 
@@ -51,6 +53,7 @@ class View:
     hflip: float = 0.0
     max_pixels: int = 1 << 31
     map: str = ""
+    texts: bool = False
     cached: Cached | None = None
 
     def __post_init__(self) -> None:
@@ -77,12 +80,18 @@ class View:
                 f"data.map={self.map!r} is not the extension of a dense map: npy for <key>.npy, pose.npy for "
                 '<key>.pose.npy (lower case), or "" for the video'
             )
+        if self.texts and self.map:
+            raise ValueError(
+                f"data.texts=true and data.map={self.map!r}: a sample is seen as one of them; leave one out"
+            )
 
     @property
     def media(self) -> tuple[str, ...]:
         """Extensions of the members that it can be a view of."""
         if self.cached is not None:
             return (FEATURES,)
+        if self.texts:
+            return (TEXT,)
         return (self.map,) if self.map else MEDIA
 
 
@@ -97,6 +106,7 @@ class ViewSettings(Protocol):
     hflip: float
     max_pixels: int
     map: str
+    texts: bool
 
 
 def view_of(settings: ViewSettings) -> View:
@@ -112,6 +122,7 @@ def view_of(settings: ViewSettings) -> View:
         hflip=settings.hflip,
         max_pixels=settings.max_pixels,
         map=settings.map,
+        texts=settings.texts,
     )
 
 
