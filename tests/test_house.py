@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"budget", "layers", "quantize", "losses", "vision", "llm", "reducers", "metrics", "data"}
 # no tensor rooms: they may import one another only
 PLUMBING = {"charts", "entropy", "bitstream", "stream_header", "prior_coding"}
-READS_LAYERS = {"losses", "metrics", "quantize", "vision", "prior_coding"}
+READS_LAYERS = {"losses", "metrics", "quantize", "vision", "llm", "prior_coding"}
 LIGHTNING = {"vtok.strategy", "vtok.lit", "vtok.loop", "vtok.train", "vtok.evaluate", "vtok.data.module"}
 HUGGING = {
     "vtok.llm.frozen",

@@ -6,9 +6,7 @@ Letters: B texts, L positions, D width of the word embeddings, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -18,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok.layers.pretrained import commit_of, fetch, weight_files, weights_sha256
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]  # configuration and every kind of tokenizer
+_TEXT = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and every kind of tokenizer
 
 
 @dataclass
@@ -175,14 +174,14 @@ def load_llm(config: LLMConfig, *, shared: bool = True) -> FrozenLLM:
     if name and Path(name).is_dir():
         folder = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = _fetch(name, config.revision)
-        revision = folder.name if len(folder.name) == 40 else config.revision
+        folder = fetch(name, config.revision, texts=_TEXT, what="llm")
+        revision = commit_of(folder, config.revision)
     else:
         raise ValueError(
             f"llm.name={config.name!r} is no folder here and names no repository; give hf:USER/REPO, or a folder that "
             "save_pretrained wrote (data/tiny_lm.py makes a small one)"
         )
-    sha256 = _hash(_weight_files(folder), config)
+    sha256 = weights_sha256(weight_files(folder), config.sha256, key="llm.sha256", name=config.name)
     key = (*astuple(config), sha256)
     if shared and key in _LOADED:
         return _LOADED[key]
@@ -217,41 +216,3 @@ def _end_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     if not ids:
         raise ValueError(f"the tokenizer of {name} has no eos_token: an answer could not end")
     return ids
-
-
-def _fetch(repo: str, revision: str) -> Path:
-    """The cached snapshot of a Hub repository: configuration, tokenizer, and its weights in one format."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted: dict[str, Any] = dict(revision=revision or None, ignore_patterns=["*/*"])
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=[*_TEXT, "*.safetensors"], **wanted))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=[*_TEXT, "*.bin"], **wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"llm {repo!r} could not be had from the Hub: {error}") from error
-    return folder
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files the library will read, found as it finds them: safetensors before pickles, one file before shards."""
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    raise ValueError(f"{folder} has no weights: expected one of {', '.join(_WEIGHTS)}, or the index of its shards")
-
-
-def _hash(files: list[Path], config: LLMConfig) -> str:
-    hashes = []
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    found = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    if config.sha256 and config.sha256.lower() != found:
-        raise ValueError(f"llm.sha256={config.sha256} is expected, but {config.name} has {found}: other weights")
-    return found

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
 
-from vtok.layers.perceptual import file_sha256
+from vtok.layers.pretrained import WEIGHTS, commit_of, fetch, weight_files, weights_sha256
 from vtok.vision.bodies import VIDEO, Body, HubBody, TimmBody
 from vtok.vision.tower import DTYPES, Tower, TowerConfig
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_NAMES = (*WEIGHTS, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def load_tower(config: TowerConfig) -> Tower:
@@ -31,15 +30,15 @@ def load_tower(config: TowerConfig) -> Tower:
     elif kind == "timm" and "/" not in rest:
         return _registered(config, rest, size)
     elif kind and rest.count("/") == 1 and not rest.startswith((".", "/", "~")):
-        folder = _fetch(rest, config.revision)
-        revision = folder.name if len(folder.name) == 40 else config.revision
+        folder = fetch(rest, config.revision, texts=["*.json"], what="tower")
+        revision = commit_of(folder, config.revision)
     else:
         raise ValueError(
             f"tower.name={config.name!r} is no folder here and names no tower; give timm:MODEL, timm:USER/REPO, "
             "hf:USER/REPO, or a folder that timm.models.save_for_hf or save_pretrained wrote"
         )
     facts = _facts(folder)
-    sha256 = _hash(_weight_files(folder), config)
+    sha256 = weights_sha256(weight_files(folder, _NAMES), config.sha256, key="tower.sha256", name=config.name)
     if "architecture" in facts and "model_type" not in facts:
         body = _timm_body(f"local-dir:{folder}", config, size, {})
     else:
@@ -56,45 +55,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or not {"architecture", "model_type"} & facts.keys():
         raise ValueError(f"{path} names neither timm's architecture nor transformers' model_type: no tower is there")
     return facts
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files the library will read, found as it finds them: safetensors before pickles, one file before shards."""
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    raise ValueError(f"{folder} has no weights: expected one of {', '.join(_WEIGHTS)}, or the index of its shards")
-
-
-def _hash(files: list[Path], config: TowerConfig) -> str:
-    hashes = [file_sha256(file) for file in files]
-    found = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    if config.sha256 and config.sha256.lower() != found:
-        raise ValueError(
-            f"tower.sha256={config.sha256} is expected, but {config.name} has {found}: these are other weights"
-        )
-    return found
-
-
-def _fetch(repo: str, revision: str, files: tuple[str, ...] = ()) -> Path:
-    """The cached snapshot of a Hub repository: its configuration, and its weights in one format, or those files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted: dict[str, Any] = dict(revision=revision or None, ignore_patterns=["*/*"])
-    try:
-        if files:
-            return Path(snapshot_download(repo, allow_patterns=["config.json", *files], **wanted))
-        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"], **wanted))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.bin"], **wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"tower {repo!r} could not be had from the Hub: {error}") from error
-    return folder
 
 
 def _timm() -> Any:
@@ -123,11 +83,13 @@ def _registered(config: TowerConfig, name: str, size: tuple[int, int] | None) ->
         raise ValueError(f"tower.name={config.name!r}: timm lists no weights of it on the Hub; give a tag or a folder")
     own = cfg.hf_hub_filename or ""  # where a repository holds several libraries' weights; safetensors before a pickle
     names = (own.replace("_pytorch_model.bin", "_model.safetensors"), own) if own else ()
-    folder = _fetch(repo, config.revision, names)
-    files = [folder / own_name for own_name in names if (folder / own_name).is_file()][:1] or _weight_files(folder)
-    sha256 = _hash(files, config)
+    texts = ["config.json"] if names else ["*.json"]
+    folder = fetch(repo, config.revision, texts=texts, what="tower", files=names)
+    there = [folder / own_name for own_name in names if (folder / own_name).is_file()][:1]
+    files = there or weight_files(folder, _NAMES)
+    sha256 = weights_sha256(files, config.sha256, key="tower.sha256", name=config.name)
     body = _timm_body(name, config, size, {"file": str(files[0])})
-    return Tower(config, body, sha256=sha256, revision=folder.name if len(folder.name) == 40 else config.revision)
+    return Tower(config, body, sha256=sha256, revision=commit_of(folder, config.revision))
 
 
 def _timm_body(name: str, config: TowerConfig, size: tuple[int, int] | None, overlay: dict[str, Any]) -> Body:
