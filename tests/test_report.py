@@ -26,8 +26,9 @@ import numpy as np
 import pytest
 import torch
 
-from vtok.charts import Series, bars, chart, linear_ticks, log_ticks
-from vtok.report import sprite, sprite_columns, write_report
+from vtok.charts import Level, Series, bars, chart, linear_ticks, log_ticks
+from vtok.report import write_report
+from vtok.sprites import sprite, sprite_columns
 
 BUDGETS = (1, 4, 16)
 NASTY = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>&\u2028 {{js}} \"quoted\""
@@ -187,12 +188,10 @@ def test_numbers_of_every_clip_stay_in_eval_json(tmp_path):
     assert "a-key-of-thousands" not in text and "per_clip" not in text
 
 
-@pytest.mark.parametrize(
-    "rows", [[], [{"method": "flexible", "budget": 4, "tokens_mean": 4.0, "accuracy": 0.5, "loss": 2.0}]]
-)
-def test_empty_and_projector_evaluations(tmp_path, rows):
+@pytest.mark.parametrize("rows", [[], [{"method": "flexible", "budget": 4, "tokens_mean": 4.0, "psnr_db": 21.5}]])
+def test_empty_evaluations_and_those_of_one_row(tmp_path, rows):
     text = write_report({"family": "flexible", "rows": rows}, [], tmp_path / "r.html").read_text()
-    assert ("accuracy against tokens" in text) == bool(rows)
+    assert ("PSNR, dB against tokens" in text) == bool(rows)
     assert ("<table" in text) == bool(rows)
 
 
@@ -252,6 +251,28 @@ def test_chart_places_points_in_order_and_drops_what_a_log_axis_cannot_show():
     (x0, y0), (x1, y1) = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in circles]
     assert x0 < x1 and y1 < y0 and "never" not in drawn
     assert chart([Series("a", [(0.0, 1.0, "")], 0)], x_title="x", y_title="y", log_x=True) == ""
+
+
+def test_ten_methods_differ_without_colour_and_levels_cross_the_chart():
+    lines = [Series(str(i), [(1.0, float(i), "a"), (2.0, float(i), "b")], i) for i in range(10)]
+    level = Level("all tokens", 12.0, 3, "12 %", band=(11.0, 14.0))
+    drawn = ElementTree.fromstring(chart(lines, x_title="x", y_title="y", levels=[level]))
+    shapes = set()
+    for number in range(10):
+        group = next(g for g in drawn.iter("g") if g.get("data-series") == str(number))
+        mark = next(e for e in group.iter() if "mark" in (e.get("class") or ""))
+        corners = [pair.split(",") for pair in (mark.get("points") or "").split()]
+        x = min(float(px) for px, _ in corners) if corners else 0.0
+        y = min(float(py) for _, py in corners) if corners else 0.0
+        outline = tuple((round(float(px) - x), round(float(py) - y)) for px, py in corners)
+        shapes.add((mark.tag, outline, mark.get("class")))
+    assert len(shapes) == 10
+    across = next(g for g in drawn.iter("g") if g.get("data-series") == "all tokens")
+    line, band = across.find("line"), across.find("rect")
+    assert line is not None and band is not None
+    top, tall, y = float(band.get("y", "")), float(band.get("height", "")), float(line.get("y1", ""))
+    assert (y - top) / tall == pytest.approx(2 / 3, abs=0.02)  # 12 lies a third above 11 of 11 to 14
+    assert float(line.get("x2", "")) - float(line.get("x1", "")) > 450
 
 
 def test_bars_leave_gaps_for_undefined_positions():

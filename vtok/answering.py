@@ -2,18 +2,17 @@
 
     1. the LLM blind, and with every token of the stage-0 projector: the two ends that everything else lies between
     2. the projector at each budget; each reducer at the same budgets on the tokens of the stage-0 projector
-    3. accuracy of the likeliest choice, over all questions and by their kind; what the tokens cost the LLM
+    3. the time to the first token of every row's prompt, in turns
+    4. rows and who wins (vtok.answer_rows); of some clips what was said, for the report
 
-Intervals are 95 % percentile intervals of a bootstrap over videos, each with all its questions. What is undefined is
-null, and the row's `note` says why. `random` is run with several seeds, whose answers are pooled.
+`random` is run with several seeds, whose answers are pooled.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,39 +20,18 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
+from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus, video_of
 from vtok.families import reducer as reducing
-from vtok.llm import Answered, FrozenLLM, ask
-from vtok.metrics.cost import shape_of
-from vtok.metrics.language import by_kind, chance, exact_match, retained, token_f1
+from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
+from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds, shape_of
 from vtok.reducers import REDUCERS
-from vtok.rows import SCHEMA, bootstrap, environment, without_nan
-from vtok.types import Budget, Clip, Features, Tokens
+from vtok.rows import SCHEMA, environment, without_nan
+from vtok.types import Clip, to_uint8
+
+__all__ = ["ALWAYS", "AnsweringEvaluator", "attention_layers", "print_answers", "reduced_model", "video_of"]
 
 ALWAYS = ("random", "uniform", "pooling", "downsample")  # controls of every table
-
-
-@dataclass
-class AnswerRow:
-    """Every answer of one (method, budget); seconds and operations of making its tokens, per clip."""
-
-    method: str
-    budget: int | None
-    answers: list[Answered] = field(default_factory=list)
-    tokens: list[float] = field(default_factory=list)
-    compress_s: list[float] = field(default_factory=list)
-    compress_flops: float = math.nan
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
-
-def video_of(key: str) -> str:
-    """The video a clip was cut from, by its key (docs/formats.md: STEM or STEM__0001)."""
-    return key.partition("__")[0]
 
 
 class AnsweringEvaluator:
@@ -68,6 +46,7 @@ class AnsweringEvaluator:
             None leaves both out, and says so.
         reducers: their names beside `ALWAYS`. seeds: of those that draw.
         max_new_tokens: of the LLM's own answers, for exact match and F1; 0 = likelihoods of the choices alone.
+        parts: ask the parts of every clip before the whole, in all rows but the blind one (`vtok.llm.parts`).
     """
 
     def __init__(
@@ -83,6 +62,7 @@ class AnsweringEvaluator:
         reducers: Sequence[str] = (),
         seeds: int = 5,
         max_new_tokens: int = 0,
+        parts: PartsConfig | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
         progress: bool = True,
@@ -105,6 +85,11 @@ class AnsweringEvaluator:
         self.budgets = sorted(set(budgets))
         self.names = list(dict.fromkeys([*ALWAYS, *reducers])) if full is not None else []
         self.seeds, self.seed, self.max_new_tokens = seeds, seed, max_new_tokens
+        self.parts = parts if parts is not None and parts.count > 1 else None
+        try:
+            self.shape, self.no_shape = shape_of(llm.model, llm.model.config.get_text_config()), ""
+        except ValueError as error:  # the answers are worth having without
+            self.shape, self.no_shape = None, f"prefill_flops, kv_bytes: {error}"
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -129,7 +114,7 @@ class AnsweringEvaluator:
                 self.bar.advance(task)
         if not any(row.answers for row in rows.values()):
             raise ValueError("no clip has a question with an answer (`qa` in its json): there is nothing to measure")
-        finished = self._finish(list(rows.values()))
+        ordered = self._ordered(list(rows.values()))
         return without_nan(
             {
                 "schema": SCHEMA,
@@ -138,8 +123,12 @@ class AnsweringEvaluator:
                 "shards": shards,
                 "clips": clips,
                 "llm": self.llm.identity(),
+                "parts": asdict(self.parts) if self.parts else None,
                 "environment": environment(self.device, seed=self.seed),
-                "rows": finished,
+                "benchmark": benchmark(ordered, seed=self.seed),
+                "versus": versus(ordered, self.family, seed=self.seed),
+                "rows": self._finish(ordered),
+                "per_question": per_question(ordered),
             }
         )
 
@@ -167,14 +156,14 @@ class AnsweringEvaluator:
                         continue
                     self._ask(row(name, budget), clip if name == "downsample" else seen, reduced, budget)
 
-    def _menu(self, model: Any, features: Features) -> list[int | None]:
+    def _menu(self, model: Any, features: Any) -> list[int | None]:
         """The budgets of every row, settled by the first clips; all tokens for a model that takes no budget."""
         if not model.any_budget:
             return [None]
         self.budgets = self.budgets or [budget for budget in model.budgets(features) if budget is not None]
         return list(self.budgets)
 
-    def _seen(self, clip: Clip, model: Any) -> tuple[Clip, Features]:
+    def _seen(self, clip: Clip, model: Any) -> tuple[Clip, Any]:
         """The clip with the features of the model's tower, and these, made once for all rows that read them: with
         attention and keys where the reducers need these."""
         asked: dict[str, Any] = {}
@@ -186,106 +175,127 @@ class AnsweringEvaluator:
             if any(method.keys for method in methods):
                 asked["keys"] = True
         features = model.features(clip, **asked)
+        if features is None:  # texts
+            return clip, features
         return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), features
 
     def _ask(self, row: AnswerRow, clip: Clip, model: Any, budget: int | None) -> None:
-        timed = _Timed(model, self._sync) if model is not None else None
+        timed = Timed(model, clock_of(self.device)) if model is not None else None
         if timed is not None and math.isnan(row.compress_flops):
-            with FlopCounterMode(display=False) as counter:
-                timed.model.encode(replace(clip, prompt=[""] * len(clip)), budget=budget)
-            row.compress_flops = counter.get_total_flops() / len(clip)
-        found = ask(
-            self.llm,
-            clip,
-            timed,
-            template=self.template,
-            budget=budget,
-            timestamps=self.timestamps and timed is not None,
-            max_new_tokens=self.max_new_tokens,
-        )
+            row.compress_flops = compress_flops(model, clip, budget=budget)
+            if row.method == "downsample":
+                row.note("compress_flops, compress_seconds_per_clip: with its tower, which other rows share")
+        found = self._answers(clip, timed, budget, self.max_new_tokens)
         row.answers += found
         if budget is not None and any(each.tokens < budget for each in found):
             row.note(f"clips that have fewer than {budget} tokens are given all of theirs")
         if timed is not None:
             row.compress_s += [timed.seconds / len(clip)] * len(clip)
 
-    def _sync(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _answers(self, clip: Clip, model: Any, budget: int | None, max_new_tokens: int) -> list[Answered]:
+        return ask(
+            self.llm,
+            clip,
+            model,
+            template=self.template,
+            budget=budget,
+            timestamps=self.timestamps and model is not None,
+            max_new_tokens=max_new_tokens,
+            parts=self.parts,
+        )
 
     # the table
 
-    def _finish(self, rows: list[AnswerRow]) -> list[dict[str, Any]]:
+    def _ordered(self, rows: list[AnswerRow]) -> list[AnswerRow]:
         order = {"blind": 0, "full": 1, self.family: 2}
-        rows.sort(key=lambda row: (order.get(row.method, 3), row.method, row.budget or 0))
-        full = next((_accuracy(row.answers) for row in rows if row.method == "full"), math.nan)
-        shape = shape_of(self.llm.model, self.llm.model.config.get_text_config())
-        out = []
-        for row in rows:
-            chosen = [each for each in row.answers if each.right is not None]
-            right = torch.tensor([float(bool(each.right)) for each in chosen], dtype=torch.float64)
-            names = {name: at for at, name in enumerate(sorted({video_of(each.key) for each in chosen}))}
-            clusters = torch.tensor([names[video_of(each.key)] for each in chosen], dtype=torch.int64)
-            guess = chance([{"choices": each.choices} for each in chosen])
-            accuracy = _accuracy(row.answers)
-            positions = _mean([float(each.positions) for each in row.answers])
-            texts = [(each.text, each.answer) for each in row.answers if each.text is not None]
-            notes = list(row.notes)
-            if not self.max_new_tokens:
-                notes.append("exact_match, f1: no answers were generated (--answers)")
-            if self.full is None:
-                notes.append("retained: there is no full-token row (--full)")
-            if _draws(row.method):
-                notes.append(f"{self.seeds} seeds, their answers pooled")
-            tokens = _mean([float(each.tokens) for each in row.answers])
-            out.append(
+        return sorted(rows, key=lambda row: (order.get(row.method, 3), row.method, row.budget or 0))
+
+    def _finish(self, rows: list[AnswerRow]) -> list[dict[str, Any]]:
+        prompts = [round(row.positions) for row in rows if row.answers]
+        costs = Costs(self.shape, self.no_shape, first_token_seconds(self.llm, prompts))
+        full = next((row.accuracy for row in rows if row.method == "full"), math.nan)
+        missing = [] if self.max_new_tokens else ["exact_match, f1: no answers were generated (--answers)"]
+        missing += ["retained: there is no full-token row (--full)"] if self.full is None else []
+        pooled = [f"{self.seeds} seeds, their answers pooled"]
+        return [
+            finish(row, full=full, costs=costs, seed=self.seed, notes=missing + pooled * _draws(row.method))
+            for row in rows
+        ]
+
+    # what was said
+
+    def show(self, result: dict[str, Any], *, fps: float | None, each: int = 2, most: int = 32) -> list[dict[str, Any]]:
+        """Clips for the report, after `run`: those where the model is furthest ahead of the best reducers over all
+        budgets, furthest behind, and some drawn at random; `each` of every sort.
+
+        With their frames, where the shards hold them, and what the ends, the model and the best reducers make of each
+        question, the LLM's own answer of up to `most` ids included.
+        """
+        tags = self._chosen(result, each)
+        out: dict[str, dict[str, Any]] = {}
+        with torch.inference_mode():
+            for batch in self.val:
+                for index, key in enumerate(batch.keys):
+                    if key in tags:
+                        clip = batch.rows(slice(index, index + 1)).to(self.device)
+                        out[key] = self._shown(clip, result, fps=fps, most=most) | {"tags": [tags[key]]}
+        return [out[key] for key in tags if key in out]
+
+    def _chosen(self, result: dict[str, Any], each: int) -> dict[str, str]:
+        """{key of a clip: why it is shown}."""
+        found = result["per_question"]
+        lead = dict.fromkeys(found["keys"], 0.0)
+        for entry in result["versus"]:
+            ours, theirs = (found["right"][name][str(entry["budget"])] for name in (self.family, entry["reducer"]))
+            for key, a, b in zip(found["keys"], ours, theirs):
+                lead[key] += (a or 0.0) - (b or 0.0)
+        order = sorted(lead, key=lambda key: -lead[key])
+        tags = {key: "the model is ahead" for key in order[:each] if lead[key] > 0}
+        tags |= {key: "a reducer is ahead" for key in order[-each:] if lead[key] < 0}
+        rest = [key for key in sorted(lead) if key not in tags]
+        draw = torch.randperm(len(rest), generator=torch.Generator().manual_seed(self.seed))[:each].tolist()
+        return tags | {rest[at]: "drawn at random" for at in draw}
+
+    def _shown(self, clip: Clip, result: dict[str, Any], *, fps: float | None, most: int) -> dict[str, Any]:
+        seen = clip.as_float() if clip.video is not None else clip
+        ready, features = self._seen(seen, self.model)
+        readers: list[tuple[str, int | None, Clip, Any]] = [("blind", 0, seen, None)]
+        readers += [(self.family, budget, ready, self.model) for budget in self._menu(self.model, features)]
+        if self.full is not None:
+            other = ready if self.full.config.tower == self.model.config.tower else self._seen(seen, self.full)[0]
+            for entry in result["versus"]:
+                name = entry["reducer"]
+                if name != "downsample" or clip.video is not None:
+                    made = reduced_model(self.full, name, seed=self.seed)
+                    readers.append((name, entry["budget"], seen if name == "downsample" else other, made))
+            readers.append(("full", None, other, self.full))
+        said = [self._answers(its, model, budget or None, most) for _, budget, its, model in readers]
+        out: dict[str, Any] = {
+            "key": clip.keys[0],
+            "caption": (clip.text or [""])[0],
+            "readers": [{"method": method, "budget": budget} for method, budget, _, _ in readers],
+            "questions": [
                 {
-                    "method": row.method,
-                    "budget": row.budget,
-                    "questions": len(row.answers),
-                    "tokens_mean": tokens,
-                    "positions_mean": positions,
-                    "accuracy": accuracy,
-                    "accuracy_ci": bootstrap(right, seed=self.seed, clusters=clusters) if len(right) else None,
-                    "chance": guess,
-                    "retained": retained(accuracy, full=full, chance=guess) if self.full is not None else math.nan,
-                    "by_type": by_kind(right.tolist(), [each.type or "other" for each in chosen]),
-                    "loss": _mean([-each.likelihoods[each.choices.index(each.answer)] for each in chosen
-                                   if each.answer in each.choices]),
-                    "exact_match": _mean([exact_match(a, b) for a, b in texts]),
-                    "f1": _mean([token_f1(a, b) for a, b in texts]),
-                    "prefill_flops": shape.prefill_flops(round(positions)),
-                    "kv_bytes": shape.kv_bytes(round(positions)),
-                    "compress_flops": row.compress_flops,
-                    "compress_seconds_per_clip": _mean(row.compress_s),
-                    "note": "; ".join(notes) or None,
+                    "type": one.type or "other",
+                    "question": one.question,
+                    "answer": one.answer,
+                    "choices": one.choices,
+                    "said": [
+                        {"chosen": each[at].chosen, "right": each[at].right, "text": each[at].text,
+                         "parts": each[at].parts}
+                        for each in said
+                    ],
                 }
-            )  # fmt: skip
+                for at, one in enumerate(said[0])
+            ],
+        }  # fmt: skip
+        if clip.video is not None and clip.video.shape[1] == 3:
+            frames = int(clip.frames()[0])
+            video = clip.video if not clip.video.is_floating_point() else to_uint8(clip.video)
+            out["original"] = video[0, :, :frames].permute(1, 2, 3, 0).contiguous()
+            span = float(clip.times[0, frames - 1] - clip.times[0, 0]) if clip.times is not None and frames > 1 else 0.0
+            out["fps"] = (frames - 1) / span if span > 0 else fps or 8.0
         return out
-
-
-class _Timed:
-    """A projector whose seconds of compressing are counted."""
-
-    def __init__(self, model: Any, clock: Callable[[], float]):
-        self.model, self.clock, self.seconds = model, clock, 0.0
-        self.reads_prompt = getattr(model, "reads_prompt", False)
-
-    def features(self, clip: Clip) -> Features:
-        return self.model.features(clip)
-
-    def compress(self, features: Features, **asked: Any) -> Tokens:
-        start = self.clock()
-        tokens = self.model.compress(features, **asked)
-        self.seconds += self.clock() - start
-        return tokens
-
-    def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
-        start = self.clock()
-        tokens = self.model.encode(clip, budget=budget)
-        self.seconds += self.clock() - start
-        return tokens
 
 
 def attention_layers(model: Any, count: int) -> list[int]:
@@ -337,15 +347,9 @@ def print_answers(result: dict[str, Any], console: Console | None = None) -> Non
     out.print(table)
     guess = next((row["chance"] for row in result["rows"] if row["chance"] is not None), None)
     out.print(f"per cent of questions; chance {_per_cent(guess)}; kept: of what all tokens gain over it", style="dim")
+    for sentence in sentences(result):
+        out.print(sentence)
 
 
 def _per_cent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _accuracy(answers: Sequence[Answered]) -> float:
-    return _mean([float(each.right) for each in answers if each.right is not None])

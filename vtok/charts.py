@@ -1,14 +1,14 @@
 """Inline SVG line and bar charts, drawn in Python: no plotting library, no script, readable in light and dark.
 
-Colours come from the page's style sheet (classes s0 to s9); each has a marker shape of its own, so that colour is never
-the only sign. Hover texts are SVG titles.
+Colours come from the page's style sheet (classes s0 to s9); each has a marker of its own, filled or hollow, so that
+colour is never the only sign and a page may be printed in black. Hover texts are SVG titles.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 NUM_COLOURS = 10  # .s0 to .s9 in assets/report.css
@@ -26,6 +26,17 @@ class Series:
     marks: bool = True
     label: str = ""
     whiskers: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Level:
+    """A value that does not depend on x: a line across the chart with its name, in a band from low to high."""
+
+    name: str
+    value: float
+    colour: int
+    text: str = ""  # on hover
+    band: tuple[float, float] | None = None
 
 
 def _css(s: Series) -> str:
@@ -66,9 +77,10 @@ def tick_text(value: float) -> str:
 
 
 def _mark(colour: int, x: float, y: float, size: float) -> str:
-    """A marker whose shape goes with its colour, so that colour is never the only sign."""
+    """A marker whose shape goes with its colour, so that colour is never the only sign; five shapes, then hollow."""
+    kind = "mark hollow" if colour % NUM_COLOURS >= 5 else "mark"
     if colour % 5 == 0:
-        return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
+        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
     s = size
     corners = {
         1: [(-s, -s), (s, -s), (s, s), (-s, s)],
@@ -77,7 +89,7 @@ def _mark(colour: int, x: float, y: float, size: float) -> str:
         4: [(0, 1.25 * s), (1.15 * s, -s), (-1.15 * s, -s)],
     }[colour % 5]
     points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
-    return f'<polygon class="mark" points="{points}"/>'
+    return f'<polygon class="{kind}" points="{points}"/>'
 
 
 def chart(
@@ -88,6 +100,7 @@ def chart(
     log_x: bool = False,
     log_y: bool = False,
     x_ticks: list[float] | None = None,
+    levels: Sequence[Level] = (),
 ) -> str:
     """An inline SVG line chart with hover texts; points a logarithmic axis cannot show are left out."""
 
@@ -103,6 +116,7 @@ def chart(
     xs = [x for _, points in shown for x, _, _ in points]
     ys = [y for _, points in shown for _, y, _ in points]
     ys += [edge for s, _ in shown for _, *edges in s.whiskers for edge in edges if not log_y or edge > 0]
+    ys += [y for level in levels for y in (level.value, *(level.band or ())) if not log_y or y > 0]
     place_x, low_x, high_x = _axis(xs, log_x, left, width - right)
     place_y, low_y, high_y = _axis(ys, log_y, height - bottom, top)
     parts = []
@@ -127,6 +141,8 @@ def chart(
     parts.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_title)}</text>'
     )
+    for level in levels:
+        parts.append(_level(level, place_y, left, width - right))
     for s, points in sorted(shown, key=lambda item: item[0].ours):  # ours is drawn last, on top
         places = [(place_x(x), place_y(y), text) for x, y, text in points]
         parts.append(f'<g class="{_css(s)}" data-series="{html.escape(s.name)}">')
@@ -147,8 +163,25 @@ def chart(
             x, y, _ = places[-1]
             parts.append(f'<text class="end" x="{x + 8:.1f}" y="{y + 4:.1f}">{html.escape(s.label)}</text>')
         parts.append("</g>")
-    label = f"{y_title} against {x_title}: " + ", ".join(s.name for s, _ in shown)
+    label = f"{y_title} against {x_title}: " + ", ".join([s.name for s, _ in shown] + [each.name for each in levels])
     return _svg(width, height, label, parts)
+
+
+def _level(level: Level, place: Callable[[float], float], left: float, right: float) -> str:
+    y, name = place(level.value), html.escape(level.name)
+    css = f'class="series level s{level.colour % NUM_COLOURS}" data-series="{name}"'
+    band = ""
+    if level.band is not None:
+        low, high = (place(edge) for edge in level.band)
+        band = (
+            f'<rect class="band" x="{left}" width="{right - left}" y="{min(low, high):.1f}" '
+            f'height="{abs(low - high):.1f}"/>'
+        )
+    return (
+        f'<g {css}>{band}<line class="line" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="end" x="{right - 4}" y="{y - 5:.1f}" text-anchor="end">{name}</text>'
+        f"<title>{html.escape(level.text or level.name)}</title></g>"
+    )
 
 
 def _svg(width: float, height: float, label: str, parts: list[str]) -> str:

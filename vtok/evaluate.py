@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vtok.config import DataConfig, EvalConfig, from_dict
+from vtok.config import DataConfig, EvalConfig, from_dict, load_family
 from vtok.evaluator import Evaluator, durations
 from vtok.layers.perceptual import file_sha256, load_lpips
 from vtok.metrics.codecs import CODECS
@@ -173,7 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     projector.add_argument("--llm", help="frozen language model; default: the one it was trained for")
     projector.add_argument("--full", help="stage-0 model: the full-token row and the reducers' projector")
     projector.add_argument("--answers", type=int, default=0, help="generate so many ids: exact match and F1")
+    projector.add_argument(
+        "--parts", type=int, default=1, help="ask so many parts of each clip first (default 1: none)"
+    )
+    projector.add_argument("--part-prompt", help="of a part, with <video> and, where it is to know it, {question}")
+    projector.add_argument("--part-answers", type=int, default=128, help="ids of the answer about a part (default 128)")
     projector.add_argument("--seeds", type=int, default=5, help="of reducers that draw (default 5)")
+    parser.add_argument("--ratios", help="compressors of texts: words of the LLM a token (default 5,10,20,40)")
     parser.add_argument("--no-progress", action="store_true")
     parser.add_argument("--no-report", action="store_true", help="eval.json only")
     return parser
@@ -275,25 +281,27 @@ def _objective_of(path: str) -> Any:
     """The `objective:` node that a run or an export of a projector was trained with."""
     from omegaconf import OmegaConf
 
-    from vtok.llm import ObjectiveConfig
     from vtok.loading import export_folder, is_run
 
     written = Path(path) / "config.yaml" if is_run(Path(path)) else export_folder(path) / "training.yaml"
     node: Any = OmegaConf.to_container(OmegaConf.load(written))
-    return from_dict(ObjectiveConfig, node.get("objective") or {}, where=f"{written}: objective")
+    kind = load_family(str((node.get("model") or {}).get("name"))).Objective.Config
+    return from_dict(kind, node.get("objective") or {}, where=f"{written}: objective")
 
 
-def _main_projector(options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str) -> int:
-    """A projector before its language model: eval.json and the table."""
+def _main_projector(
+    options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str, fps: float | None
+) -> int:
+    """A projector before its language model: eval.json, report.html and the table."""
     from vtok.answering import AnsweringEvaluator, print_answers
-    from vtok.llm import load_llm
-    from vtok.loading import is_run
+    from vtok.llm import PartsConfig, load_llm
 
     objective, source = _objective_of(options.model), Path(options.model)
     full = options.full or objective.teacher
     if options.llm:
         objective.llm = replace(objective.llm, name=options.llm, revision="", sha256="")
     reducers = _names(options.controls) if options.controls else []
+    parts = PartsConfig(options.parts, max_new_tokens=options.part_answers)
     evaluator = AnsweringEvaluator(
         model,
         load_llm(objective.llm),
@@ -305,18 +313,41 @@ def _main_projector(options: argparse.Namespace, model: Any, val: Any, settings:
         reducers=reducers,
         seeds=options.seeds,
         max_new_tokens=options.answers,
+        parts=replace(parts, prompt=options.part_prompt) if options.part_prompt else parts,
         device=_device(options),
         seed=options.seed,
         progress=not options.no_progress,
     )
     result = evaluator.run(model=source.name, shards=shards)
-    out = options.out or (source / "eval" if is_run(source) else Path("eval"))
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    (out / "eval.json").write_text(text + "\n", encoding="utf-8")
+    out = _write_table(options, source, result)
     print_answers(result)
     print(f"table   {out / 'eval.json'}")
+    if not options.no_report:
+        from vtok.answer_report import write_answer_report
+
+        clips = evaluator.show(result, fps=fps)
+        print(f"report  {write_answer_report(result, clips, out / 'report.html', history=_history(source))}")
     return 0
+
+
+def _folder(options: argparse.Namespace, source: Path) -> Path:
+    from vtok.loading import is_run
+
+    return options.out or (source / "eval" if is_run(source) else Path("eval"))
+
+
+def _write_table(options: argparse.Namespace, source: Path, result: dict[str, Any]) -> Path:
+    """Writes eval.json; returns the folder it lies in."""
+    out = _folder(options, source)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return out
+
+
+def _history(source: Path) -> list[dict[str, Any]] | None:
+    """The lines of a run's metrics.jsonl."""
+    lines = source / "metrics.jsonl"
+    return [json.loads(line) for line in lines.read_text().splitlines() if line] if lines.is_file() else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -329,8 +360,12 @@ def main(argv: list[str] | None = None) -> int:
     clips = data.val_clips if options.clips is None else options.clips
     tower = (lambda: model.tower) if hasattr(model, "compress") else None
     val = _loader(data, val_shards, clips=clips, setting="--shards", tower=tower)
+    if getattr(model.config, "source", "") == "text":
+        from vtok.repeating import main_repeating
+
+        return main_repeating(options, model, val, settings, shards=val_shards)
     if not hasattr(model, "decode"):
-        return _main_projector(options, model, val, settings, shards=val_shards)
+        return _main_projector(options, model, val, settings, shards=val_shards, fps=data.fps)
     train = None
     if train_shards:
         try:
@@ -359,25 +394,18 @@ def main(argv: list[str] | None = None) -> int:
         codec_clips=options.codec_clips,
         progress=not options.no_progress,
     )
-    from vtok.loading import is_run
-
     source = Path(options.model)
     if lpips[0]:
         evaluator.weights["lpips"] = {"sha256": file_sha256(lpips[0])}
-    out = options.out or (source / "eval" if is_run(source) else Path("eval"))
-    _check_previous(out / "eval.json", evaluator)
+    _check_previous(_folder(options, source) / "eval.json", evaluator)
     result = evaluator.run(model=source.name, shards=val_shards)
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    (out / "eval.json").write_text(text + "\n", encoding="utf-8")
+    out = _write_table(options, source, result)
     print_table(result)
     print(f"table   {out / 'eval.json'}")
     if not options.no_report:
         from vtok.report import write_report
 
-        lines = source / "metrics.jsonl"
-        history = [json.loads(line) for line in lines.read_text().splitlines() if line] if lines.is_file() else None
         clips = showcase(evaluator, result, fps=data.fps)
         samples = _samples(model, options.model, seed=options.seed)
-        print(f"report  {write_report(result, clips, out / 'report.html', history=history, samples=samples)}")
+        print(f"report  {write_report(result, clips, out / 'report.html', history=_history(source), samples=samples)}")
     return 0

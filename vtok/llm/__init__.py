@@ -7,20 +7,27 @@ ids with placeholders + Tokens      spliced into word embeddings, mask, labels, 
 frozen LLM                          any causal LM of transformers, by name or folder        frozen.py
         |
 loss | answers | choices            teacher-forced, greedy, by likelihood                   reading.py, questions.py
+answers of parts before the whole   long videos, training-free                              parts.py
 
 lora.py       adapters on the LLM, an option        distill.py    few tokens taught by all tokens
 objective.py  the training loss of every projector family
+joined.py     a trained projector inside a VLM of transformers (seams.py, places.py); framewise.py: the second way
 """
 
 from vtok.llm.distill import hidden_distance, logit_divergence
+from vtok.llm.framewise import swap
 from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
+from vtok.llm.joined import Joined, attach
 from vtok.llm.lora import Adapters, LoraConfig
 from vtok.llm.objective import BudgetConfig, ObjectiveConfig, ProjectorObjective
+from vtok.llm.parts import PartsConfig
 from vtok.llm.questions import Answered, ask
 from vtok.llm.reading import PLACE, Read, generate, read, score, tokens_at
 from vtok.llm.splice import PLACEHOLDER, Spliced, splice
 from vtok.llm.tasks import TaskConfig, Told, choose
 
 __all__ = ["PLACE", "PLACEHOLDER", "Adapters", "Answered", "BudgetConfig", "FrozenLLM", "LLMConfig", "LoraConfig"]
-__all__ += ["ObjectiveConfig", "ProjectorObjective", "Read", "Spliced", "TaskConfig", "Told", "ask", "choose"]
-__all__ += ["generate", "hidden_distance", "load_llm", "logit_divergence", "read", "score", "splice", "tokens_at"]
+__all__ += ["ObjectiveConfig", "PartsConfig", "ProjectorObjective", "Read", "Spliced", "TaskConfig", "Told", "ask"]
+__all__ += ["choose", "generate", "hidden_distance", "load_llm", "logit_divergence", "read", "score", "splice"]
+__all__ += ["tokens_at"]
+__all__ += ["Joined", "attach", "swap"]

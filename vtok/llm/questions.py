@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vtok.llm.frozen import FrozenLLM
+from vtok.llm.parts import PartsConfig, Said, ask_parts, compressed, with_parts
 from vtok.llm.reading import PLACE, generate, prompt_ids, score, tokens_at, with_times
-from vtok.llm.tasks import ask_as, instruction, is_question, plain
-from vtok.types import Budget, Clip, Features, Tokens
+from vtok.llm.tasks import ask_as, is_question, plain
+from vtok.types import Budget, Clip, Tokens
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,8 @@ class Answered:
 
     likelihoods: log-likelihood in nats of each choice; [] where the question has none. text: its own greedy answer;
     None where none was asked. tokens: of the clip. positions: of the whole prompt, tokens and separators included.
+    parts: what the parts of the clip said before, and part_positions, of their prompts; part_ids: that were generated
+    for them; part_seconds: this question's share of the time they took.
     """
 
     key: str
@@ -33,6 +34,10 @@ class Answered:
     text: str | None
     tokens: int
     positions: int
+    parts: list[str] = field(default_factory=list)
+    part_positions: list[int] = field(default_factory=list)
+    part_ids: int = 0
+    part_seconds: float = 0.0
 
     @property
     def chosen(self) -> str | None:
@@ -65,6 +70,7 @@ def ask(
     captions: bool = False,
     timestamps: bool = False,
     max_new_tokens: int = 0,
+    parts: PartsConfig | None = None,
     texts_per_call: int = 64,
 ) -> list[Answered]:
     """All questions of a batch, in order. A clip is compressed once, or once for each question where the model reads
@@ -74,6 +80,7 @@ def ask(
         model: a projector, at `budget`; None: the LLM is blind, or reads the clip's caption where `captions`.
         template: a prompt with "<video>" and "{question}". timestamps: the start of each group is told before it.
         max_new_tokens: length of the LLM's own answer; 0 = only choices are scored.
+        parts: ask the parts of each clip first and tell what they said (`vtok.llm.parts`); a blind LLM has none.
         texts_per_call: texts that the LLM reads at once; bounds the memory.
     """
     every = [(row, question) for row, of_clip in enumerate(clip.qa or []) for question in of_clip or []]
@@ -83,11 +90,13 @@ def ask(
     rows = [row for row, _ in asked]
     prompts = [ask_as(template, question) for _, question in asked]
     tokens: Tokens | None = None
-    if model is not None and getattr(model, "reads_prompt", False):
-        seen = features_at(model.features(clip), rows)
-        tokens = model.compress(seen, budget=budget, prompt=[instruction(prompt) for prompt in prompts])
-    elif model is not None:
-        tokens = tokens_at(model.encode(clip, budget=budget), rows)
+    said, seconds = [Said([], [], 0)] * len(asked), 0.0
+    if model is not None:
+        tokens = compressed(model, clip, rows, prompts, budget=budget)
+        if parts is not None and parts.count > 1:
+            how: dict[str, Any] = dict(budget=budget, timestamps=timestamps, texts_per_call=texts_per_call)
+            said, seconds = ask_parts(llm, clip, model, asked, parts, **how)
+            prompts = [with_parts(prompt, each) for prompt, each in zip(prompts, said)]
     elif captions:
         told = clip.text or [""] * len(clip)
         prompts = [prompt.replace(PLACE, plain(told[row])) for prompt, row in zip(prompts, rows)]
@@ -114,18 +123,10 @@ def ask(
             text=texts[i],
             tokens=counts[i],
             positions=sum(item >= 0 for item in prompt_ids(llm, prompts[i])) + counts[i],
+            parts=said[i].lines,
+            part_positions=said[i].positions,
+            part_ids=said[i].generated,
+            part_seconds=seconds / len(asked),
         )
         for i, (row, question) in enumerate(asked)
     ]
-
-
-def features_at(features: Features, index: Sequence[int]) -> Features:
-    """The features of these clips, in this order; a clip may come several times."""
-    at = torch.as_tensor(list(index), dtype=torch.int64, device=features.patches.device)
-
-    def take(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: take(item) for name, item in value.items()}
-        return value[at.to(value.device)] if isinstance(value, Tensor) else value
-
-    return replace(features, **{f.name: take(getattr(features, f.name)) for f in fields(features)})

@@ -1,15 +1,23 @@
-"""What tokens cost a language model: floating point operations of the prefill, bytes of its key-value cache.
+"""What tokens cost: a language model's prefill, cache and time to the first token; a projector's operations and time.
 
-Both are read off the architecture that is really there (grouped-query attention, gated feed-forward layers), not off
-its parameter count: tables of the field assume neither, and so flatter long prompts.
+Operations and bytes are read off the architecture that is really there (grouped-query attention, gated feed-forward
+layers), not off its parameter count: tables of the field assume neither, and so flatter long prompts. Times are
+measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtok.types import Budget, Clip, Features, Tokens
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,13 @@ class LMShape:
 def shape_of(model: nn.Module, config: Any) -> LMShape:
     """The shape of a causal language model of transformers; `config` is its text configuration.
 
-    Raises: ValueError for a mixture of experts, of which a position passes some weights only.
+    Raises: ValueError for a mixture of experts, of which a position passes some weights only, and for a configuration
+        that does not say its attention heads.
     """
     if any("expert" in name for name, _ in model.named_modules()):
         raise ValueError(f"{type(model).__name__} is a mixture of experts: its cost depends on the routing")
+    if not getattr(config, "num_attention_heads", None):
+        raise ValueError(f"{type(config).__name__} names no num_attention_heads: the cost of its layers is not known")
     heads = int(config.num_attention_heads)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = 0
@@ -63,3 +74,88 @@ def shape_of(model: nn.Module, config: Any) -> LMShape:
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
     )
+
+
+def clock_of(device: torch.device | str) -> Callable[[], float]:
+    """Seconds of a clock that waits for what the device was given to do."""
+    device = torch.device(device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+@torch.no_grad()
+def first_token_seconds(llm: Any, lengths: Iterable[int], *, repeats: int = 5) -> dict[int, float]:
+    """Median seconds from the embeddings of one prompt to the first token chosen, for prompts of so many positions.
+
+    Measured side by side: after a round of warm-up the lengths take turns, `repeats` times, so what slows the machine
+    for a while slows all of them. A prompt that leaves no room for an answer has none.
+
+    Args:
+        llm: a frozen language model (`vtok.llm.FrozenLLM`), on the device that is measured; its cache is filled as in
+            any generation.
+    """
+    clock, device = clock_of(llm.device), llm.device
+    wanted = sorted({length for length in lengths if 0 < length < llm.max_length})
+    spent: dict[int, list[float]] = {length: [] for length in wanted}
+    for turn in range(repeats + 1):
+        for length in wanted:
+            embeds = llm.embed(torch.arange(length, device=device)[None] % 2)  # which words they are costs nothing
+            mask = torch.ones(1, length, dtype=torch.bool, device=device)
+            began = clock()
+            llm.generate(embeds, mask, max_new_tokens=1)
+            if turn:
+                spent[length].append(clock() - began)
+    return {length: median(times) for length, times in spent.items()}
+
+
+@torch.no_grad()
+def compress_flops(model: Any, clip: Clip, *, budget: Budget | None = None) -> float:
+    """Operations (a multiply-add is two) of making a clip's tokens, as torch counts them; the mean of the batch. Of the
+    tower only where the clip does not bring its features."""
+    prompts = clip.prompt if clip.prompt is not None else [""] * len(clip)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for (
+            parameter
+        ) in learned:  # torch's counter fails on a module that is given a parameter while nothing is recorded
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            model.encode(replace(clip, prompt=prompts), budget=budget)
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+    return counter.get_total_flops() / len(clip)
+
+
+class Timed:
+    """A projector whose seconds of compressing are counted; asked as the projector is."""
+
+    def __init__(self, model: Any, clock: Callable[[], float]):
+        self.model, self.clock, self.seconds = model, clock, 0.0
+        self.config = model.config
+        self.reads_prompt: bool = getattr(model, "reads_prompt", False)
+
+    def features(self, clip: Clip, **asked: Any) -> Features:
+        return self.model.features(clip, **asked)
+
+    def beside(self, clip: Clip) -> dict[str, Features]:
+        """What `compress` is given of a clip beside its tower's features and its prompt: audio."""
+        given = getattr(self.model, "beside", None)
+        return given(clip) if given is not None else {}
+
+    def compress(self, features: Features, **asked: Any) -> Tokens:
+        start = self.clock()
+        tokens = self.model.compress(features, **asked)
+        self.seconds += self.clock() - start
+        return tokens
+
+    def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
+        start = self.clock()
+        tokens = self.model.encode(clip, budget=budget)
+        self.seconds += self.clock() - start
+        return tokens
