@@ -320,6 +320,8 @@ class Conductor(pl.Callback):
         if self.bar is not None:
             shown = {"val/loss": scores["val/loss"], **by_budget}
             self.bar.say(f"step {lit.steps_done}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in shown.items()))
+            for text in lit.told(scores):
+                self.bar.say(text)
         better = math.isfinite(quality) and (self.best is None or quality > self.best)
         self.best = quality if better else self.best
         return better
