@@ -22,6 +22,7 @@ LIGHTNING = {"vtok.strategy", "vtok.lit", "vtok.loop", "vtok.train", "vtok.evalu
 HUGGING = {
     "vtok.llm.frozen",
     "vtok.llm.lora",
+    "vtok.llm.seams",
     "vtok.vision.load",
     "vtok.vision.preprocess",
     "vtok.hf",

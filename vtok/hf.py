@@ -1,9 +1,11 @@
 """The transformers face of an export: its classes are copied into `modeling_vtok.py`, after the family they wrap.
 
-    AutoModel.from_pretrained(folder, trust_remote_code=True) -> VtokModel around the family's Model
+    AutoModel.from_pretrained(folder, trust_remote_code=True) -> VtokModel around the family's Model:
+        CompressorModel of a tokenizer, video in and out; FeatureCompressorModel of a projector, features in, which
+        `attach` joins to a VLM
 
-vtok itself never imports this module: the text is what counts (`vtok.bundle`). It may use torch, transformers and
-`vtok.types` only.
+vtok itself never imports this module: the text is what counts (`vtok.bundle`). It may use torch, transformers,
+`vtok.types` and what joins tokens to a VLM (`vtok.llm.joined`) only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from vtok.types import Budget, Clip, Tokens
+from vtok.llm.framewise import swap as swap_projector
+from vtok.llm.joined import Joined
+from vtok.llm.joined import attach as join
+from vtok.llm.seams import square_grid
+from vtok.types import Budget, Clip, Features, Tokens
 
 
 def build_config(cls: type, values: dict[str, Any], where: str = "model") -> Any:
@@ -45,15 +51,11 @@ class VtokConfig(PretrainedConfig):
         self.family, self.model = family, model or {}
 
 
-class CompressorModel(PreTrainedModel):
-    """A vtok model inside transformers: `encode`, `decode`, `lookup` and the streaming methods are those of `.model`.
-
-    model(video) is encode: video [B, 3, T, H, W], uint8 or float in [-1, 1] -> Tokens.
-    """
+class WrappedModel(PreTrainedModel):
+    """A vtok model inside transformers: `.model` is the family's, built from config.json."""
 
     config_class = VtokConfig
     base_model_prefix = "model"
-    main_input_name = "video"
     make_config: Any = None  # the family's Config
     make_model: Any = None  # the family's Model
 
@@ -87,8 +89,21 @@ class CompressorModel(PreTrainedModel):
         """Tokens of a Clip, or of video [B, 3, T, H, W], uint8 or float in [-1, 1]."""
         if isinstance(clip, Tensor):
             clip = Clip(keys=[str(i) for i in range(clip.shape[0])], video=clip)
-        with torch.no_grad():
-            return self.model.encode(clip.as_float(), budget=budget)
+        return self.model.encode(clip.as_float(), budget=budget)
+
+
+class CompressorModel(WrappedModel):
+    """A tokenizer: `encode`, `decode` and `lookup` are those of `.model`.
+
+    model(video) is encode: video [B, 3, T, H, W], uint8 or float in [-1, 1] -> Tokens.
+    """
+
+    main_input_name = "video"
+
+    @torch.no_grad()
+    def encode(self, clip: Clip | Tensor, *, budget: Budget | None = None) -> Tokens:
+        """Tokens of a Clip, or of video [B, 3, T, H, W], uint8 or float in [-1, 1]."""
+        return super().encode(clip, budget=budget)
 
     def forward(self, video: Tensor, budget: Budget | None = None) -> Tokens:
         return self.encode(video, budget=budget)
@@ -105,3 +120,61 @@ class CompressorModel(PreTrainedModel):
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         return self.model.codebook_sizes
+
+
+class FeatureCompressorModel(WrappedModel):
+    """A projector for a frozen LLM: features of a tower in, tokens as wide as the LLM's words out, with gradients.
+
+    model(patches [B, T, N, D]) is compress. `encode` sees frames itself, which needs the tower: vtok, or
+    `attach(vlm)`, where the VLM's own tower sees them.
+    """
+
+    main_input_name = "features"
+
+    def compress(
+        self,
+        features: Features | Tensor,
+        *,
+        grid: tuple[int, int] | None = None,
+        times: Tensor | None = None,
+        lengths: Tensor | None = None,
+        budget: Budget | None = None,
+        prompt: list[str] | None = None,
+        **beside: Any,
+    ) -> Tokens:
+        """Tokens of Features, or of patches [B, T, N, D].
+
+        Args:
+            grid: (h, w) with h * w = N, of patches; None: they are a square. times: [B, T] seconds. lengths: [B] int64,
+                real frames. These three are said by Features themselves.
+            budget: tokens of each clip. prompt: questions, where the compressor reads them. beside: `audio`.
+        Raises: ValueError for patches of no square without a grid, and what the family's own `compress` raises.
+        """
+        if isinstance(features, Features):
+            if grid is not None or times is not None or lengths is not None:
+                raise ValueError("Features say their grid, times and lengths themselves")
+        else:
+            features = Features(features, grid or square_grid(features), times=times, lengths=lengths)
+        return self.model.compress(features, budget=budget, prompt=prompt, **beside)
+
+    def forward(self, features: Features | Tensor, **options: Any) -> Tokens:
+        return self.compress(features, **options)
+
+    def attach(self, vlm: Any, **options: Any) -> Joined:
+        """A VLM of transformers that reads these tokens: `generate` and forward with this compressor in the place of
+        its projector. options: positions, freeze, frames_per_call, as `attach` tells."""
+        return join(self, vlm, **options)
+
+    def swap(self, vlm: Any, *, budget: int | None = None) -> nn.Module:
+        """Take the place of the VLM's projector, frame by frame; returns that projector. Where the model allows it."""
+        return swap_projector(self, vlm, budget=budget)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the words that the tokens stand beside."""
+        return self.model.embedding_dim
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest budget of a clip."""
+        return self.model.max_tokens

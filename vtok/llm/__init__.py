@@ -11,10 +11,13 @@ answers of parts before the whole   long videos, training-free                  
 
 lora.py       adapters on the LLM, an option        distill.py    few tokens taught by all tokens
 objective.py  the training loss of every projector family
+joined.py     a trained projector inside a VLM of transformers (seams.py, places.py); framewise.py: the second way
 """
 
 from vtok.llm.distill import hidden_distance, logit_divergence
+from vtok.llm.framewise import swap
 from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
+from vtok.llm.joined import Joined, attach
 from vtok.llm.lora import Adapters, LoraConfig
 from vtok.llm.objective import BudgetConfig, ObjectiveConfig, ProjectorObjective
 from vtok.llm.parts import PartsConfig
@@ -27,3 +30,4 @@ __all__ = ["PLACE", "PLACEHOLDER", "Adapters", "Answered", "BudgetConfig", "Froz
 __all__ += ["ObjectiveConfig", "PartsConfig", "ProjectorObjective", "Read", "Spliced", "TaskConfig", "Told", "ask"]
 __all__ += ["choose", "generate", "hidden_distance", "load_llm", "logit_divergence", "read", "score", "splice"]
 __all__ += ["tokens_at"]
+__all__ += ["Joined", "attach", "swap"]

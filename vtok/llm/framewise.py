@@ -1,0 +1,50 @@
+"""A compressor in the place of `multi_modal_projector`: the second way, for VLMs that take whatever it gives.
+
+    frame --the VLM's tower--> [M, N, D] --compressor, every frame alone--> [M, K, width of a word] --> the VLM
+
+Letters: M frames, N patches of one (and a class token, where the VLM keeps it), D width, K tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtok.llm.seams import seam_of, square_grid
+from vtok.types import Features
+
+
+class FramewiseProjector(nn.Module):
+    """A compressor in the place of `multi_modal_projector`: every frame alone, [M, N, D] -> [M, K, width of words]."""
+
+    def __init__(self, compressor: Any, budget: int | None):
+        super().__init__()
+        self.compressor, self.budget = compressor, budget
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        ahead = math.isqrt(image_features.shape[1]) ** 2 != image_features.shape[1]  # a class token
+        patches = image_features[:, None, int(ahead) :]
+        tokens = self.compressor.compress(Features(patches, square_grid(patches)), budget=self.budget)
+        counts = tokens.lengths.unique().tolist()
+        if len(counts) != 1:
+            raise ValueError(f"frames got {counts} tokens, a projector gives all the same number: attach takes any")
+        return tokens.embeddings.to(image_features.dtype)
+
+
+def swap(compressor: Any, vlm: Any, *, budget: int | None = None) -> nn.Module:
+    """Put a compressor in the place of the VLM's projector; returns the VLM's own, to be put back.
+
+    Every frame is compressed by itself, to `budget` tokens, so texts need that many placeholders for each. What reads
+    across frames, and models that count what their projector gives, need `attach`.
+
+    Raises: ValueError for an architecture where the number of tokens is fixed by what comes after the projector.
+    """
+    if not seam_of(vlm).swap:
+        raise ValueError(
+            f"{vlm.config.model_type!r} counts or rearranges what its projector gives: use attach(compressor, vlm)"
+        )
+    own = vlm.base_model.multi_modal_projector
+    vlm.base_model.multi_modal_projector = FramewiseProjector(compressor, budget)
+    return own
