@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 
 from vtok.types import Features, Tokens
@@ -69,7 +73,7 @@ def internvl():
 def qwen2_5_vl():
     config = transformers.Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_parameters": dict(ROPE)},
-        vision_config=dict(depth=2, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2, **QWEN),
+        vision_config=dict(depth=2, window_size=32, fullatt_block_indexes=[1], tokens_per_second=2, **QWEN),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=118, vision_end_token_id=119,
     )  # fmt: skip
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
@@ -160,6 +164,23 @@ def untouched(name: str, row: list[int], video: dict[str, Any]) -> dict[str, Any
         if "second_per_grid_ts" in video:
             video["second_per_grid_ts"] = torch.tensor(video["second_per_grid_ts"])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **video}
+
+
+def write_processor(folder: Path) -> None:
+    """LLaVA-OneVision's processor with words w3, w4 ... for ids."""
+    names = {PAD: "<pad>", 1: "<unk>", 2: "</s>", IMAGE: "<image>", VIDEO: "<video>"}
+    words = Tokenizer(WordLevel({names.get(i, f"w{i}"): i for i in range(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>",
+        additional_special_tokens=["<image>", "<video>"],
+    )  # fmt: skip
+    size = {"height": 32, "width": 32}
+    transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[32, 32]]),
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size, do_sample_frames=False),
+        tokenizer=tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
+    ).save_pretrained(folder)  # fmt: skip
 
 
 @dataclass

@@ -29,7 +29,6 @@ from small_vlms import (
     TWO,
     VIDEO,
     WIDTH,
-    WORDS,
     Own,
     pixels_of,
     texts,
@@ -37,10 +36,8 @@ from small_vlms import (
     untouched,
     video_of,
     vlm_of,
+    write_processor,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 import vtok
@@ -189,6 +186,19 @@ def test_images_are_clips_of_one_frame():
     only = attach(compressor_of(method="tome"), vlm_of("llava"))
     with pytest.raises(ValueError, match="one placeholder for images and videos"):
         only.prepare(*texts("llava", ONE, ONE), pixel_values=views[:1, 0], **pixels_of("llava", [2]))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@torch.no_grad()
+def test_patches_of_a_qwen_tower_lie_row_by_row(name):
+    """Its merger's blocks and its windows undone: merged again, they are the VLM's own tokens in their own order."""
+    vlm, grid = vlm_of(name), torch.tensor([[2, 8, 12]])
+    rows = torch.randn(int(grid.prod()), 3 * 2 * 8 * 8)
+    (item,) = attach(compressor_of(method="tome"), vlm).features(pixel_values_videos=rows, video_grid_thw=grid)
+    assert item.grid == (8, 12)
+    blocks = item.patches.reshape(2, 4, 2, 6, 2, SEEN).transpose(2, 3)
+    (want,) = vlm.model.get_video_features(rows, grid).pooler_output
+    assert torch.allclose(vlm.model.visual.merger(blocks.reshape(-1, SEEN)), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -402,23 +412,6 @@ assert page["answers"].shape[0] == 2 and page["inputs"]["input_ids"].shape == (2
 assert not [name for name in sys.modules if name.partition(".")[0] in ("vtok", "lightning", "timm")]
 save_file({key: value.contiguous() for key, value in out.items()}, root + "/out.safetensors")
 """
-
-
-def write_processor(folder: Path) -> None:
-    """LLaVA-OneVision's processor with words w3, w4 ... for ids."""
-    names = {PAD: "<pad>", 1: "<unk>", 2: "</s>", IMAGE: "<image>", VIDEO: "<video>"}
-    words = Tokenizer(WordLevel({names.get(i, f"w{i}"): i for i in range(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>",
-        additional_special_tokens=["<image>", "<video>"],
-    )  # fmt: skip
-    size = {"height": 32, "width": 32}
-    transformers.LlavaOnevisionProcessor(
-        image_processor=transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[32, 32]]),
-        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size, do_sample_frames=False),
-        tokenizer=tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
-    ).save_pretrained(folder)  # fmt: skip
 
 
 @pytest.mark.slow
