@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,16 @@ _FLOW = ("flextok", "videoflextok", "flextok_pixel")
 DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
 TWINS = {name: f"{name}_tiny" for name in (*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE)}
 TWINS |= {"temporal/tdc": "temporal/tdc_tiny", "vqtoken/vqtoken": "vqtoken/tiny"}
+TWINS |= {"language/c3": "language/c3_tiny"}
 TWINS |= {"reducer/stage0": "reducer/tiny", "reducer/pooling": "reducer/tiny_pooling"}
 FULL = list(TWINS)
+# what a run reads off the files of the small language models that presets name, by their config.json
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "hf:Qwen/Qwen2.5-1.5B": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
 
 
 def test_every_preset_has_a_twin():
@@ -52,6 +61,8 @@ def test_full_presets_have_the_parameters_their_header_states(name):
         widths = re.search(r"\(in_dim (\d+), embedding_dim (\d+)\)", text)
         assert widths, f"{name}.yaml does not say for which widths it counts"
         config.in_dim, config.embedding_dim, config.embedding_rms = int(widths[1]), int(widths[2]), 1.0
+    if config.name == "language":
+        config.lm.architecture = LANGUAGE_MODELS[config.lm.name]
     with torch.device("meta"):
         model = configuration.load_family(config.name).Model(config)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - float(stated[1])) < 0.06
@@ -101,6 +112,7 @@ _SIZES = {
         *("model.latent_channels", "optim.lr", "model.quantizer.entropy_warmup_steps"),  # held to rules below
     },
     **dict.fromkeys(("reducer", "temporal", "vqtoken"), _PROJECTOR),
+    "language": _PROJECTOR | {"model.lm.name", "model.lm.checkpoint"},
 }
 
 

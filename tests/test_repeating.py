@@ -1,0 +1,172 @@
+"""Texts said again: the measures, the table by ratio, and a run of the text mode from texts to an export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_llm import small_model
+
+import vtok
+from vtok import strategy
+from vtok.config import loads
+from vtok.data.text_shards import pack_texts
+from vtok.evaluate import main as evaluate
+from vtok.export import main_export
+from vtok.families.language import Config, SmallLM, build
+from vtok.llm import LLMConfig, load_llm
+from vtok.llm.words import words_as_tokens
+from vtok.loading import load_run
+from vtok.metrics.text import by_place, correct_prefix, sequence_f1
+from vtok.repeating import RepeatingEvaluator, print_repeats
+from vtok.train import train
+from vtok.types import Clip
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+import tiny_lm
+from demo_texts import story, write_stories
+
+torch.set_num_threads(1)
+
+
+def test_measures_of_a_repeated_text():
+    assert sequence_f1("a b c".split(), "c b a".split()) == 1.0
+    assert sequence_f1("a a a".split(), "a b".split()) == pytest.approx(2 * 1 / 5)
+    assert sequence_f1([], []) == 1.0 and sequence_f1(["a"], []) == 0.0 == sequence_f1(["a"], ["b"])
+    assert correct_prefix("a b x d".split(), "a b c d".split()) == 0.5
+    assert correct_prefix("a b c d e".split(), "a b c d".split()) == 1.0 == correct_prefix([], [])
+    assert correct_prefix([], ["a"]) == 0.0
+    hits = torch.tensor([1.0, 1, 0, 0, 1, 0])
+    rows = torch.tensor([0, 0, 0, 0, 1, 1])
+    sums, counts = by_place(hits, rows, parts=2)
+    assert sums.tolist() == [3, 0] and counts.tolist() == [3, 3]
+    assert by_place(torch.ones(3), torch.tensor([0, 0, 2]), parts=10)[1].tolist() == [2, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    """Stories as shards, and a small language model with their tokenizer."""
+    root = tmp_path_factory.mktemp("lab")
+    stories = write_stories(root / "texts.jsonl", stories=24, sentences=(2, 3), val_fraction=0.3)
+    pack_texts([stories], root / "shards", progress=False)
+    settings = tiny_lm.TinyConfig(vocabulary=420)
+    tokenizer = tiny_lm.make_tokenizer([story(0, i)["text"] for i in range(24)], settings)
+    torch.manual_seed(3)
+    model = small_model("llama", len(tokenizer))
+    model.config.max_position_embeddings = 512
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(root / "llm")
+    tokenizer.save_pretrained(root / "llm")
+    return root
+
+
+class Words(torch.nn.Module):
+    """A compressor that keeps the first words: truncation by another name."""
+
+    config, max_tokens = Config(), 1000
+
+    def __init__(self, llm):
+        super().__init__()
+        self.llm = llm
+
+    def encode(self, clip, *, budget):
+        assert clip.qa is None and clip.target is None
+        return words_as_tokens(self.llm, clip.text).truncate(budget[:, None])
+
+
+def test_the_table_measures_every_method_at_as_many_tokens(lab):
+    llm = load_llm(LLMConfig(name=str(lab / "llm")))
+    rows = [story(0, i) for i in range(5)]
+    clip = Clip([row["key"] for row in rows], text=[row["text"] for row in rows], qa=[row["qa"] for row in rows])
+    prompts = dict(repeat="<video>\nRepeat the text:", question="<video>\nQuestion: {question}\nAnswer:")
+    found = RepeatingEvaluator(
+        Words(llm), llm, val=[clip.rows(slice(0, 3)), clip.rows(slice(3, 5))], ratios=[4, 8], most_words=6,
+        progress=False, **prompts,
+    ).run(model="words")  # fmt: skip
+    table = {(row["method"], row["ratio"]): row for row in found["rows"]}
+    assert set(table) == {("blind", None), ("words", 1.0)} | {
+        (method, ratio) for method in ("language", "truncation", "mean_pool") for ratio in (4.0, 8.0)
+    }
+    assert found["clips"] == 5 and table["words", 1.0]["tokens_mean"] == found["words_mean"]
+    same = {k: v for k, v in table["language", 4.0].items() if k != "method"}
+    assert same == {k: v for k, v in table["truncation", 4.0].items() if k != "method"}
+    assert table["mean_pool", 4.0]["loss"] != same["loss"] != table["truncation", 8.0]["loss"]
+    for (_, ratio), row in table.items():
+        assert row["texts"] == 5 and row["questions"] == sum(len(own) for own in clip.qa)
+        assert len(row["accuracy_by_place"]) == 10 and all(0 <= x <= 1 for x in row["accuracy_by_place"])
+        assert 0 <= row["token_f1"] <= 1 and row["token_f1_ci"][0] <= row["token_f1"] <= row["token_f1_ci"][1]
+        if ratio and ratio > 1:
+            assert found["words_mean"] / row["tokens_mean"] == pytest.approx(ratio, rel=0.1)
+    assert table["blind", None]["tokens_mean"] == 0
+    print_repeats(found)
+    with pytest.raises(ValueError, match="words a token, 1 or more"):
+        RepeatingEvaluator(Words(llm), llm, val=[], repeat="", ratios=[0.5])
+    with pytest.raises(ValueError, match="have no texts"):
+        RepeatingEvaluator(Words(llm), llm, val=[Clip(["a"])], progress=False, **prompts).run()
+
+
+def settings(lab: Path, name: str, **more: str) -> str:
+    return f"""
+name: {name}
+out: {lab / "runs"}
+model: {{name: language, num_tokens: 16, lm: {{name: {lab / "llm"}, {more.get("lm", "learn: all")}}}}}
+objective: {{llm: {{name: {lab / "llm"}}}, tasks: {{caption: 0, qa: 1, reconstruction: 1}}, continuation: 0.3,
+            ratios: [4, 8], teacher: text, logits: 0.5}}
+data: {{shards: {lab / "shards" / "train"}, val_shards: {lab / "shards" / "val"}, texts: true, batch_size: 4,
+       val_batch_size: 4, num_workers: 0}}
+optim: {{lr: 1.0e-3, warmup_steps: 1, schedule: constant}}
+trainer: {{max_steps: {more.get("steps", "4")}, devices: 1, accelerator: cpu, log_every: 1, val_every: 2,
+          sample_every: 4, progress: false, tensorboard: false, ledger: true}}
+eval: {{budgets: [2, 8]}}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_texts_validates_resumes_ships_and_is_measured(lab, tmp_path, capsys):
+    before = hashlib.sha256((lab / "llm" / "model.safetensors").read_bytes()).hexdigest()
+    run = train(loads(settings(lab, "whole")))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (val, *_) = [line for line in lines if "val/loss" in line]
+    assert {
+        "val/repeated_accuracy_2",
+        "val/repeated_accuracy_8",
+        "val/accuracy_8",
+        "val/repeated_accuracy",
+    } <= val.keys()
+    assert any("train/logit_kl" in line for line in lines)
+    assert "story-" in (run / "samples" / "step-00000004.md").read_text()
+    train(loads(settings(lab, "cut", steps="2")))
+    cut = train(loads(settings(lab, "cut", steps="4")))
+    assert (cut / "ledger-0.txt").read_text() == (run / "ledger-0.txt").read_text()
+    kept = strategy.consolidate(run / "checkpoints" / "last.ckpt")
+    assert {".".join(name.split(".")[:2]) for name in kept} == {"model.lm", "model.queries", "model.head"}
+    main_export([str(run), "--out", str(lab / "export")])
+    one, two = load_run(run)[0], vtok.load(str(lab / "export"))
+    clip = Clip(["a", "b"], text=[story(0, 1)["text"], "short"])
+    assert torch.equal(one.encode(clip, budget=5).embeddings, two.encode(clip, budget=5).embeddings)
+    for source in (run, lab / "export"):
+        evaluate([str(source), "--ratios", "4,8", "--answers", "4", "--out", str(tmp_path / source.name),
+                  "--shards", str(lab / "shards" / "val"), "--no-progress"])  # fmt: skip
+        found = json.loads((tmp_path / source.name / "eval.json").read_text())
+        assert {(row["method"], row["ratio"]) for row in found["rows"]} >= {("language", 4.0), ("mean_pool", 8.0)}
+        assert found["llm"]["sha256"] == before
+    assert "begin..end" in capsys.readouterr().out
+    assert hashlib.sha256((lab / "llm" / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_ships_adapters_alone(lab):
+    pytest.importorskip("peft")
+    run = train(loads(settings(lab, "lora", lm="learn: lora, lora: {rank: 2}", steps="2")))
+    kept = strategy.consolidate(run / "checkpoints" / "last.ckpt")
+    assert {".".join(name.split(".")[:2]) for name in kept} == {"model.adapters", "model.queries", "model.head"}
+    main_export([str(run), "--out", str(lab / "export-lora")])
+    clip = Clip(["a"], text=[story(0, 1)["text"]])
+    one, two = load_run(run)[0], vtok.load(str(lab / "export-lora"))
+    assert torch.equal(one.encode(clip).embeddings, two.encode(clip).embeddings)
+    plain = build(Config(lm=SmallLM(name=str(lab / "llm"), learn="none"), embedding_dim=32, embedding_rms=0.1))
+    assert {name.split(".")[0] for name in plain.state_dict()} == {"queries", "head"}
