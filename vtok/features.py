@@ -22,7 +22,7 @@ import torch
 from vtok.config import DataConfig, from_dict
 from vtok.data import shard_work
 from vtok.data.feature_index import KIND, SAME, FeatureSettings
-from vtok.data.health import Health, TooManyBroken
+from vtok.data.health import TooManyBroken
 from vtok.data.pack import write_atomically
 from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
@@ -85,7 +85,7 @@ def record_features(
         raise ValueError(f"max_bad_fraction={max_bad_fraction} is a share of the samples, 0 to 1")
     jobs = shard_work.plan(str(shards), cache_dir=cache_dir)
     devices = shard_work.devices_of(device)
-    for cached in (_tower, _health):  # of an earlier call in this process
+    for cached in (_tower, shard_work.health):  # of an earlier call in this process
         cached.cache_clear()
     config = json.dumps(asdict(tower))
     loaded = _tower(config, "cpu")
@@ -130,12 +130,6 @@ def _tower(config: str, device: str) -> Tower:
     return load_tower(from_dict(TowerConfig, json.loads(config), where="tower")).to(device)
 
 
-@lru_cache(maxsize=1)
-def _health(limit: float) -> Health:
-    """This process's count of broken samples, over all its shards."""
-    return Health(max_bad_fraction=limit, quarantine=None, seed=0, where="vtok features")
-
-
 def write_shard(
     job: Job,
     out: Path,
@@ -160,7 +154,7 @@ def write_shard(
     if loaded.sha256 != sha256:
         raise ValueError(f"{loaded.name} changed: its weights were {sha256} when recording began: {loaded.sha256} now")
     recorder = Recorder(loaded, settings)
-    health, threads = _health(limit), torch.get_num_threads()
+    health, threads = shard_work.health("vtok features", limit), torch.get_num_threads()
     reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=recorder.view.media)
     rejected: list[dict[str, Any]] = []
     samples = frames = 0

@@ -27,7 +27,7 @@ import torch
 from vtok.config import DataConfig
 from vtok.config import load as load_config
 from vtok.data import shard_work
-from vtok.data.health import Health, TooManyBroken
+from vtok.data.health import TooManyBroken
 from vtok.data.pack import write_atomically
 from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
@@ -108,7 +108,7 @@ def tokenize(
     devices = shard_work.devices_of(device)
     if workers is None:
         workers = shard_work.default_workers(device, devices)
-    for cached in (_encoder, _health):  # of an earlier call in this process
+    for cached in (_encoder, shard_work.health):  # of an earlier call in this process
         cached.cache_clear()
     kept = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     ledger = Ledger(out, jobs, claim="tokenizing.json", counts=COUNTS, made="tokens")
@@ -169,12 +169,6 @@ def _encoder(model: str, model_id: str, settings: Settings, device: str) -> Enco
     return Encoder(loaded.to(device), settings)
 
 
-@lru_cache(maxsize=1)
-def _health(limit: float) -> Health:
-    """This process's count of broken samples, over all its shards."""
-    return Health(max_bad_fraction=limit, quarantine=None, seed=0, where="vtok tokenize")
-
-
 def write_shard(
     job: Job,
     out: Path,
@@ -194,7 +188,7 @@ def write_shard(
     """
     number = (multiprocessing.current_process()._identity or (0,))[0]  # 1, 2 ... in worker processes
     encoder = _encoder(model, model_id, settings, devices[number % len(devices)])
-    health, threads = _health(limit), torch.get_num_threads()
+    health, threads = shard_work.health("vtok tokenize", limit), torch.get_num_threads()
     reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=encoder.view.media)
     rejected: list[dict[str, Any]] = []
     counts = Counter[str]()

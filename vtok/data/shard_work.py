@@ -24,12 +24,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vtok.data.health import TooManyBroken
+from vtok.data.health import Health, TooManyBroken
 from vtok.data.pack import _add, _Hashing, _sync_folder, write_atomically
 from vtok.data.sources import Shard, open_sources
 from vtok.data.workers import WorkerError, Workers
@@ -282,6 +283,12 @@ class Ledger:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def health(command: str, limit: float) -> Health:
+    """This process's count of broken samples, over all its shards; `health.cache_clear()` begins another."""
+    return Health(max_bad_fraction=limit, quarantine=None, seed=0, where=command)
 
 
 def write_failed(job: Job, out: Path, error: TooManyBroken, rejected: list[dict[str, Any]]) -> None:
