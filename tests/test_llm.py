@@ -514,7 +514,7 @@ def test_questions_are_answered_alike_in_any_batch(folders, kind):
         assert replace(one_, likelihoods=[]) == replace(other, likelihoods=[])
     first = answered[0]
     assert first.tokens == 3 and first.positions > 3 and first.right == (first.chosen == "red")
-    assert first.exact == (first.text == "red") and first.chosen == max(zip(first.likelihoods, first.choices))[1]
+    assert first.chosen == max(zip(first.likelihoods, first.choices))[1] and isinstance(first.text, str)
     blind = loss_of.ask(None, batch)
     told = loss_of.ask(None, batch, captions=True)
     assert blind[0].tokens == 0 and blind[0].positions == first.positions - 3 and blind[0].text is None

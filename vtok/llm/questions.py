@@ -49,11 +49,6 @@ class Answered:
         """Whether the likeliest choice is the answer; None without choices."""
         return _same(self.chosen, self.answer) if self.chosen is not None else None
 
-    @property
-    def exact(self) -> bool | None:
-        """Whether the LLM's own answer is the answer, but for case, surrounding space and a full stop."""
-        return _same(self.text, self.answer) if self.text is not None else None
-
 
 def _same(one: str, other: str) -> bool:
     return one.strip().rstrip(".").casefold() == other.strip().rstrip(".").casefold()
