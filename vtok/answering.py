@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus, video_of
 from vtok.families import reducer as reducing
 from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
 from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds, shape_of
+from vtok.progress import counting_bar
 from vtok.reducers import REDUCERS
 from vtok.rows import SCHEMA, environment, without_nan
 from vtok.types import Clip, to_uint8
@@ -90,14 +90,7 @@ class AnsweringEvaluator:
             self.shape, self.no_shape = shape_of(llm.model, llm.model.config.get_text_config()), ""
         except ValueError as error:  # the answers are worth having without
             self.shape, self.no_shape = None, f"prefill_flops, kv_bytes: {error}"
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            disable=not progress,
-        )
+        self.bar = counting_bar(show=progress)
 
     def run(self, *, model: str = "", shards: str = "") -> dict[str, Any]:
         """Every row of every method. model, shards: what the table says they are."""

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vtok.entropy import StaticModel, factors_of
@@ -30,6 +29,7 @@ from vtok.metrics.distortion import clip_lpips, clip_psnr, clip_ssim, clip_tdiff
 from vtok.metrics.frechet import FeatureCache, FeatureNet, FrechetDistance
 from vtok.metrics.rate import CodebookUsage
 from vtok.prior_coding import signalling_bits
+from vtok.progress import counting_bar
 from vtok.rows import SCHEMA, Row, against_codec, environment, without_nan
 from vtok.types import Clip, Tokens, to_uint8
 
@@ -124,14 +124,7 @@ class Evaluator:
         self.weights = {name: {"sha256": c.net.sha256, "features": c.net.about} for name, c in self.frechet.items()}
         self.fps, self.seed, self.profile = fps, seed, profile
         self.processes, self.codec_clips = processes, codec_clips
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            disable=not progress,
-        )
+        self.bar = counting_bar(show=progress)
         self.keys: list[str] = []
         self.rates: dict[int, float] = {}
         self.controls: dict[str, Any] = {}

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from vtok.llm import FrozenLLM, ask, generate, load_llm, read
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
 from vtok.metrics.text import by_place, correct_prefix, sequence_f1
+from vtok.progress import counting_bar
 from vtok.rows import SCHEMA, bootstrap, environment, without_nan
 from vtok.types import Budget, Clip, Tokens
 
@@ -98,10 +98,7 @@ class RepeatingEvaluator:
         self.family = str(model.config.name).rpartition(".")[2]
         self.val, self.repeat, self.question = val, repeat, question
         self.ratios, self.most_words, self.seed = sorted(set(ratios)), most_words, seed
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), disable=not progress,
-        )  # fmt: skip
+        self.bar = counting_bar(show=progress)
 
     def run(self, *, model: str = "", shards: str = "") -> dict[str, Any]:
         """Every row of every method. model, shards: what the table says they are."""
