@@ -185,6 +185,8 @@ def test_the_page_has_everything_and_needs_no_network(tmp_path):
     plot = text[text.index("<figcaption>all questions") :].split("</svg>")[0]
     assert plot.count('class="whisker"') == 6 and plot.count('class="band"') == 2
     assert "all tokens: " in plot and "blind: " in plot and "on a processor" in text
+    (cell,) = set(re.findall(r">(\d\d\.\d<small>[^<]*)</small>", text[text.index('<td data-value="temporal"') :])[:1])
+    assert re.fullmatch(r"\d\d\.\d<small>\d\d\.\d to \d\d\.\d", cell)
     table_of = text[text.index('id="answers-title"') :]
     assert "says: a red one" in table_of and table_of.count("\N{BALLOT X}") == 2
     order = re.findall(r"<td>(blind|temporal, [^<]*|tome, [^<]*|all tokens)</td>", table_of)

@@ -46,19 +46,19 @@ def _si(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".strip()
 
 
-COLUMNS = [
+NAMED = [
     Column("method", "method", "s"),
     Column("budget", "budget", "g"),
     Column("tokens_mean", "tokens", ",.5g"),
-    Column("accuracy", "accuracy %", _per_cent),
-    Column("accuracy_ci", "95 %", _per_cent),
+]
+SCORES = [
+    Column("accuracy", "accuracy %", _per_cent, "accuracy_ci"),
     Column("retained", "kept %", _per_cent),
     Column("loss", "loss", ".3f"),
 ]
+WORDS = [Column("exact_match", "exact match %", _per_cent), Column("f1", "F1 %", _per_cent)]
 COSTS = [
-    Column("exact_match", "exact match %", _per_cent),
-    Column("f1", "F1 %", _per_cent),
-    Column("positions_mean", "prompt positions", ",.5g"),
+    Column("positions_mean", "prompt positions", ",.1f"),
     Column("prefill_flops", "prefill FLOPs", _si),
     Column("kv_bytes", "KV cache", lambda value: _si(value, "B")),
     Column("ttft_ms", "first token ms", ",.3g"),
@@ -66,7 +66,6 @@ COSTS = [
     Column("compress_seconds_per_clip", "compressor ms", lambda value: f"{1000 * value:,.3g}"),
     Column("parts_positions_mean", "positions of parts", ",.5g"),
     Column("parts_seconds_per_question", "parts ms", lambda value: f"{1000 * value:,.3g}"),
-    Column("questions", "questions", ",.0f"),
 ]
 
 
@@ -257,6 +256,7 @@ told apart. Point at a mark for its numbers; choose a name to hide it.</p>
 
 
 def _table_section(evaluation: Mapping[str, Any], rows: list[dict[str, Any]], family: str) -> str:
+    """Every row twice: what was right, and what it costs."""
     if not rows:
         return ""
     kinds = sorted({kind for row in rows for kind in row["by_type"]})
@@ -265,23 +265,33 @@ def _table_section(evaluation: Mapping[str, Any], rows: list[dict[str, Any]], fa
          **{f"by_type.{kind}_ci": row["by_type_ci"].get(kind) for kind in kinds}}
         for row in sorted(rows, key=lambda row: (row["budget"] is None, row["budget"] or 0))
     ]  # fmt: skip
-    columns = [*COLUMNS]
-    for kind in kinds:
-        columns += [Column(f"by_type.{kind}", f"{kind} %", _per_cent), Column(f"by_type.{kind}_ci", "95 %", _per_cent)]
-    columns = [each for each in [*columns, *COSTS] if any(row.get(each.key) is not None for row in rows + flat)]
+    by_kind = [Column(f"by_type.{kind}", f"{kind} %", _per_cent, f"by_type.{kind}_ci") for kind in kinds]
+
+    def shown(columns: Sequence[Column]) -> list[Column]:
+        return [each for each in columns if any(row.get(each.key) is not None for row in flat)]
+
     guess = next((row["chance"] for row in rows if number(row.get("chance")) is not None), None)
     guesses = next((row["chance_by_type"] for row in rows if row.get("chance_by_type")), {})
-    chances = [] if guess is None else [f"chance {_per_cent(guess)} %"]
+    chances = ["chance: unknown" if guess is None else f"chance {_per_cent(guess)} %"]
     chances += [f"{kind} {_per_cent(value)} %" for kind, value in guesses.items() if number(value) is not None]
     environment = evaluation.get("environment") or {}
     device = environment.get("cpu") if environment.get("device") == "cpu" else environment.get("device")
     where = html.escape(f", on {device}" if device else "")
+    notes = [str(row.get("note") or "").split("; ") for row in flat]
+    common = [note for note in notes[0] if note and all(note in each for each in notes)]
+    flat = [{**row, "note": "; ".join(n for n in each if n not in common)} for row, each in zip(flat, notes)]
+    said = html.escape(f" Of all rows: {'; '.join(common)}." if common else "")
+    right = table(flat, [*NAMED, *shown([*SCORES, *by_kind, *WORDS])], ours=family, notes=False)
+    costs = table(flat, [*NAMED, *shown(COSTS)], ours=family)
     return f"""<section id="table" aria-labelledby="table-title"><h2 id="table-title">Every row</h2>
-<p class="note">By {html.escape(", ".join(chances) or "chance: unknown")}. Kept: of what all tokens gain over chance.
-Loss: of the right answer, in nats. FLOPs and cache of the LLM are those of its architecture at the row's mean prompt;
-the time to the first token of such a prompt is measured, all rows in turns{where}. The compressor's are of one clip,
-without the tower. Choose a heading to sort.</p>
-{scrolled(table(flat, columns, ours=family), labelled_by="table-title")}</section>"""
+<p class="note">Below each share its 95 % interval, clustered by video. By {html.escape(", ".join(chances))}. Kept: of
+what all tokens gain over chance. Loss: of the right answer, in nats. Choose a heading to sort.</p>
+{scrolled(right, labelled_by="table-title")}</section>
+<section id="costs" aria-labelledby="costs-title"><h2 id="costs-title">What each row costs</h2>
+<p class="note">FLOPs and cache of the LLM are those of its architecture at the row's mean prompt; the time to the first
+token of such a prompt is measured, all rows in turns{where}. The compressor's are of one clip, without the
+tower.{said}</p>
+{scrolled(costs, labelled_by="costs-title")}</section>"""
 
 
 def _answers_section(

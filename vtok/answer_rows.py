@@ -249,7 +249,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
 
 def points(difference: float) -> str:
     """A difference of accuracies in points, per cent of all questions."""
-    return f"{100 * difference:.1f} points"
+    return f"{100 * difference:.1f} points".replace("-", "\N{MINUS SIGN}")
 
 
 def _bounds(bounds: Sequence[float] | None, *, flip: bool = False) -> str:

@@ -32,6 +32,7 @@ from vtok.types import Clip, to_uint8
 __all__ = ["ALWAYS", "AnsweringEvaluator", "attention_layers", "print_answers", "reduced_model", "video_of"]
 
 ALWAYS = ("random", "uniform", "pooling", "downsample")  # controls of every table
+MAIN = ("accuracy", "95 %", "kept", "first token ms")  # of the terminal's table, beside kinds of questions
 
 
 class AnsweringEvaluator:
@@ -316,32 +317,39 @@ def reduced_model(full: Any, name: str, *, seed: int = 0) -> Any:
 
 
 def print_answers(result: dict[str, Any], console: Console | None = None) -> None:
-    """The rows for a terminal: methods by accuracy at each budget, then by kind of question."""
-    kinds = sorted({kind for row in result["rows"] for kind in row["by_type"]})
-    table = Table(
-        title=f"{result['model']}: {result['clips']} clips of {result['shards'] or 'the given set'}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("method", no_wrap=True)
-    for heading in ("tokens", "accuracy", "95 %", "kept", *kinds):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in sorted(result["rows"], key=lambda row: (row["budget"] is None, row["budget"] or 0)):
-        interval = "-".join(f"{100 * bound:.0f}" for bound in row["accuracy_ci"] or ())
-        table.add_row(
-            row["method"],
-            f"{row['tokens_mean']:.0f}",
-            _per_cent(row["accuracy"]),
-            interval or "-",
-            _per_cent(row["retained"]),
-            *(_per_cent(row["by_type"].get(kind)) for kind in kinds),
-        )
+    """The rows for a terminal: methods by accuracy at each budget, then by kind of question.
+
+    In two tables where the terminal is too narrow for one.
+    """
     out = console or Console()
-    out.print(table)
+    title = f"{result['model']}: {result['clips']} clips of {result['shards'] or 'the given set'}"
+    kinds = sorted({kind for row in result["rows"] for kind in row["by_type"]})
+    whole = _answers_table(result, [*MAIN, *kinds], title)
+    if Console(width=1000).measure(whole).maximum <= out.width:
+        out.print(whole)
+    else:
+        out.print(_answers_table(result, MAIN, title))
+        out.print(_answers_table(result, kinds, "by kind of question"))
     guess = next((row["chance"] for row in result["rows"] if row["chance"] is not None), None)
     out.print(f"per cent of questions; chance {_per_cent(guess)}; kept: of what all tokens gain over it", style="dim")
     for sentence in sentences(result):
-        out.print(sentence)
+        out.print(sentence, highlight=False)
+
+
+def _answers_table(result: dict[str, Any], headings: Sequence[str], title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("method", "tokens", *headings):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in sorted(result["rows"], key=lambda row: (row["budget"] is None, row["budget"] or 0)):
+        cells = {
+            "accuracy": _per_cent(row["accuracy"]),
+            "95 %": "-".join(f"{100 * bound:.0f}" for bound in row["accuracy_ci"] or ()) or "-",
+            "kept": _per_cent(row["retained"]),
+            "first token ms": "-" if row["ttft_ms"] is None else f"{row['ttft_ms']:.3g}",
+        }
+        cells |= {kind: _per_cent(row["by_type"].get(kind)) for kind in headings if kind not in cells}
+        table.add_row(row["method"], f"{row['tokens_mean']:.0f}", *(cells[heading] for heading in headings))
+    return table
 
 
 def _per_cent(value: float | None) -> str:

@@ -141,8 +141,8 @@ def chart(
     parts.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_title)}</text>'
     )
-    for level in levels:
-        parts.append(_level(level, place_y, left, width - right))
+    for at, level in enumerate(levels):
+        parts.append(_level(level, place_y, left, width - right, name_left=at % 2 == 1))
     for s, points in sorted(shown, key=lambda item: item[0].ours):  # ours is drawn last, on top
         places = [(place_x(x), place_y(y), text) for x, y, text in points]
         parts.append(f'<g class="{_css(s)}" data-series="{html.escape(s.name)}">')
@@ -167,7 +167,7 @@ def chart(
     return _svg(width, height, label, parts)
 
 
-def _level(level: Level, place: Callable[[float], float], left: float, right: float) -> str:
+def _level(level: Level, place: Callable[[float], float], left: float, right: float, *, name_left: bool) -> str:
     y, name = place(level.value), html.escape(level.name)
     css = f'class="series level s{level.colour % NUM_COLOURS}" data-series="{name}"'
     band = ""
@@ -179,7 +179,8 @@ def _level(level: Level, place: Callable[[float], float], left: float, right: fl
         )
     return (
         f'<g {css}>{band}<line class="line" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="end" x="{right - 4}" y="{y - 5:.1f}" text-anchor="end">{name}</text>'
+        f'<text class="end" x="{left + 4 if name_left else right - 4}" y="{y - 5:.1f}" '
+        f'text-anchor="{"start" if name_left else "end"}">{name}</text>'
         f"<title>{html.escape(level.text or level.name)}</title></g>"
     )
 

@@ -109,11 +109,13 @@ def signed(value: float, how: str) -> str:
 
 
 class Column(NamedTuple):
-    """A column of a table. show: what a format of numbers says (".3f"; "s": a text), or value -> html."""
+    """A column of a table. show: what a format of numbers says (".3f"; "s": a text), or value -> html. below: key of an
+    interval that stands small below the value."""
 
     key: str
     heading: str
     show: str | Callable[[Any], str]
+    below: str = ""
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, ours: str = "", notes: bool = True) -> str:
@@ -128,6 +130,8 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, ours:
         cells = ""
         for column in columns:
             text, sort_value = _cell(row.get(column.key), column.show)
+            if column.below and row.get(column.below):
+                text += f"<small>{_cell(row.get(column.below), column.show)[0]}</small>"
             cells += f'<td data-value="{sort_value}">{text}</td>'
         cells += f'<td class="note">{html.escape(str(row.get("note") or ""))}</td>' if notes else ""
         lines.append(f"<tr{' class=ours' if ours and str(row.get('method')) == ours else ''}>{cells}</tr>")
