@@ -279,6 +279,17 @@ def test_settings_that_cannot_be(folders):
         model.encode(texts([TEXT]))
 
 
+@torch.no_grad()
+def test_tokens_of_videos_are_counted_before_they_are_seen(folders):
+    model = build(config(folders["llama"], source="video", window=3, max_frames=5)).eval()
+    clip = videos([7, 1, 6, 4])
+    for budget in (None, 1, 5, 8, 40):
+        counted = [model.config.token_count(n, 3, 4, budget=budget) for n in (7, 1, 6, 4)]
+        assert model.encode(clip, budget=budget).lengths.tolist() == counted
+    assert model.config.length_policy == "metadata"
+    assert Config(max_tokens=40).token_bounds(1, 1, 1, budget=7) == (0, 7)
+
+
 # what the objective of texts asks
 
 

@@ -104,6 +104,17 @@ class Config(ProjectorConfig):
         if self.source == "text" and self.question:
             raise ValueError("model.question=true is for videos: a text is compressed before anything is asked of it")
 
+    @property
+    def length_policy(self) -> str:
+        return "metadata" if self.source == "video" else "content"
+
+    def _bounds(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        if self.source == "text":
+            return super()._bounds(frames, grid, budget)
+        segments = -(-min(frames, self.max_frames) // self.window)
+        count = min(budget, segments * self.num_tokens)
+        return count, count
+
 
 class Model(nn.Module):
     """max_tokens: the largest budget. nested: a smaller budget keeps some of the tokens of a larger one. reads_prompt:
@@ -287,7 +298,7 @@ class Model(nn.Module):
 
         middle = ((place + 0.5) / groups[clip]).to(made)[:, None, None].expand(-1, count, 1)
         positions = torch.cat([middle, middle.new_full((*middle.shape[:2], 2), torch.nan)], -1)
-        out = Tokens(
+        return Tokens(
             embeddings=padded(made, 0),
             lengths=lengths,
             positions=padded(positions, torch.nan),
@@ -295,7 +306,6 @@ class Model(nn.Module):
             rank=padded(rank.expand_as(keep), 0),
             times=times,
         )
-        return out
 
     def _shares(self, groups: Tensor, budget: Budget | None) -> Tensor:
         """[B, G] int64: tokens of each segment."""
@@ -352,10 +362,8 @@ class Model(nn.Module):
         if self.lm is not None:
             out = self.lm(**arguments, return_dict=True)
         else:
-            reference = self.reference
-            arguments["inputs_embeds"] = embeds.to(reference.embed(torch.zeros_like(mask[:1, 0], dtype=torch.int64)))
-            with torch.autocast(embeds.device.type, enabled=False):
-                out = reference.model.base_model(**arguments, return_dict=True)
+            with torch.autocast(embeds.device.type, enabled=False):  # in its own precision
+                out = self.reference.model.base_model(**arguments, return_dict=True)
         return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
 
 
