@@ -6,12 +6,6 @@ Features stand in for a tower's: no tower is loaded where the clip brings its fe
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +14,8 @@ from torch import nn
 
 from vtok import config as configuration
 from vtok.families.temporal import AudioConfig, Config, Model, SummaryConfig
-from vtok.layers.byte_words import ByteWords, split_words
 from vtok.layers.dynamic_context import DualConfig, FormerConfig, StaticConfig
-from vtok.layers.frames import bin_means, halves, pool_grid, pool_shape, thin
 from vtok.layers.memory_bridge import BridgeConfig
-from vtok.layers.pieces import Piece, arrange, gather_tokens, kept, spread_grid, spread_order
 from vtok.layers.segments import SegmentConfig
 from vtok.layers.temporal_options import (
     MatryoshkaConfig,
@@ -398,238 +389,10 @@ def test_turing_machine_remembers_the_order():
     assert (model.encode(clip(seen)).embeddings - model.encode(clip(backwards)).embeddings).abs().max() > 1e-6
 
 
-COLOURS = torch.tensor([[255, 40, 40], [40, 255, 40], [60, 60, 255], [240, 240, 40]], dtype=torch.uint8)
-
-
-def squares(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [count, 3, 8, 32, 32]: a square that jumps about, of one colour, then of another; the two, [count, 2]."""
-    generator = torch.Generator().manual_seed(seed)
-    video = torch.randint(0, 60, (count, 3, 8, 32, 32), generator=generator).to(torch.uint8)
-    first = torch.randint(4, (count,), generator=generator)
-    second = (first + torch.randint(1, 4, (count,), generator=generator)) % 4
-    change = torch.randint(2, 7, (count,), generator=generator)
-    for i, t in torch.cartesian_prod(torch.arange(count), torch.arange(8)).tolist():
-        y, x = torch.randint(0, 22, (2,), generator=generator).tolist()
-        which = first[i] if t < change[i] else second[i]
-        video[i, :, t, y : y + 10, x : x + 10] = COLOURS[which][:, None, None]
-    return video, torch.stack([first, second], 1)
-
-
-@pytest.mark.slow
-def test_sixteen_tokens_and_fewer_learn_what_came_first(tmp_path):
-    """From features of a random tower: which colour came first and which second, of clips that were not trained on.
-
-    120 steps of 48 clips gave 1.00 with 16 and with 4 tokens (seed 0); a guess is right in 1 of 12.
-    """
-    pytest.importorskip("timm")
-    sys.path.append(str(Path(__file__).parents[1] / "data"))
-    from tiny_tower import write_tower
-
-    from vtok.vision import load_tower
-
-    torch.set_num_threads(1)
-    tower = load_tower(TowerConfig(name=str(write_tower(tmp_path / "tower"))))
-    (seen, truth), (held, wanted) = ((tower(v), t) for v, t in (squares(512, 0), squares(128, 1)))
-    torch.manual_seed(0)
-    tiny = dict(width=32, depth=2, num_heads=2)
-    former, summary = FormerConfig(num_queries=4, **tiny), SummaryConfig(num_tokens=8, **tiny)
-    static, cut = StaticConfig("pool", 4), SegmentConfig(most=2)
-    shape = dict(in_dim=32, embedding_dim=32, embedding_rms=0.05, max_tokens=64, window=4)
-    model = Model(Config(**shape, segments=cut, static=static, former=former, summary=summary))
-    head = nn.Linear(16 * 32, 8)
-
-    def logits(features: Features, budget: int) -> torch.Tensor:
-        tokens = model.compress(features, budget=budget).embeddings / 0.05
-        return head(nn.functional.pad(tokens, (0, 0, 0, 16 - tokens.shape[1])).flatten(1)).unflatten(1, (2, 4))
-
-    @torch.no_grad()
-    def accuracy(budget: int) -> float:
-        return float((logits(held, budget).argmax(-1) == wanted).all(1).float().mean())
-
-    before = accuracy(16)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 3e-3)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(120):
-        some = torch.randint(512, (48,), generator=generator)
-        batch = replace(seen, patches=seen.patches[some], frame=None)
-        found = logits(batch, (1, 2, 4, 8, 16)[step % 5])
-        loss = nn.functional.cross_entropy(found.flatten(0, 1), truth[some].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert before < 0.3 and accuracy(16) > 0.9 and accuracy(4) > 0.8
-
-
-ZERO = """
-import sys
-sys.path.insert(0, {tests!r})
-import deepspeed
-import torch
-from torch import nn
-import test_temporal as t
-
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first use, for minutes
-rank = torch.distributed.get_rank()
-
-class Step(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-    def forward(self, clip, budget):
-        tokens = self.model.encode(clip, budget=budget)
-        return (tokens.embeddings / 0.05 - 1).square().mean()
-
-whole = {{"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
-plan = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": whole}}
-for form in {forms!r}:
-    model = t.make(form, max_frames=60).float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), 0.003)
-    engine, *_ = deepspeed.initialize(model=Step(model), optimizer=optimizer, config=plan)
-    losses = []
-    for step in range(4):
-        frames = [1, 60][(rank + step) % 2]
-        seen, heard = t.features([frames]), t.ears([frames])
-        for each in (seen, heard):
-            each.patches = each.patches.float()
-        seen.times = seen.times.float()
-        loss = engine(t.clip(seen, heard, ["Why?"]), [None, 1, 7, None][step])
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
-    everyone = [None, None]
-    torch.distributed.all_gather_object(everyone, losses)
-    short, long = [everyone[0][0], everyone[1][3]], [everyone[1][0], everyone[0][3]]
-    assert short[1] < short[0] and long[1] < long[0], (form, everyone)
-    if rank == 0:
-        print("trained", form, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_zero_3_trains_where_one_rank_holds_a_frame_and_the_other_sixty(tmp_path):
-    pytest.importorskip("deepspeed")
-    script, forms = tmp_path / "script.py", ["tdc", "turing"]
-    script.write_text(ZERO.format(tests=str(Path(__file__).parent), forms=forms))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    around = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
-    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(script)]
-    runs = []
-    try:
-        for rank in range(2):
-            own, log = {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)}, (tmp_path / f"{rank}.txt").open("w")
-            runs.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
-        codes = [run.wait(timeout=400) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert [line for line in said[0].splitlines() if line.startswith("trained")] == [f"trained {f}" for f in forms], (
-        codes,
-        said[0][-3000:],
-        said[1][-3000:],
-    )
-
-
-# --- parts ---
-
-
-def test_budget_order_is_spread_over_frames():
-    for count in (5, 9, 32):
-        order = spread_order(count)
-        assert sorted(order.tolist()) == list(range(count))
-        for first in range(2, count):
-            taken = (order < first).nonzero()[:, 0]
-            assert int(taken.diff().max()) <= 2 * -(-count // first) + 1  # no long stretch without a frame
-    assert torch.equal(spread_order(9)[:5].argsort(), spread_order(5).argsort())
-    for first in (4, 8, 16):
-        quarters = (spread_grid((8, 8)).reshape(2, 4, 2, 4) < first).sum((1, 3))
-        assert int(quarters.min()) >= first // 8 and int(quarters.max()) <= first // 2, quarters
-
-
-def test_pieces_meet_in_time_and_rank_order():
-    generator = torch.Generator().manual_seed(0)
-    pieces = []
-    for lane in range(3):
-        where = torch.rand(3, 6, generator=generator) < 0.5
-        clips, frames = where.nonzero(as_tuple=True)
-        keep = torch.rand(len(clips), lane + 1, generator=generator) < 0.7
-        made = torch.randn(len(clips), lane + 1, 2, generator=generator)
-        level = torch.randperm(lane + 1, generator=generator)
-        pieces.append(Piece(made, clips, frames, torch.zeros(*made.shape[:2], 3), level, keep))
-    everything = [
-        (int(p.clip[m]), int(p.frame[m]), lane, slot, int(p.level[slot]), p.embeddings[m, slot])
-        for lane, p in enumerate(pieces)
-        for m in range(len(p.clip))
-        for slot in range(p.embeddings.shape[1])
-        if p.keep[m, slot]
-    ]
-    groups = torch.tensor([0, 0, 1, 1, 1, 2]).expand(3, -1)
-    spread = spread_order(6).tolist()
-    for own in (None, groups):
-        layout = arrange(pieces, frames=6, groups=own)
-        everywhere = torch.ones_like(layout.clip, dtype=torch.bool)
-        tokens = gather_tokens(pieces, layout, everywhere, lengths=torch.tensor([6, 6, 6]), seconds=None)
-        for b in range(3):
-            line = sorted((t for t in everything if t[0] == b), key=lambda t: t[:4])
-            got = tokens.embeddings[b, : len(line)]
-            assert int(tokens.lengths[b]) == len(line) and torch.equal(got, torch.stack([t[5] for t in line]))
-            for i, token in enumerate(line):
-                group = 0 if own is None else int(groups[b, token[1]])
-                key = (token[4], spread[token[1]], *token[2:4])
-                rivals = [t for t in line if own is None or int(groups[b, t[1]]) == group]
-                rank = sum((t[4], spread[t[1]], *t[2:4]) < key for t in rivals)
-                assert (int(tokens.group[b, i]), int(tokens.rank[b, i])) == (group, rank)
-    assert kept(layout, batch=3, most=2, budget=None).sum() == 6
-
-
 def test_budgets_by_group_have_a_shape():
     model, seen = make("tdc_windows"), clip(features())
     with pytest.raises(ValueError, match="budget is torch.int64 \\[3, 1\\], expected int64 \\[3, "):
         model.encode(seen, budget=torch.ones(3, 1, dtype=torch.int64))
-
-
-def test_bins_and_halves():
-    begin, end = halves(7)
-    wanted = [(0, 1), (0, 0.5), (0.5, 1), (0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)]
-    assert list(zip(begin.tolist(), end.tolist())) == wanted
-    values, lengths = torch.randn(2, 6, 3, dtype=torch.float64), torch.tensor([6, 3])
-    got = bin_means(values, lengths, *halves(3))
-    assert torch.allclose(got[0, 1], values[0, :3].mean(0)) and torch.allclose(got[1, 2], values[1, 1:3].mean(0))
-    thirds = torch.arange(3, dtype=torch.float64) / 3
-    assert torch.allclose(bin_means(values, lengths, thirds, thirds + 1 / 3)[1], values[1, :3])
-
-
-def test_thinning_is_even():
-    seen = features([9, 4], frames=9)
-    got, time = thin(seen, 3)
-    assert got.count().tolist() == [3, 3]
-    assert torch.equal(got.patches[0], seen.patches[0, [1, 4, 7]]) and torch.equal(
-        got.times[1], seen.times[1, [0, 2, 3]]
-    )
-    assert torch.allclose(time[0], torch.tensor([1.5, 4.5, 7.5], dtype=torch.float64) / 9)
-    assert thin(seen, 9)[0] is seen
-
-
-def test_pooling_keeps_the_aspect():
-    assert pool_shape(16, (12, 12)) == (4, 4) and pool_shape(6, (3, 4)) == (2, 3) and pool_shape(7, (3, 4)) == (1, 7)
-    patches = torch.arange(12.0)[None, :, None]
-    assert pool_grid(patches, (3, 4), (1, 2))[0, :, 0].tolist() == [4.5, 6.5]
-
-
-def test_words():
-    assert split_words("What IS it?  ", most=9) == [b"what", b"is", b"it?"]
-    assert split_words("internationalisation", most=9) == [b"internationa", b"lisation"]
-    assert split_words("a b c", most=2) == [b"a", b"b"]
-    net = ByteWords(8, most=4)
-    words, valid = net(["red blue", "", "blue red"])
-    assert words.shape == (3, 3, 8) and valid.sum(1).tolist() == [3, 1, 3]
-    assert torch.equal(words[0, 0], words[1, 0]) and not torch.allclose(words[0, 1], words[2, 2])  # places count
-    assert net([""])[0].shape == (1, 1, 8)
 
 
 @pytest.mark.parametrize(
