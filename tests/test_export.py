@@ -1,18 +1,14 @@
 """What ships: runs become folders, folders the same model again, with vtok and without it, and nothing else loads."""
 
 import ast
-import base64
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
-import threading
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import pytest
 import torch
@@ -562,136 +558,3 @@ def test_automodel_gives_the_same_tokens_where_vtok_is_absent(tmp_path):
             assert torch.equal(got[f"{name}.short"], short.indices), name
             assert len(torch.unique(tokens.indices)) > 3, "ids that are all alike prove nothing"
             assert torch.allclose(got[f"{name}.video"], model.decode(tokens, size=(16, 24)), atol=1e-5), name
-
-
-# --- the Hub ---
-
-
-class HubStandIn(BaseHTTPRequestHandler):
-    """As much of the Hub as uploading a folder and downloading a snapshot ask for; one repository, in memory."""
-
-    files: dict[str, bytes] = {}
-    blobs: dict[str, bytes] = {}
-    seen_tokens: set[str] = set()
-    protocol_version = "HTTP/1.1"
-    commit = "c" * 40
-
-    def log_message(self, *_):
-        pass
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        data = b""
-        while size := int(self.rfile.readline(), 16):
-            data += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return data
-
-    def answer(self, content=None, *, status=200, raw=None, **headers):
-        payload = json.dumps(content).encode() if raw is None else raw
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(payload)
-
-    def handle_request(self):
-        path, data = unquote(urlparse(self.path).path), self.body()
-        base = f"http://{self.headers['Host']}"
-        self.seen_tokens.add(self.headers.get("Authorization", ""))
-        if path == "/api/repos/create":
-            return self.answer({"url": f"{base}/tester/model", "name": "model"})
-        if "tester/model" not in path and not path.startswith(("/blob/", "/api/validate-yaml")):
-            return self.answer({"error": "no such repository"}, status=404, X_Error_Code="RepoNotFound")
-        if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in path:
-            names = [f["path"] for f in json.loads(data)["files"]]
-            mode = {True: "lfs", False: "regular"}
-            found = [{"path": n, "uploadMode": mode[n.endswith(".safetensors")], "shouldIgnore": False} for n in names]
-            return self.answer({"files": found})
-        if path.endswith("/info/lfs/objects/batch"):
-            wanted = json.loads(data)["objects"]
-            uploads = [{**o, "actions": {"upload": {"href": f"{base}/blob/{o['oid']}"}}} for o in wanted]
-            return self.answer({"transfer": "basic", "objects": uploads})
-        if path.startswith("/blob/"):
-            assert hashlib.sha256(data).hexdigest() == path.rpartition("/")[2]
-            self.blobs[path.rpartition("/")[2]] = data
-            return self.answer({})
-        if "/commit/" in path:
-            for line in data.decode().splitlines():
-                entry = json.loads(line)
-                value = entry["value"]
-                if entry["key"] == "file":
-                    self.files[value["path"]] = base64.b64decode(value["content"])
-                elif entry["key"] == "lfsFile":
-                    self.files[value["path"]] = self.blobs[value["oid"]]
-            return self.answer(
-                {"commitUrl": f"{base}/tester/model/commit/{self.commit}", "commitOid": self.commit, "success": True}
-            )
-        if "/tree/" in path:
-            entries = self.files.items()
-            return self.answer([{"type": "file", "path": k, "size": len(v), "oid": "0" * 40} for k, v in entries])
-        if "/resolve/" in path:
-            content = self.files.get(path.rpartition("/")[2])
-            if content is None:
-                return self.answer({"error": "no such file"}, status=404, X_Error_Code="EntryNotFound")
-            tag = hashlib.sha256(content).hexdigest()
-            return self.answer(raw=content, ETag=f'"{tag}"', X_Repo_Commit=self.commit)
-        names = [{"rfilename": k} for k in self.files]
-        return self.answer({"id": "tester/model", "sha": self.commit, "siblings": names, "private": False, "tags": []})
-
-    do_GET = do_POST = do_PUT = do_HEAD = handle_request
-
-
-@pytest.mark.slow
-@pytest.mark.hub
-def test_push_and_load_by_name(tmp_path):
-    """Through the real huggingface_hub client, against a stand-in on loopback."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    run = make_run(tmp_path / "run")
-    script = """
-import sys, torch, vtok
-from vtok import export
-from vtok.types import Clip
-run, out = sys.argv[1:]
-export.main_export([run, "--out", out, "--no-entropy", "--push", "tester/model"])
-clip = Clip(keys=["a"], video=torch.randint(0, 256, (1, 3, 4, 16, 16), dtype=torch.uint8))
-here, there = vtok.load(out), vtok.load("tester/model", revision="main")
-assert torch.equal(here.encode(clip).indices, there.encode(clip).indices)
-assert here.shipped.model_id == there.shipped.model_id
-from vtok.evaluate import load_model
-model, data, settings = load_model("tester/model")
-assert (data.num_frames, data.size, data.fps) == (4, [16, 16], None), data  # as it was trained, not the defaults
-try:
-    vtok.load("tester/missing")
-except ValueError as error:
-    assert "could not be had from the Hub" in str(error), error
-else:
-    raise AssertionError("a missing repository loads")
-"""
-    hub = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_secretsecretsecret",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(run), str(tmp_path / "export")],
-        capture_output=True, text=True, timeout=200, env={**kept, **hub},
-    )  # fmt: skip
-    server.shutdown()
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "pushed to" in done.stdout and "secret" not in done.stdout + done.stderr
-    assert "Bearer hf_secretsecretsecret" in HubStandIn.seen_tokens
-    written = {p.name: p.read_bytes() for p in (tmp_path / "export").iterdir()}
-    assert {k: v for k, v in HubStandIn.files.items() if k != ".gitattributes"} == written

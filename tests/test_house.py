@@ -26,6 +26,8 @@ HUGGING = {
     "vtok.vision.load",
     "vtok.vision.preprocess",
     "vtok.hf",
+    "vtok.skeletons",
+    "vtok.hf_vlm",
     "vtok.families.language",
 }
 LIBRARIES = {"lightning": LIGHTNING, "transformers": HUGGING, "timm": HUGGING, "deepspeed": {"vtok.strategy"}}

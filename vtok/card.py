@@ -1,4 +1,4 @@
-"""What people read about a model: the card of an export (README.md), and `vtok info`."""
+"""What people read about a tokenizer: the card of its export (README.md), and about anything: `vtok info`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def model_card(
         f"{config.data.num_frames} frames of {size[1]}x{size[0]} pixels at {rate}.", "",
         *_accounting(model, facts, no_entropy),
         *_loading(facts, config),
-        *_training(config, run_dir),
+        *training_section(config, run_dir),
         *_measurements(run_dir),
         "## Files and licence", "",
         f"Weights: `{licence}`, as stated by whoever exported them; they may carry conditions of the training videos, "
@@ -138,9 +138,10 @@ def _loading(facts: dict[str, Any], config: RunConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def _training(config: RunConfig, run_dir: Path | None) -> list[str]:
+def training_section(config: RunConfig, run_dir: Path | None) -> list[str]:
+    """Lines on what a run was trained on, by which command, on which hardware."""
     out = ["## Training", ""]
-    starts = (_json(run_dir / "environment.json") or {}).get("starts", []) if run_dir else []
+    starts = (read_json(run_dir / "environment.json") or {}).get("starts", []) if run_dir else []
     out.append(f"- data: `{config.data.shards or 'not stated'}`, validation: `{config.data.val_shards or 'none'}`")
     steps = _last_step(run_dir / "metrics.jsonl") if run_dir else None
     length = f"{steps} steps" if steps else f"at most {config.trainer.max_steps} steps"
@@ -182,7 +183,7 @@ def _last_step(path: Path) -> int | None:
 
 
 def _measurements(run_dir: Path | None) -> list[str]:
-    found = _json(run_dir / "eval" / "eval.json") if run_dir else None
+    found = read_json(run_dir / "eval" / "eval.json") if run_dir else None
     out = ["## Measured", ""]
     rows = found.get("rows") if isinstance(found, dict) else None
     if not found or not isinstance(rows, list) or not rows:
@@ -190,17 +191,19 @@ def _measurements(run_dir: Path | None) -> list[str]:
     columns = [c for c in ("method", *COLUMNS) if any(row.get(c) is not None for row in rows)]
     out += [f"{found.get('clips')} clips of `{found.get('shards')}`; controls and codecs on the same windows.", ""]
     out += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    out += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    out += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
     return [*out, ""]
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value in a table: four digits, empty where it is not defined."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a json file holds; None where there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

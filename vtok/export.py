@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -34,11 +35,14 @@ from vtok.data.sources import BrokenSample, ShardReader, every_shard
 from vtok.data.strict import DecodeError
 from vtok.data.view import view_of
 from vtok.entropy import StaticModel, factors_of
+from vtok.layers.projector import ProjectorConfig
 from vtok.loading import (
     CODE,
     ENTROPY,
     FORMAT,
     PREFIX,
+    PRIOR,
+    PRIOR_CONFIG,
     WEIGHTS,
     ExportError,
     identify,
@@ -47,6 +51,8 @@ from vtok.loading import (
     load_run,
     read_config,
 )
+from vtok.projecting import is_projector
+from vtok.projector_card import projector_card
 from vtok.types import Clip, Tokens
 
 __all__ = [
@@ -80,6 +86,7 @@ def export(
     entropy: bool = True,
     entropy_clips: int = 512,
     licence: str = "apache-2.0",
+    vlm: str = "",
 ) -> Path:
     """Write a run's model as one folder that loads anywhere; it appears under `out` once it is complete.
 
@@ -88,12 +95,14 @@ def export(
         entropy: fit the static entropy model of `.vtok` files on `entropy_clips` training clips (where the run's shards
             are at hand; without them it is left out and the card says so).
         licence: Hub identifier of the weights' licence, for the model card.
-    Raises: ExportError where `out` is something else, or the family cannot be written as one file.
+        vlm: a VLM that reads this projector's tokens, NAME or NAME@REVISION, or a folder: the export then loads as both
+            joined, too (`vtok.hf_vlm`). Its weights are not copied.
+    Raises: ExportError where `out` is something else, the family cannot be written as one file, or the VLM cannot read
+        the tokens.
     """
     model, config = load_run(run_dir, which=which, ema=ema)
-    return publish(
-        model, config, out, run_dir=Path(run_dir), entropy=entropy, entropy_clips=entropy_clips, licence=licence
-    )
+    how: dict[str, Any] = {"entropy": entropy, "entropy_clips": entropy_clips, "licence": licence, "vlm": vlm}
+    return publish(model, config, out, run_dir=Path(run_dir), **how)
 
 
 def publish(
@@ -105,11 +114,13 @@ def publish(
     entropy: bool = True,
     entropy_clips: int = 512,
     licence: str = "apache-2.0",
+    vlm: str = "",
 ) -> Path:
     """`export` of a model at hand. config: that of the run it comes from, with the model's own under `model`."""
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
         raise ExportError(f"--out {out} exists and is not an export; choose another folder, or remove it")
+    named = named_vlm(vlm, config) if vlm else None
     static, why_not = None, "it was not asked for"
     if entropy and getattr(model, "codebook_sizes", ()):
         try:
@@ -122,7 +133,9 @@ def publish(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        write_export(model, config, part, entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not)
+        write_export(
+            model, config, part, entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not, vlm=named
+        )
         if out.exists():
             shutil.rmtree(out)
         os.replace(part, out)
@@ -140,17 +153,18 @@ def write_export(
     run_dir: Path | None = None,
     licence: str = "apache-2.0",
     no_entropy: str = "",
+    vlm: dict[str, Any] | None = None,
 ) -> None:
-    """The files of an export of `model`, into an empty folder."""
+    """The files of an export of `model`, into an empty folder. vlm: of `named_vlm`."""
     who = identify(model)
     module = load_family(config.model.name)
-    (folder / CODE).write_text(modeling_source(module, who.model_id), encoding="utf-8")
+    (folder / CODE).write_text(modeling_source(module, who.model_id, joined=vlm is not None), encoding="utf-8")
     # Copies: safetensors refuses tensors that share memory.
     state = {PREFIX + k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     if entropy is not None:
         save_file(entropy.tensors(), folder / ENTROPY, metadata={"format": "pt"})
-    facts = {
+    facts: dict[str, Any] = {
         "architectures": ["VtokModel"],
         "auto_map": {"AutoConfig": "modeling_vtok.VtokConfig", "AutoModel": "modeling_vtok.VtokModel"},
         "dtype": "float32",
@@ -163,25 +177,95 @@ def write_export(
         "vtok_version": vtok.__version__,
         "weights_sha256": who.weights_sha256.hex(),
     }
+    if is_projector(config):
+        facts["length_policy"] = config.model.length_policy
+    if vlm is not None:
+        facts["vlm"] = vlm
+        facts["auto_map"]["AutoModelForImageTextToText"] = "modeling_vtok.VtokVLM"
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / "training.yaml").write_text(to_yaml(config), encoding="utf-8")
-    card = model_card(model, config, facts, run_dir=run_dir, licence=licence, no_entropy=no_entropy)
+    if is_projector(config):
+        card = projector_card(model, config, facts, run_dir=run_dir, licence=licence)
+    else:
+        card = model_card(model, config, facts, run_dir=run_dir, licence=licence, no_entropy=no_entropy)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def modeling_source(module: ModuleType, name: str) -> str:
+def modeling_source(module: ModuleType, name: str, *, joined: bool = False) -> str:
     """The text of modeling_vtok.py: a family's Config and Model with all they use, and transformers' face of them.
+
+    joined: with the class that loads a VLM and joins the compressor to it.
 
     Raises: vtok.bundle.BundleError for a family that needs more than torch, einops and transformers.
     """
-    code = bundle([(module.__name__, ("Config", "Model")), ("vtok.hf", ("VtokConfig", "CompressorModel"))])
+    projects = issubclass(module.Config, ProjectorConfig)
+    face = "FeatureCompressorModel" if projects else "CompressorModel"
+    roots: list[tuple[str, tuple[str, ...]]] = [
+        (module.__name__, ("Config", "Model")),
+        ("vtok.hf", ("VtokConfig", face)),
+    ]
+    roots += [("vtok.hf_vlm", ("JoinedModel",))] if joined else []
+    code = bundle(roots)
     return (
         f'"""{name}: generated by `vtok export` (vtok {vtok.__version__}). Apache-2.0. Needs torch, einops, '
         "transformers.\n\n"
         'AutoModel.from_pretrained(folder, trust_remote_code=True) runs this file; vtok.load(folder) does not.\n"""\n\n'
         f"from __future__ import annotations\n\n{code}\n\n"
-        "class VtokModel(CompressorModel):\n    make_config, make_model = Config, Model\n"
+        f"class VtokModel({face}):\n    make_config, make_model = Config, Model\n"
+        f"{JOINED if joined else ''}{TOKEN_COUNT if projects else ''}"
     )
+
+
+JOINED = """
+
+class VtokVLM(JoinedModel):
+    make_config, make_model = Config, Model
+"""
+
+
+# Engines that serve a VLM lay out placeholders in a process that has config.json and no weights.
+TOKEN_COUNT = '''
+
+def token_count(config: VtokConfig, frames: int, height: int, width: int, *, budget: int | None = None) -> int:
+    """Exactly the tokens of a clip whose features have so many frames, rows and columns of patches; no weights needed.
+
+    Raises: ValueError where that depends on what is seen, as with length_policy "content" it may.
+    """
+    return build_config(Config, config.model).token_count(frames, height, width, budget=budget)
+'''
+
+
+def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
+    """name and revision (the commit, of a Hub repository) of the VLM that an export is to be joined to.
+
+    vlm: NAME, NAME@REVISION, or a folder. Raises: ExportError for one that cannot be had, or cannot read the tokens.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from vtok.llm.seams import SEAMS
+
+    if not is_projector(config):
+        raise ExportError(f"--vlm {vlm}: a VLM reads the tokens of projectors; {config.model.name} is none")
+    name, _, revision = vlm.partition("@")
+    try:
+        if Path(name).is_dir():
+            commit, path = None, Path(name) / "config.json"
+        else:
+            commit = HfApi().model_info(name, revision=revision or None).sha
+            path = Path(hf_hub_download(name, "config.json", revision=commit))
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:
+        raise ExportError(f"--vlm {vlm} is no folder here and could not be had from the Hub: {error}") from error
+    if facts.get("model_type") not in SEAMS:
+        raise ExportError(f"--vlm {vlm} is of type {facts.get('model_type')!r}; tokens are put into {', '.join(SEAMS)}")
+    width = facts.get("text_config", facts).get("hidden_size")
+    if width is not None and width != config.model.embedding_dim:
+        raise ExportError(
+            f"--vlm {vlm}: its words are {width} wide, this projector's tokens {config.model.embedding_dim}: it was "
+            f"trained for {config.objective.llm.name}"
+        )
+    return {"name": name, "revision": commit}
 
 
 def fit_entropy(model: Any, clips: Iterable[Clip]) -> StaticModel:
@@ -238,26 +322,82 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
+def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Upload an export to the Hub repository `user/name` (made where it is missing); returns its address.
 
-    The token is huggingface_hub's own (HF_TOKEN, or `hf auth login`). Raises: ExportError when the Hub refuses.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    In one commit, so that nobody meets half of it: an earlier export there is replaced, its history stays. The token is
+    huggingface_hub's own (HF_TOKEN, or `hf auth login`).
 
-    facts = read_config(Path(folder))
+    Args:
+        private: make a private repository. endpoint: another Hub than HF_ENDPOINT's.
+    Raises: ExportError when the Hub refuses or cannot be reached, when the repository holds something else than an
+        export, and when it is public and private was asked. The folder is only read.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = Path(folder)
+    facts, api = read_config(folder), HfApi(endpoint=endpoint)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if facts.get("vlm") and not facts["vlm"]["revision"]:
+        raise ExportError(
+            f"--push {repo}: the VLM is {facts['vlm']['name']}, a folder here; name one of the Hub (--vlm)"
+        )
     try:
-        api = HfApi()
         url = api.create_repo(repo, exist_ok=True, private=private)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"vtok export of {facts['model_id']}")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ExportError(f"--push {repo}: the Hub refused: {error}") from error
+        there = _replaceable(api, repo, private=private)
+        stale = {ENTROPY, PRIOR, PRIOR_CONFIG} & there - {path.name for path in files}
+        operations = [CommitOperationAdd(path.name, path) for path in files]
+        operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        api.create_commit(repo, operations, commit_message=f"vtok export of {facts['model_id']}")
+    except ExportError:
+        raise
+    # the client's HTTP library, whose errors of the network pass through it, has changed: its error is a base of theirs
+    except (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__) as error:
+        why = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of one file's upload
+        raise ExportError(
+            f"--push {repo}: {_refusal(why)}. Nothing is lost: the export is complete in {folder}; give the same "
+            "command again"
+        ) from error
     return str(url)
 
 
+def _replaceable(api: Any, repo: str, *, private: bool) -> set[str]:
+    """The names of a repository's files. Raises: ExportError where they are no export, and for a public repository
+    where a private one was asked."""
+    info = api.model_info(repo)
+    if private and info.private is False:
+        raise ExportError(f"--push {repo} --private: the repository exists and is public; make it private there first")
+    files = {file.rfilename for file in info.siblings or []}
+    foreign = files - {".gitattributes", "README.md"}  # which the Hub makes itself
+    if "config.json" in foreign:
+        with tempfile.TemporaryDirectory() as aside:
+            api.hf_hub_download(repo, "config.json", local_dir=aside)
+            foreign = set() if _is_export(Path(aside)) else foreign
+    if foreign:
+        raise ExportError(
+            f"--push {repo}: the repository exists and holds {', '.join(sorted(foreign)[:3])}, which is no export; "
+            "choose another name"
+        )
+    return files
+
+
+def _refusal(error: BaseException) -> str:
+    """What went wrong at the Hub, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and isinstance(error, ValueError):  # a name that no repository can have
+        return str(error)
+    if status is None:
+        return f"the Hub could not be reached, or broke off ({type(error).__name__}: {error})"
+    advice = {
+        401: "it does not know the token: set HF_TOKEN, or run `hf auth login`",
+        403: "the token may not write there: take one with write access, of a user or organisation that owns the name",
+    }
+    return f"the Hub refused with {status}: {advice.get(status, str(error))}"
+
+
 def main_export(argv: list[str]) -> None:
-    """`vtok export RUN --out DIR [--push USER/REPO]`."""
+    """`vtok export RUN --out DIR [--vlm NAME] [--push USER/REPO]`."""
     parser = argparse.ArgumentParser(prog="vtok export", description="One folder that loads anywhere.")
     parser.add_argument("run", help="run directory")
     parser.add_argument("--out", required=True, help="folder to write; an earlier export there is replaced")
@@ -266,6 +406,7 @@ def main_export(argv: list[str]) -> None:
     parser.add_argument("--no-entropy", action="store_true", help="no static entropy model")
     parser.add_argument("--entropy-clips", type=int, default=512, help="training clips it is fitted on (default: 512)")
     parser.add_argument("--license", default="apache-2.0", help="Hub identifier of the weights' licence")
+    parser.add_argument("--vlm", metavar="NAME[@REV]", default="", help="projectors: loads joined to this VLM, too")
     parser.add_argument("--push", metavar="USER/REPO", help="upload to the Hub as well")
     parser.add_argument("--private", action="store_true", help="with --push: a private repository")
     args = parser.parse_args(argv)
@@ -277,6 +418,7 @@ def main_export(argv: list[str]) -> None:
         entropy=not args.no_entropy,
         entropy_clips=args.entropy_clips,
         licence=args.license,
+        vlm=args.vlm,
     )
     facts = read_config(out)
     print(f"{out}: {facts['model_id']}, {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.1f} MB")
