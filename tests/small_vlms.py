@@ -14,7 +14,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 
+from vtok.families import reducer, temporal
 from vtok.types import Features, Tokens
+from vtok.vision import TowerConfig
 
 WORDS, WIDTH, SEEN = 128, 32, 24  # vocabulary, width of a word, of a patch
 IMAGE, VIDEO, PAD = 120, 121, 0
@@ -164,6 +166,22 @@ def untouched(name: str, row: list[int], video: dict[str, Any]) -> dict[str, Any
         if "second_per_grid_ts" in video:
             video["second_per_grid_ts"] = torch.tensor(video["second_per_grid_ts"])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **video}
+
+
+@cache
+def compressor_of(family: str = "reducer", **more: Any) -> Any:
+    torch.manual_seed(1)
+    shape: Any = dict(tower=TowerConfig(name="any"), in_dim=SEEN, embedding_dim=WIDTH, embedding_rms=1.0, max_tokens=64)
+    if family == "reducer":
+        return reducer.Model(reducer.Config(**shape, **more)).eval()
+    c = temporal.Config(**shape, window=2, groups=more.get("groups", "clip"))
+    c.segments.name, c.static.keep = "fixed", "pool"
+    c.static.tokens, c.former.num_queries, c.former.width, c.former.depth, c.former.num_heads = 4, 2, 16, 2, 2
+    model = temporal.Model(c).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # a fresh one begins with gates at zero, which let no gradient pass
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def write_processor(folder: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from small_vlms import (
     VIDEO,
     WIDTH,
     Own,
+    compressor_of,
     pixels_of,
     texts,
     token_of,
@@ -43,7 +43,7 @@ from torch import nn
 import vtok
 from vtok.config import loads, to_dict
 from vtok.export import publish
-from vtok.families import reducer, temporal
+from vtok.families import reducer
 from vtok.llm.framewise import swap
 from vtok.llm.joined import attach
 from vtok.llm.places import Place, Span, expand, find_places, grid_positions
@@ -53,22 +53,6 @@ from vtok.vision import TowerConfig
 torch.set_num_threads(1)
 
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-@cache
-def compressor_of(family: str = "reducer", **more: Any) -> Any:
-    torch.manual_seed(1)
-    shape: Any = dict(tower=TowerConfig(name="any"), in_dim=SEEN, embedding_dim=WIDTH, embedding_rms=1.0, max_tokens=64)
-    if family == "reducer":
-        return reducer.Model(reducer.Config(**shape, **more)).eval()
-    c = temporal.Config(**shape, window=2, groups=more.get("groups", "clip"))
-    c.segments.name, c.static.keep = "fixed", "pool"
-    c.static.tokens, c.former.num_queries, c.former.width, c.former.depth, c.former.num_heads = 4, 2, 16, 2, 2
-    model = temporal.Model(c).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # a fresh one begins with gates at zero, which let no gradient pass
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @every_model
@@ -357,8 +341,21 @@ def test_a_swapped_projector_compresses_every_frame(name):
     assert vlm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **GREEDY).shape == (1, 8 + 5)
     assert all(p.grad.abs().max() > 0 for p in vlm.base_model.multi_modal_projector.compressor.parameters())
     vlm.base_model.multi_modal_projector = own
-    with pytest.raises(ValueError, match="use attach"):
-        swap(own, vlm_of("llava_onevision"))
+
+
+def test_a_projector_of_all_patches_is_swapped_where_they_are_rearranged():
+    vlm = vlm_of("llava_onevision")
+    pixels = torch.stack(pixels_of("llava_onevision", [2])["pixel_values_videos"])
+    own = swap(compressor_of(method="none"), vlm)
+    try:
+        assert vlm.model.get_video_features(pixels).pooler_output.shape == (1, 2 * 4 + 1, WIDTH)
+        swap(compressor_of(method="tome"), vlm, budget=4)
+        with pytest.raises(ValueError, match="4 tokens of 16 patches"):
+            vlm.model.get_video_features(pixels)
+    finally:
+        vlm.model.multi_modal_projector = own
+    with pytest.raises(ValueError, match="no multi_modal_projector"):
+        swap(compressor_of(method="none"), vlm_of("qwen3_vl"))
 
 
 # --- where vtok is not installed ---

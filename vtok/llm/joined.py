@@ -27,7 +27,7 @@ from vtok.llm.splice import IGNORED
 from vtok.types import Budget, Features, Tokens
 
 # what processors return beside what is read here; it speaks of the VLM's own tokens
-UNREAD = ("image_sizes", "batch_num_images", "mm_token_type_ids", "token_type_ids")
+UNREAD = ("image_sizes", "image_sizes_videos", "batch_num_images", "mm_token_type_ids", "token_type_ids")
 POSITIONS = ("sequence", "grid")
 
 

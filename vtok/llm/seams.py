@@ -30,7 +30,7 @@ class Seam:
     normed: layer -1 is the output after the tower's last norm. grids: pixels come as rows of patches with grid_thw, and
         positions have three axes (M-RoPE). windows: the tower works in windows, whose order is undone. deepstack: the
         first layers of the LLM are given features of earlier blocks as well.
-    swap: tokens pass `multi_modal_projector` and nothing after it that counts them.
+    swap: nothing after `multi_modal_projector` counts or rearranges what it gives.
     """
 
     towers: dict[str, str]
