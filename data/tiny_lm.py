@@ -166,7 +166,7 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
     elif slots and mark < config.empty + config.phrases:
         repeats = rng.choice((1, 1, 1, 2, 4))
         slots = _phrases(caption, ids, rng, repeats)
-    elif slots and mark < config.empty + config.phrases + config.frames:
+    elif slots and not config.repeat and mark < config.empty + config.phrases + config.frames:
         slots, repeats = _frames(caption, ids, rng, most=config.longest)
     asked = [
         (ask_as(rng.choice(tasks.qa_prompts), {"question": question}), f" {answer}", "answer")

@@ -1,0 +1,98 @@
+"""A small language model's compressor in sharded training: ranks whose texts and videos differ in length keep step."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_llm import small_model, small_tokenizer
+
+SCRIPT = """
+import sys
+import deepspeed
+import torch
+from torch import nn
+from vtok.families.language import Config, SmallLM, TowerConfig, build
+from vtok.types import Clip, Features
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first use, for minutes
+rank = torch.distributed.get_rank()
+
+class Step(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, clip, budget):
+        tokens = self.model.encode(clip, budget=budget)
+        return (tokens.embeddings / 0.05 - 1)[tokens.mask].square().mean()
+
+def texts(long):
+    return Clip(["a", "b"], text=["ring", ""] if not long else ["Where is the red ring? " * 8, "stay"])
+
+def videos(long):
+    frames = 20 if long else 1
+    seen = Features(torch.randn(1, frames, 12, 5), (3, 4))
+    return Clip(["a"], features={{"tower": seen}}, prompt=["what moves?"])
+
+whole = {{"stage": {stage}, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+plan = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": whole}}
+sizes = dict(embedding_dim=24, embedding_rms=0.05, num_tokens=6, max_tokens=200, in_dim=5)
+for form, draw, own in (
+    ("texts", texts, dict(segment_words=5)),
+    ("videos", videos, dict(source="video", window=3, question=True, tower=TowerConfig(name="tower"))),
+):
+    torch.manual_seed(0)
+    model = build(Config(lm=SmallLM(name={folder!r}, checkpoint=True), **sizes, **own)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.003)
+    engine, *_ = deepspeed.initialize(model=Step(model), optimizer=optimizer, config=plan)
+    losses = []
+    for step in range(4):
+        torch.manual_seed(7)
+        long = bool((rank + step) % 2)
+        loss = engine(draw(long), [None, 1, 7, None][step])
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, losses)
+    short, long = [everyone[0][0], everyone[1][3]], [everyone[1][0], everyone[0][3]]
+    assert short[1] < short[0] and long[1] < long[0], (form, everyone)
+    if rank == 0:
+        print("trained", form, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_of_short_and_long_inputs_keep_step(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    tokenizer = small_tokenizer("llama")
+    small_model("llama", len(tokenizer)).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(stage=stage, folder=str(tmp_path / "lm")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(Path(__file__).parent.parent)
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "PYTHONPATH": root}
+    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runs = []
+    try:
+        for rank in range(2):
+            own, log = {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)}, (tmp_path / f"{rank}.txt").open("w")
+            command = [sys.executable, str(script)]
+            runs.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
+        codes = [run.wait(timeout=400) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    trained = [line for line in said[0].splitlines() if line.startswith("trained")]
+    assert trained == ["trained texts", "trained videos"], (codes, said[0][-3000:], said[1][-3000:])
