@@ -19,7 +19,7 @@ COMMANDS = {
     "sample": ("vtok.sample:main", "videos drawn from an export's prior: EXPORT --out DIR"),
     "quantize": ("vtok.ptq:main", "ids for a trained continuous tokenizer, without training: RUN --out DIR"),
     "calibrate": ("vtok.calibrate:main", "lengths predicted in one pass, made to hold: RUN --shards DIR --out EXPORT"),
-    "info": ("vtok.export:main_info", "what a run, export, config or .vtok file holds"),
+    "info": ("vtok.estimate:main_info", "what a run, export or .vtok file holds; what training by a config takes"),
     "demo": ("vtok.demo:main", "shards, training, evaluation, export and a report in one go"),
 }
 
