@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from vtok.config import loads
 from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
 from vtok.export import main_export
-from vtok.llm import LLMConfig, load_llm
+from vtok.lit import LitProjector, _scores
+from vtok.llm import Answered, LLMConfig, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train
 
@@ -88,12 +90,28 @@ def test_a_run_validates_answers_and_changes_nothing_frozen(lab, stage0):
     assert {"val/accuracy_1", "val/accuracy_4", "val/colour_accuracy_4", "val/positions_4"} <= val.keys()
     assert val["val/positions_4"] == val["val/positions_1"] + 3
     assert val["val/accuracy"] == val["val/accuracy_4"]
+    assert (val["val/tokens_1"], val["val/tokens_4"]) == (1, 4)
+    assert val["val/loss_4"] > 0 and val["val/compress_ms_4"] > 0 and val["val/compress_flops_4"] > 0
     text = (run / "samples" / "step-00000002.md").read_text()
     assert "| 1 tokens | 4 tokens |" in text and "What colour" in text
     kept = strategy.consolidate(run / "checkpoints" / "last.ckpt")
     assert {name.split(".")[0] for name in kept} == {"model"}, "neither the tower nor the LLM is in a checkpoint"
     written = loads((run / "config.yaml").read_text()).model
     assert (written.in_dim, written.embedding_dim) == (16, 32) and written.embedding_rms > 0
+
+
+def test_validation_says_what_it_found_at_each_budget():
+    open_ended = Answered("a", "0", "count", "How many?", "two", [], [], "Two.", tokens=4, positions=30)
+    chosen = Answered("a", "1", "colour", "Which?", "red", ["blue", "red"], [-3.0, -0.5], None, tokens=4, positions=32)
+    means = {"val/clips": 2, "val/loss": 9.0, "val/compress_ms_4": 1.5, "val/compress_flops_4": 2.5e9}
+    for each in (open_ended, chosen):
+        means |= {f"val/{key}_4": value for key, value in _scores(each).items()}
+    means |= {key.replace("_4", "_14"): 7.0 for key in means if key.endswith("_4")}
+    (line,) = LitProjector.told(SimpleNamespace(menu=(4, None)), means)
+    assert line == (
+        "4 tokens in prompts of 32 positions; right 100.0 % (colour 100.0); exact match 100.0 % (count 100.0); "
+        "loss 0.500; compressor 1.5 ms, 2.5 GFLOP a clip"
+    )
 
 
 def test_a_run_goes_on_where_it_stopped(lab, stage0):
@@ -171,6 +189,9 @@ def test_eval_measures_the_run_beside_everything_training_free(lab, stage0, tmp_
     assert rows["full", None]["tokens_mean"] == 4 * 16
     assert rows["full", None]["prefill_flops"] > 2 * rows["pooling", 1]["prefill_flops"]
     assert rows["pooling", 4]["kv_bytes"] > rows["pooling", 1]["kv_bytes"] > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "cannot tell compressors apart" in page and "<canvas data-clip" in page and "What colour" in page
+    assert [each["budget"] for each in found["versus"]] == [1, 4] and all(row["ttft_ms"] > 0 for row in found["rows"])
     assert rows["reducer", 4]["compress_flops"] > 0 and found["llm"]["sha256"] == weights(lab / "llm")
     assert "chance" in capsys.readouterr().out
 
