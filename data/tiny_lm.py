@@ -13,8 +13,9 @@ answer, as it does in a large model, which a projector over a frozen model needs
   in description, question and answer. What is true of a clip cannot be learned by heart, only read.
 - A description is its words, or phrases: one vector each, the sum of several words' embeddings with noise added, in
   any order and several times over, at positions that leave gaps. Or it is told as patches of frames tell it: frame
-  after frame, each clause again where the thing is seen, lost among vectors that say nothing. Frozen models have not
-  seen a projector's vectors; large ones can be spoken to in mixtures of words, and this makes a small one alike.
+  after frame, each clause again where the thing is seen, some of its words left out, lost among vectors that say
+  nothing. Frozen models have not seen a projector's vectors; large ones can be spoken to in mixtures of words, and this
+  makes a small one alike.
 - The questions of a clip stand side by side after its description and do not see one another.
 
 With --repeat it is one for texts (data/demo_texts.py): names stay, and each text is also to be repeated word for word,
@@ -213,15 +214,25 @@ def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:
     return out
 
 
+def _shortened(clause: str, rng: random.Random, share: float) -> str:
+    """A clause about one thing without a share of its words; what is asked about stays."""
+    if "appears first" in clause:
+        return clause
+    asked = {name for names in (COLOURS, SHAPES, DIRECTIONS, PALETTES) for name in names}
+    kept = [word for word in clause.split() if word in asked or rng.random() >= share]
+    return " ".join(kept) or clause
+
+
 def _phrases(caption: str, ids: Any, rng: random.Random, repeats: int) -> list[list[int]]:
     """A description's clauses as sums of 2, 4 or all their words; whole ones within a scene in any order."""
     out: list[list[int]] = []
     size, shuffled = rng.choice((2, 4, 64)), rng.random() < 0.7
+    share = rng.choice((0.0, 0.5, 1.0)) if size == 64 else 0.0
     for head, clauses in _scenes(caption):
         clauses = clauses * repeats
         if shuffled and size == 64:
             rng.shuffle(clauses)
-        for clause in head + clauses:
+        for clause in head + [_shortened(c, rng, share) for c in clauses]:
             words = ids(f" {clause}")
             out += [words[i : i + size] for i in range(0, len(words), size)]
     return out
@@ -233,6 +244,7 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
     scenes = [(head, clauses) for head, clauses in _scenes(caption) if clauses]
     frames = max(1, min(rng.choice((1, 2, 4, 8, 16)), most // (2 * sum(len(clauses) for _, clauses in scenes))))
     out: list[list[int]] = []
+    share = rng.choice((0.0, 0.5, 1.0))
     for head, clauses in scenes:
         count = max(1, frames // len(scenes))
         flashes = [c for c in clauses if "flashes" in c]
@@ -254,7 +266,7 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
             elif count <= len(flashes):
                 told += flashes
             empty = rng.randint(0, max(0, min(15, most // frames - len(told))))
-            vectors = [ids(f" {c}") for c in told] + [list(between) for _ in range(empty)]
+            vectors = [ids(f" {_shortened(c, rng, share)}") for c in told] + [list(between) for _ in range(empty)]
             rng.shuffle(vectors)
             out += vectors
     return out, frames

@@ -220,5 +220,22 @@ def test_a_table_without_stage_0_says_so(lab, stage0):
         AnsweringEvaluator(model, llm, val=[], template=template, reducers=["divprun"])
 
 
+def test_reducers_stand_on_the_projector_that_is_named(lab, stage0):
+    full, tuned = vtok.load(str(stage0)), vtok.load(str(stage0))
+    with torch.no_grad():
+        tuned.projector.shift.normal_(std=3.0)
+    llm = load_llm(LLMConfig(name=str(lab / "llm")))
+    settings = dict(val=list(_val(lab)), template="<video>\nQuestion: {question}\nAnswer:", budgets=[4], progress=False)
+    tables = []
+    for base in (None, full, tuned):
+        found = AnsweringEvaluator(full, llm, full=full, tuned=base, seeds=1, **settings).run()["rows"]
+        tables.append({row["method"]: row["loss"] for row in found})
+    assert tables[0] == tables[1]
+    changed = {name for name in tables[0] if tables[0][name] != tables[2][name]}
+    assert changed == {"random", "uniform", "pooling", "downsample"}
+    with pytest.raises(ValueError, match="goes with a full-token model"):
+        AnsweringEvaluator(full, llm, tuned=tuned, **settings)
+
+
 def test_clips_of_one_video_are_one_cluster():
     assert video_of("tv_news__0003") == video_of("tv_news__0117") == "tv_news" != video_of("tv_news2")

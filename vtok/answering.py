@@ -45,6 +45,8 @@ class AnsweringEvaluator:
         budgets: tokens per clip; [] = 1, 4, 16 ... and all.
         full: the stage-0 model, all of whose tokens are the full-token row, and whose projector the reducers stand on;
             None leaves both out, and says so.
+        tuned: a model that has learned since, of the same tower: the reducers stand on its projector. For a comparison
+            that gives the reducers as many steps as the compressor had.
         reducers: their names beside `ALWAYS`. seeds: of those that draw.
         max_new_tokens: of the LLM's own answers, for exact match and F1; 0 = likelihoods of the choices alone.
         parts: ask the parts of every clip before the whole, in all rows but the blind one (`vtok.llm.parts`).
@@ -60,6 +62,7 @@ class AnsweringEvaluator:
         timestamps: bool = False,
         budgets: Sequence[int] = (),
         full: Any = None,
+        tuned: Any = None,
         reducers: Sequence[str] = (),
         seeds: int = 5,
         max_new_tokens: int = 0,
@@ -81,6 +84,9 @@ class AnsweringEvaluator:
         self.device = torch.device(device)
         self.model, self.llm = model.to(self.device).eval(), llm
         self.full = full.to(self.device).eval() if full is not None else None
+        if tuned is not None and (full is None or tuned.config.tower != full.config.tower):
+            raise ValueError("tuned: the reducers' projector goes with a full-token model (full) of the same tower")
+        self.base = tuned.to(self.device).eval() if tuned is not None else self.full
         self.family = str(model.config.name).rpartition(".")[2]
         self.val, self.template, self.timestamps = val, template, timestamps
         self.budgets = sorted(set(budgets))
@@ -93,8 +99,8 @@ class AnsweringEvaluator:
             self.shape, self.no_shape = None, f"prefill_flops, kv_bytes: {error}"
         self.bar = counting_bar(show=progress)
 
-    def run(self, *, model: str = "", shards: str = "") -> dict[str, Any]:
-        """Every row of every method. model, shards: what the table says they are."""
+    def run(self, *, model: str = "", shards: str = "", tuned: str = "") -> dict[str, Any]:
+        """Every row of every method. model, shards, tuned: what the table says they are."""
         rows: dict[tuple[str, int | None], AnswerRow] = {}
         clips = 0
         with self.bar, torch.inference_mode():
@@ -118,6 +124,7 @@ class AnsweringEvaluator:
                 "clips": clips,
                 "llm": self.llm.identity(),
                 "parts": asdict(self.parts) if self.parts else None,
+                "tuned": tuned or None,
                 "environment": environment(self.device, seed=self.seed),
                 "benchmark": benchmark(ordered, seed=self.seed),
                 "versus": versus(ordered, self.family, seed=self.seed),
@@ -143,7 +150,7 @@ class AnsweringEvaluator:
         self._ask(row("full", None), seen, self.full, None)
         for name in self.names:
             for seed in range(self.seeds if _draws(name) else 1):
-                reduced = reduced_model(self.full, name, seed=self.seed + seed)
+                reduced = reduced_model(self.base, name, seed=self.seed + seed)
                 for budget in self._menu(reduced, features):
                     if name == "downsample" and clip.video is None:
                         row(name, budget).note("the shards hold features: frames cannot be made smaller")
@@ -260,7 +267,7 @@ class AnsweringEvaluator:
             for entry in result["versus"]:
                 name = entry["reducer"]
                 if name != "downsample" or clip.video is not None:
-                    made = reduced_model(self.full, name, seed=self.seed)
+                    made = reduced_model(self.base, name, seed=self.seed)
                     readers.append((name, entry["budget"], seen if name == "downsample" else other, made))
             readers.append(("full", None, other, self.full))
         said = [self._answers(its, model, budget or None, most) for _, budget, its, model in readers]
@@ -307,7 +314,7 @@ def _draws(name: str) -> bool:
 
 
 def reduced_model(full: Any, name: str, *, seed: int = 0) -> Any:
-    """A training-free reducer on the projector of the stage-0 model: it shares the weights."""
+    """A training-free reducer on the projector of a model of family `reducer`: it shares the weights."""
     layers = attention_layers(full, REDUCERS[name].layers) if name in REDUCERS and REDUCERS[name].layers else []
     options: dict[str, Any] = {"seed": seed} if _draws(name) else {}
     options |= dict(zip(("layer",) if len(layers) == 1 else ("object_layer", "last_layer"), layers))

@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     projector = parser.add_argument_group("projectors", "--controls are then reducers, beside those always there")
     projector.add_argument("--llm", help="frozen language model; default: the one it was trained for")
     projector.add_argument("--full", help="stage-0 model: the full-token row and the reducers' projector")
+    projector.add_argument("--tuned", help="the same, trained on for as many steps as MODEL: the reducers' projector")
     projector.add_argument("--answers", type=int, default=0, help="generate so many ids: exact match and F1")
     projector.add_argument(
         "--parts", type=int, default=1, help="ask so many parts of each clip first (default 1: none)"
@@ -310,6 +311,7 @@ def _main_projector(
         timestamps=objective.timestamps,
         budgets=_budgets(options, settings),
         full=load_model(full)[0] if full else None,
+        tuned=load_model(options.tuned)[0] if options.tuned else None,
         reducers=reducers,
         seeds=options.seeds,
         max_new_tokens=options.answers,
@@ -318,7 +320,7 @@ def _main_projector(
         seed=options.seed,
         progress=not options.no_progress,
     )
-    result = evaluator.run(model=source.name, shards=shards)
+    result = evaluator.run(model=source.name, shards=shards, tuned=Path(options.tuned).name if options.tuned else "")
     out = _write_table(options, source, result)
     print_answers(result)
     print(f"table   {out / 'eval.json'}")
