@@ -123,6 +123,7 @@ class AnsweringEvaluator:
                 "shards": shards,
                 "clips": clips,
                 "llm": self.llm.identity(),
+                "tower": self._tower(),
                 "parts": asdict(self.parts) if self.parts else None,
                 "tuned": tuned or None,
                 "environment": environment(self.device, seed=self.seed),
@@ -132,6 +133,11 @@ class AnsweringEvaluator:
                 "per_question": per_question(ordered),
             }
         )
+
+    def _tower(self) -> dict[str, Any] | None:
+        """Which tower made the features; None where none was loaded: of texts, and of features read from shards."""
+        tower = getattr(self.model, "_tower", None)
+        return tower.identity() if tower is not None else None
 
     # one batch, every method
 

@@ -241,7 +241,6 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
     vlm: NAME, NAME@REVISION, or a folder. Raises: ExportError for one that cannot be had, or cannot read the tokens.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     from vtok.llm.seams import SEAMS
 
@@ -255,7 +254,7 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
             commit = HfApi().model_info(name, revision=revision or None).sha
             path = Path(hf_hub_download(name, "config.json", revision=commit))
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:
+    except _refusals() as error:
         raise ExportError(f"--vlm {vlm} is no folder here and could not be had from the Hub: {error}") from error
     if facts.get("model_type") not in SEAMS:
         raise ExportError(f"--vlm {vlm} is of type {facts.get('model_type')!r}; tokens are put into {', '.join(SEAMS)}")
@@ -322,6 +321,14 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
+def _refusals() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises for what it cannot do. The HTTP library under it, whose errors of the network pass
+    through it, has changed from version to version: its error is a base of the client's own."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
 def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Upload an export to the Hub repository `user/name` (made where it is missing); returns its address.
 
@@ -334,7 +341,6 @@ def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str 
         export, and when it is public and private was asked. The folder is only read.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(folder)
     facts, api = read_config(folder), HfApi(endpoint=endpoint)
@@ -352,8 +358,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str 
         api.create_commit(repo, operations, commit_message=f"vtok export of {facts['model_id']}")
     except ExportError:
         raise
-    # the client's HTTP library, whose errors of the network pass through it, has changed: its error is a base of theirs
-    except (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__) as error:
+    except (*_refusals(), RuntimeError) as error:
         why = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of one file's upload
         raise ExportError(
             f"--push {repo}: {_refusal(why)}. Nothing is lost: the export is complete in {folder}; give the same "
