@@ -1,4 +1,4 @@
-"""A small causal language model for texts of procedural clips: python data/tiny_lm.py captions.jsonl OUT [--steps 600].
+"""A small causal language model for texts of procedural clips: python data/tiny_lm.py captions.jsonl OUT [--steps 1500].
 
 It is the frozen LLM of commands and tests where no other is at hand (`objective.llm.name=OUT`); it knows the captions
 and questions of one procedural train split (vtok/data/synthetic.py) and nothing else. Reads a manifest that
@@ -62,7 +62,7 @@ WEIGHTS = {"answer": 1.0, "description": 0.2, "repeated": 0.5, "wording": 0.02}
 @dataclass
 class TinyConfig:
     seed: int = 0
-    steps: int = 600
+    steps: int = 1500
     batch_size: int = 32  # descriptions a step, each with its questions
     lr: float = 2e-3
     width: int = 128
