@@ -1,4 +1,4 @@
-"""A small causal language model for texts of procedural clips: python data/tiny_lm.py captions.jsonl OUT [--steps 1500].
+"""A small causal language model for texts of clips: python data/tiny_lm.py captions.jsonl OUT [--steps 1500].
 
 It is the frozen LLM of commands and tests where no other is at hand (`objective.llm.name=OUT`); it knows the captions
 and questions of one procedural train split (vtok/data/synthetic.py) and nothing else. Reads a manifest that

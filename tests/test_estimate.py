@@ -18,13 +18,13 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch.utils.flop_counter import FlopCounterMode
 
 from vtok import train
 from vtok.cli import main
 from vtok.config import load
-from vtok.dry_run import DryRun, attention_flops, measure
+from vtok.dry_run import DryRun, measure
 from vtok.estimate import ANSWER_WORDS, Estimate, _memory, estimate, table
+from vtok.metrics.operations import Operations
 from vtok.skeletons import Skeletons, published
 from vtok.types import Clip
 
@@ -50,6 +50,12 @@ CASES = {
     "vqtoken/tiny": [],
 }
 QUICK = ("flexible/debug", "reducer/tiny")
+LONG = ("flexible/halting_tiny", "discrete/vidtok_fsq_488_tiny", "reducer/tiny_pooling")  # of the same kinds as others
+
+
+def marked(case: str):
+    marks = [] if case in QUICK else [pytest.mark.long] if case in LONG else [pytest.mark.slow]
+    return pytest.param(case, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +87,16 @@ def take_step(config) -> dict[str, int]:
     """One step as the trainer takes it: its parameters, operations, bytes saved for the backward pass, tokens."""
     lit = train.build(config)
     data, channels = config.data, getattr(config.model, "channels", 3)
-    shape = (data.batch_size, channels, data.num_frames, *data.size)
+    frames, batch = data.num_frames, data.batch_size
+    if data.part_frames and data.part_batch_sizes:  # the heaviest batch that comes
+        frames, batch = max(zip(data.part_frames, data.part_batch_sizes), key=lambda part: part[0] * part[1])
+    shape = (batch, channels, frames, *data.size)
     clip = Clip(
-        keys=[str(row) for row in range(data.batch_size)],
+        keys=[str(row) for row in range(batch)],
         video=torch.randint(0, 256, shape, dtype=torch.uint8),
-        lengths=torch.full((data.batch_size,), data.num_frames),
-        times=(torch.arange(data.num_frames) / (data.fps or 8.0)).expand(data.batch_size, -1),
-        text=[" ".join(["word"] * ANSWER_WORDS)] * data.batch_size if hasattr(lit.model, "compress") else None,
+        lengths=torch.full((batch,), frames),
+        times=(torch.arange(frames) / (data.fps or 8.0)).expand(batch, -1),
+        text=[" ".join(["word"] * ANSWER_WORDS)] * batch if hasattr(lit.model, "compress") else None,
     )
     owned = {t.untyped_storage()._cdata for t in (*lit.parameters(), *lit.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -99,7 +108,7 @@ def take_step(config) -> dict[str, int]:
         return tensor
 
     torch.manual_seed(config.seed)
-    counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
+    counter = Operations()
     with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = lit.objective(lit.model, clip.as_float(), config.trainer.max_steps - 1).total
         forward = counter.get_total_flops()
@@ -121,7 +130,7 @@ def take_step(config) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_the_estimate_is_what_a_step_takes(case, frozen):
     config = settings(case, frozen)
     said, taken = estimate(config), take_step(config)

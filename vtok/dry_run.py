@@ -11,6 +11,7 @@ frames, an argmax), random numbers stand in for it: the count of operations is t
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
+
+from vtok.metrics.operations import Operations
 
 aten = torch.ops.aten
 SMALL = 1 << 20  # elements: above it a new float tensor is fake, and a fake one has no stand-in
@@ -152,12 +154,14 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Storages that were there before are not counted."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = weakref.ref(storage, self._release(storage._cdata, 0))
+            self._sizes[storage._cdata] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -166,10 +170,18 @@ class _Live(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self._known:
-                    self._known[key] = weakref.ref(storage, self._release(key, size))
+                    self._known[key], self._sizes[key] = weakref.ref(storage, self._release(key, size)), size
                     self.now += size
                     self.peak = max(self.peak, self.now)
         return out
+
+    def held(self) -> dict[int, tuple[Any, int]]:
+        """Storages that are held now: (reference, bytes)."""
+        return {key: (ref, self._sizes[key]) for key, ref in self._known.items() if self._sizes[key]}
+
+    def still(self, before: dict[int, tuple[Any, int]]) -> int:
+        """Bytes of those of `before` that are held still: tables that the code keeps for the next step."""
+        return sum(size for key, (ref, size) in before.items() if self._known.get(key) is ref)
 
     def _release(self, key: int, size: int) -> Callable[[Any], None]:
         def gone(_: Any) -> None:
@@ -183,7 +195,7 @@ class _Live(TorchDispatchMode):
 class Cost:
     """Of one forward and backward pass. flops: a multiply-add is two; products of matrices, convolutions and attention
     are counted. held_bytes: activations held when the backward pass begins. peak_bytes: activations, temporaries and
-    gradients together, at the worst moment."""
+    gradients together, at the worst moment. Tables that are made once and kept (masks) are in neither."""
 
     forward_flops: int
     backward_flops: int
@@ -195,7 +207,7 @@ class Watch:
     """Counts the operations of some functions apart, by name: `flops`."""
 
     def __init__(self) -> None:
-        self.counter: FlopCounterMode | None = None
+        self.counter: Operations | None = None
         self.flops: dict[str, int] = {}
 
     def of(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,31 +231,19 @@ def measure(step: Callable[[], Tensor], *, held: Iterable[Tensor], watch: Watch 
     """
     live = _Live()
     live.forget(held)
-    with live, FlopCounterMode(display=False, custom_mapping=attention_flops()) as counter:
+    with live, Operations() as counter:
         if watch is not None:
             watch.counter = counter
         loss = step()
-        forward, activations = counter.get_total_flops(), live.now
+        gc.collect()  # what only circles of Python objects still hold is not held by a step that goes on
+        forward, activations, begun = counter.get_total_flops(), live.now, live.held()
         if watch is not None:
             watch.counter = None
         loss.backward()
         del loss
-    return Cost(forward, counter.get_total_flops() - forward, activations, live.peak)
-
-
-def attention_flops() -> dict[Any, Any]:
-    """torch's counter knows the attention of CUDA alone: that of CPUs is counted the same way."""
-    forward = sdpa_flop_count
-    backward = sdpa_backward_flop_count
-
-    def ahead(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return forward(q, k, v)
-
-    def back(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return backward(grad, q, k, v)
-
-    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
-    return {getattr(aten, name): count for name, count in zip(names, (ahead, back)) if hasattr(aten, name)}
+    gc.collect()
+    kept = live.still(begun)
+    return Cost(forward, counter.get_total_flops() - forward, activations - kept, live.peak - kept)
 
 
 @contextlib.contextmanager

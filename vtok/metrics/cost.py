@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from vtok.metrics.operations import Operations
 from vtok.types import Budget, Clip, Features, Tokens
 
 
@@ -115,20 +115,11 @@ def first_token_seconds(llm: Any, lengths: Iterable[int], *, repeats: int = 5) -
 
 @torch.no_grad()
 def compress_flops(model: Any, clip: Clip, *, budget: Budget | None = None) -> float:
-    """Operations (a multiply-add is two) of making a clip's tokens, as torch counts them; the mean of the batch. Of the
+    """Operations (a multiply-add is two) of making a clip's tokens, counted op by op; the mean of the batch. Of the
     tower only where the clip does not bring its features."""
     prompts = clip.prompt if clip.prompt is not None else [""] * len(clip)
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for (
-            parameter
-        ) in learned:  # torch's counter fails on a module that is given a parameter while nothing is recorded
-            parameter.requires_grad_(False)
-        with FlopCounterMode(display=False) as counter:
-            model.encode(replace(clip, prompt=prompts), budget=budget)
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
+    with Operations() as counter:
+        model.encode(replace(clip, prompt=prompts), budget=budget)
     return counter.get_total_flops() / len(clip)
 
 
