@@ -1,8 +1,8 @@
 """What a language model answers when tokens say all there is: python benchmarks/ideal_tokens.py LLM captions.jsonl.
 
 Each patch of each frame of procedural clips becomes one vector: the sum of the words of the thing whose middle it
-holds, or of the ground, at the size of a word. No tower and no projector stand between, so what is missing here is the language
-model's (data/tiny_lm.py, or any other); a projector over it cannot be expected to do better.
+holds, or of the ground, at the size of a word. No tower and no projector stand between, so what is missing here is the
+language model's (data/tiny_lm.py, or any other). A projector may learn vectors that it reads better than words.
 """
 
 from __future__ import annotations

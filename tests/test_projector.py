@@ -21,7 +21,7 @@ from vtok.config import loads
 from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
 from vtok.export import main_export
-from vtok.lit import LitProjector, _scores
+from vtok.lit_projector import LitProjector, _scores
 from vtok.llm import Answered, LLMConfig, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train

@@ -35,7 +35,8 @@ from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
-from vtok.lit import LitCompressor, LitProjector, LitTokenizer, NonFiniteError
+from vtok.lit import LitCompressor, LitTokenizer, NonFiniteError
+from vtok.lit_projector import LitProjector
 from vtok.loop import Conductor, touch
 from vtok.optim import SCHEDULES
 from vtok.types import ShapeError
