@@ -6,7 +6,8 @@ ids with placeholders + Tokens      spliced into word embeddings, mask, labels, 
         |
 frozen LLM                          any causal LM of transformers, by name or folder        frozen.py
         |
-loss | answers | choices            teacher-forced, greedy, by likelihood                   reading.py, questions.py
+loss | answers | choices            teacher-forced, greedy, by likelihood                   reading.py, choices.py
+questions of clips                  with their answers and choices                          questions.py
 answers of parts before the whole   long videos, training-free                              parts.py
 
 lora.py       adapters on the LLM, an option        distill.py    few tokens taught by all tokens
@@ -14,6 +15,7 @@ objective.py  the training loss of every projector family
 joined.py     a trained projector inside a VLM of transformers (seams.py, places.py); framewise.py: the second way
 """
 
+from vtok.llm.choices import score
 from vtok.llm.distill import hidden_distance, logit_divergence
 from vtok.llm.framewise import swap
 from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
@@ -22,7 +24,7 @@ from vtok.llm.lora import Adapters, LoraConfig
 from vtok.llm.objective import BudgetConfig, ObjectiveConfig, ProjectorObjective
 from vtok.llm.parts import PartsConfig
 from vtok.llm.questions import Answered, ask
-from vtok.llm.reading import PLACE, Read, generate, read, score, tokens_at
+from vtok.llm.reading import PLACE, Read, generate, read, tokens_at
 from vtok.llm.splice import PLACEHOLDER, Spliced, splice
 from vtok.llm.tasks import TaskConfig, Told, choose
 

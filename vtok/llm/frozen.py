@@ -100,7 +100,14 @@ class FrozenLLM:
         return self.model.get_input_embeddings()(ids)
 
     def forward(
-        self, embeds: Tensor, mask: Tensor, positions: Tensor, *, keep: int = 0, hidden: Sequence[int] = ()
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        keep: int = 0,
+        hidden: Sequence[int] = (),
+        past: Any = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits [B, keep, V] of the last `keep` positions (0 = all), and the hidden states of layers there.
 
@@ -110,10 +117,13 @@ class FrozenLLM:
         Args:
             embeds: [B, L, D]. mask: [B, L] bool, False on padding. positions: [B, L] int64.
             hidden: layers whose output [B, keep, D] is asked: 0 = the embeddings, -1 = the last, after its norm.
+            past: what `prefill` kept of the positions before these; it grows. mask covers those, too.
         """
         length = embeds.shape[1]
         keep = keep or length
-        arguments: dict[str, Any] = dict(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False)
+        arguments: dict[str, Any] = dict(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=past is not None)
+        if past is not None:
+            arguments["past_key_values"] = past
         if "position_ids" in self._takes:  # models with relative biases (ALiBi, state spaces) take none
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._takes:
@@ -121,6 +131,22 @@ class FrozenLLM:
         with self._own_precision(embeds.device):
             out = self.model(**arguments, output_hidden_states=bool(hidden), return_dict=True)
         return out.logits[:, -keep:], [out.hidden_states[layer][:, -keep:] for layer in hidden]
+
+    @torch.no_grad()
+    def prefill(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Any:
+        """Keys and values of texts that go on differently, as transformers keeps them (a `Cache` whose rows can be
+        selected and repeated); None where the model keeps none of that kind. Arguments as in `forward`, padded on the
+        left."""
+        if not {"past_key_values", "position_ids"} <= self._takes or self.config.checkpoint:
+            return None
+        arguments: dict[str, Any] = dict(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions)
+        if "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = 1
+        with self._own_precision(embeds.device):
+            cache = self.model(**arguments, use_cache=True, return_dict=True).past_key_values
+        layers = getattr(cache, "layers", [])
+        rows = bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
+        return cache if rows and cache.get_seq_length() == embeds.shape[1] else None
 
     @torch.no_grad()
     def generate(self, embeds: Tensor, mask: Tensor, *, max_new_tokens: int) -> list[list[int]]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from vtok.llm.choices import score
 from vtok.llm.frozen import FrozenLLM
 from vtok.llm.parts import PartsConfig, Said, ask_parts, compressed, with_parts
-from vtok.llm.reading import PLACE, generate, prompt_ids, score, tokens_at, with_times
+from vtok.llm.reading import PLACE, generate, prompt_ids, tokens_at, with_times
 from vtok.llm.tasks import ask_as, is_question, plain
 from vtok.types import Budget, Clip, Tokens
 
@@ -98,7 +99,8 @@ def ask(
     if tokens is not None and timestamps:
         prompts = with_times(prompts, tokens)
     choices = [[str(choice) for choice in question.get("choices") or []] for _, question in asked]
-    likelihoods = score(llm, prompts, choices, tokens, texts_per_call=texts_per_call)
+    clips = None if getattr(model, "reads_prompt", False) else rows
+    likelihoods = score(llm, prompts, choices, tokens, clips=clips, texts_per_call=texts_per_call)
     texts: list[str | None] = [None] * len(asked)
     if max_new_tokens:
         texts = []

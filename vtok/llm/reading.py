@@ -1,4 +1,4 @@
-"""A frozen language model reads tokens: teacher-forced answers, greedy answers, and the likelihood of choices.
+"""A frozen language model reads tokens: teacher-forced answers, and greedy answers.
 
     prompt "<video>\\nQuestion: ..." --tokenizer--> ids with placeholders --splice(tokens)--> FrozenLLM --> answer
 
@@ -151,29 +151,3 @@ def generate(llm: FrozenLLM, prompts: Sequence[str], tokens: Tokens | None, *, m
         made = splice(asked, tokens, llm.embed, pad="left", max_length=llm.max_length, device=llm.device)
     ids = llm.generate(made.embeds, made.mask, max_new_tokens=max_new_tokens)
     return [llm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
-
-
-@torch.no_grad()
-def score(
-    llm: FrozenLLM,
-    prompts: Sequence[str],
-    choices: Sequence[Sequence[str]],
-    tokens: Tokens | None,
-    *,
-    texts_per_call: int = 64,
-) -> list[list[float]]:
-    """Log-likelihood in nats of each choice as the whole answer (its end included) to its prompt.
-
-    With the end counted, the likelihoods of all possible answers sum to 1, whatever their length: nothing is
-    normalised. texts_per_call: texts, one for each choice, that the LLM reads at once; bounds the memory.
-    """
-    pairs = [(row, choice) for row, offered in enumerate(choices) for choice in offered]
-    out: list[list[float]] = [[] for _ in prompts]
-    for begin in range(0, len(pairs), texts_per_call):
-        part = pairs[begin : begin + texts_per_call]
-        rows = [row for row, _ in part]
-        own = tokens_at(tokens, rows) if tokens is not None else None
-        seen = read(llm, [prompts[row] for row in rows], [choice for _, choice in part], own)
-        for row, value in zip(rows, (-seen.sums(seen.nll())).tolist()):
-            out[row].append(value)
-    return out

@@ -79,14 +79,20 @@ def splice(
         codes.append(ids + answer)
         if not codes[-1]:
             raise ValueError(f"text {row} is empty: a language model needs one position at least")
-        if max_length is not None and len(codes[-1]) > max_length:
+        if max_length is not None:
             visual = sum(count for _, count in places)
-            raise ValueError(
-                f"text {row} takes {len(codes[-1])} positions ({visual} visual tokens, {starts[-1] - visual} of the "
-                f"prompt, {len(answer)} of the answer), the language model has {max_length}: lower the budget or "
-                "shorten the answers"
-            )
+            check_room(row, visual, starts[-1] - visual, len(answer), max_length)
     return _assemble(codes, starts, tokens, embed, left=pad == "left", device=device)
+
+
+def check_room(text: int, visual: int, prompt: int, answer: int, most: int) -> None:
+    """Raises: ValueError where so many positions of a text are more than a language model has."""
+    length = visual + prompt + answer
+    if length > most:
+        raise ValueError(
+            f"text {text} takes {length} positions ({visual} visual tokens, {prompt} of the prompt, {answer} of the "
+            f"answer), the language model has {most}: lower the budget or shorten the answers"
+        )
 
 
 def _spans(placeholders: list[int], tokens: Tokens | None) -> list[list[tuple[int, int]]]:
