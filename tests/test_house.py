@@ -22,13 +22,13 @@ LIGHTNING = {"vtok.strategy", "vtok.lit", "vtok.loop", "vtok.train", "vtok.evalu
 HUGGING = {
     "vtok.llm.frozen",
     "vtok.llm.lora",
+    "vtok.llm.small",
     "vtok.llm.seams",
     "vtok.vision.load",
     "vtok.vision.preprocess",
     "vtok.hf",
     "vtok.skeletons",
     "vtok.hf_vlm",
-    "vtok.families.language",
 }
 LIBRARIES = {"lightning": LIGHTNING, "transformers": HUGGING, "timm": HUGGING, "deepspeed": {"vtok.strategy"}}
 

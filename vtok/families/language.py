@@ -19,8 +19,6 @@ frames, N patches of a frame, L positions, D width.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +30,8 @@ from torch import Tensor, nn
 from vtok.layers.frames import pool_grid, pool_shape, thin
 from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
-from vtok.llm.lora import LoraConfig
+from vtok.layers.segment_tokens import segment_tokens
+from vtok.llm.small import SmallLM, SmallReader, fill_in
 from vtok.llm.splice import PLACEHOLDER, splice
 from vtok.llm.text_objective import TextObjective, TextObjectiveConfig
 from vtok.types import Budget, Clip, Features, ShapeError, Tokens, resolve_budget, share
@@ -42,33 +41,7 @@ Objective = TextObjective
 ObjectiveConfig = TextObjectiveConfig
 __all__ = ["Config", "Model", "Objective", "ObjectiveConfig", "SmallLM", "build"]
 
-MODES, SOURCES, LEARNS, HEADS = ("latent_lm",), ("text", "video"), ("all", "lora", "none"), ("linear", "mlp")
-
-
-@dataclass
-class SmallLM:
-    """The small language model. What is None is read off its files when a fresh model is built."""
-
-    name: str = ""  # hf:USER/REPO, or a folder that save_pretrained wrote, the tokenizer in it
-    revision: str = ""
-    learn: str = "all"  # all (the weights ship with the model) | lora (adapters ship) | none (queries and head alone)
-    lora: LoraConfig = field(default_factory=LoraConfig)  # where learn=lora
-    layer: int = -1  # whose states are kept: 0 = the embeddings, -1 = the last, after its norm
-    dtype: str = "float32"  # of weights that do not learn
-    checkpoint: bool = False  # keep the layers' inputs only and compute the rest again in the backward pass
-    architecture: dict[str, Any] | None = None  # its config.json
-    sha256: str | None = None  # of the weights it begins with, or keeps
-    vocabulary: str | None = None  # hash of the tokenizer's words and their ids
-    embedding_rms: float | None = None  # of one number of its word embeddings
-
-    def __post_init__(self) -> None:
-        if self.learn not in LEARNS:
-            raise ValueError(f"model.lm.learn={self.learn!r} is unknown; choose one of {', '.join(LEARNS)}")
-        if (self.learn == "lora") != bool(self.lora.rank):
-            raise ValueError(
-                f"model.lm.learn={self.learn!r} with model.lm.lora.rank={self.lora.rank}: adapters need a rank, and "
-                "learn=lora; set both or none"
-            )
+MODES, SOURCES, HEADS = ("latent_lm",), ("text", "video"), ("linear", "mlp")
 
 
 @dataclass
@@ -116,64 +89,25 @@ class Config(ProjectorConfig):
         return count, count
 
 
-class Model(nn.Module):
+class Model(SmallReader):
     """max_tokens: the largest budget. nested: a smaller budget keeps some of the tokens of a larger one. reads_prompt:
     whether tokens are for one question; if not, they can be kept for all that are asked later."""
 
     nested, any_budget = True, True
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c, width, scale = config, self.small_width, self.small_rms
         for name in ("embedding_dim", "embedding_rms"):
             if not getattr(c, name) > 0:
                 raise ValueError(f"model.{name}={getattr(c, name)} must be above 0: it is the LLM's")
-        if c.lm.architecture is None:
-            raise ValueError(
-                f"model.lm.architecture is open: it is read off model.lm.name={c.lm.name!r} when a run begins"
-            )
         self.embedding_dim, self.max_tokens, self.reads_prompt = c.embedding_dim, c.max_tokens, c.question
-        self._tokenizer: Any = None
-        self._reference: Any = None  # what does not learn: no module, not in the state_dict, not in the engine
-        own = _architecture(c.lm.architecture)
-        text = own.get_text_config()
-        width, scale = text.hidden_size, c.lm.embedding_rms or 0.02
-        self._positions = getattr(text, "max_position_embeddings", None) or 1 << 30
-        self.lm = _bare(own, checkpoint=c.lm.checkpoint) if c.lm.learn == "all" else None
-        self.adapters = None
-        if c.lm.learn == "lora":
-            self.adapters = _llm_room().Adapters(self.reference, c.lm.lora)
         self.queries = LatentQueries(c.num_tokens, width, rms=scale)
         self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms)
         self.eye = None
         if c.source == "video":
             sizes: dict[str, Any] = dict(in_dim=c.in_dim, embedding_dim=width, embedding_rms=scale)
             self.eye = ProjectorModel(_EyeConfig(**sizes, tower=c.tower))
-
-    # what is held by reference
-
-    @property
-    def reference(self) -> Any:
-        """The small language model that does not learn (`vtok.llm.FrozenLLM`), loaded at the first use."""
-        if self._reference is None:
-            self._reference = _load(self.config.lm, shared=self.config.lm.learn == "none")
-        return self._reference
-
-    @property
-    def tokenizer(self) -> Any:
-        """Of the small language model. Raises: ValueError where its words are not those the model was trained with."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            lm = self.config.lm
-            found = AutoTokenizer.from_pretrained(lm.name.removeprefix("hf:"), revision=lm.revision or "main")
-            if lm.vocabulary not in (None, vocabulary(found)):
-                raise ValueError(
-                    f"the tokenizer of model.lm.name={lm.name!r} is not the one this model was trained with: its words "
-                    "or their ids are others"
-                )
-            self._tokenizer = found
-        return self._tokenizer
 
     @property
     def tower(self) -> Any:
@@ -261,9 +195,6 @@ class Model(nn.Module):
         self.load_state_dict(taken, strict=False)
         return f"{len(taken)} of {len(own)} tensors taken"
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
-
     def _tokens(
         self,
         rows: list[tuple[int, list[int]]],
@@ -281,31 +212,7 @@ class Model(nn.Module):
         wanted = self._shares(groups, budget)  # [B, G]
         count = max(int(wanted.max()), 1)
         states = self._read([ids for _, ids in rows], count, visual, inside)
-        made = self.head(states)  # [M, count, D]
-        clip = torch.tensor([row for row, _ in rows], device=made.device)
-        place = torch.arange(len(rows), device=made.device) - (groups.cumsum(0) - groups)[clip]
-        kept = wanted[clip, place]  # [M]
-        rank = torch.arange(count, device=made.device)
-        keep = rank < kept[:, None]
-        lengths = wanted.sum(1)
-        begin = (wanted.cumsum(1) - wanted)[clip, place]
-        row = clip[:, None].expand_as(keep)[keep]
-        column = (begin[:, None] + rank)[keep]
-        shape = (len(groups), max(int(lengths.max()), 1))
-
-        def padded(values: Tensor, fill: float) -> Tensor:
-            return values.new_full((*shape, *values.shape[2:]), fill).index_put((row, column), values[keep])
-
-        middle = ((place + 0.5) / groups[clip]).to(made)[:, None, None].expand(-1, count, 1)
-        positions = torch.cat([middle, middle.new_full((*middle.shape[:2], 2), torch.nan)], -1)
-        return Tokens(
-            embeddings=padded(made, 0),
-            lengths=lengths,
-            positions=padded(positions, torch.nan),
-            group=padded(place[:, None].expand_as(keep), 0),
-            rank=padded(rank.expand_as(keep), 0),
-            times=times,
-        )
+        return segment_tokens(self.head(states), wanted, groups, times=times)
 
     def _shares(self, groups: Tensor, budget: Budget | None) -> Tensor:
         """[B, G] int64: tokens of each segment."""
@@ -348,24 +255,6 @@ class Model(nn.Module):
         states = self._states(made.embeds, made.mask)
         return at_the_end(states, made.mask.sum(1), count)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        if self.lm is not None:
-            return self.lm.get_input_embeddings()(ids)
-        return self.reference.to(ids.device).embed(ids)
-
-    def _states(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """[M, L, D] states of the layer asked. Rows are padded on the right, which a causal model never looks at."""
-        layer = self.config.lm.layer
-        arguments: dict[str, Any] = dict(
-            inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False, output_hidden_states=layer != -1
-        )
-        if self.lm is not None:
-            out = self.lm(**arguments, return_dict=True)
-        else:
-            with torch.autocast(embeds.device.type, enabled=False):  # in its own precision
-                out = self.reference.model.base_model(**arguments, return_dict=True)
-        return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
-
 
 @dataclass
 class _EyeConfig(ProjectorConfig):
@@ -374,64 +263,9 @@ class _EyeConfig(ProjectorConfig):
 
 def build(config: Config, *, load: Callable[[str], Any] | None = None) -> Model:
     """A fresh model: the small language model's facts are filled in in `config`, and its weights are taken."""
-    lm = config.lm
-    found = _load(lm, shared=lm.learn == "none")
-    drop = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
-    lm.architecture = {k: v for k, v in found.model.config.to_diff_dict().items() if k not in drop}
-    lm.sha256, lm.vocabulary = found.sha256, vocabulary(found.tokenizer)
-    lm.embedding_rms = found.embedding_rms
+    found = fill_in(config.lm)
     model = Model(config)
-    if model.lm is not None:
-        model.lm.load_state_dict(found.model.base_model.state_dict(), strict=True)
+    model.take_weights(found)
     known = min(len(found.tokenizer), found.model.get_input_embeddings().num_embeddings)
     model.queries.begin_like(found.embed(torch.arange(known, device=found.device)))
     return model
-
-
-def vocabulary(tokenizer: Any) -> str:
-    """A hash of a tokenizer's words and their ids."""
-    digest = hashlib.sha256()
-    for word, at in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
-        digest.update(f"{at} {word}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _architecture(values: dict[str, Any]) -> Any:
-    """The configuration of transformers that its config.json stands for."""
-    from transformers import AutoConfig
-
-    kind = values.get("model_type")
-    if not kind:
-        raise ValueError("model.lm.architecture has no model_type: it is to be what a model's config.json holds")
-    return AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
-
-
-def _bare(architecture: Any, *, checkpoint: bool) -> Any:
-    """A language model without its output layer, its weights still random."""
-    from transformers import AutoModel
-
-    model = AutoModel.from_config(architecture, dtype=torch.float32)
-    if checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def _load(lm: SmallLM, *, shared: bool) -> Any:
-    """The `vtok.llm.FrozenLLM` of the small language model's files. Raises: ValueError for other weights than those
-    that the model was trained with."""
-    room = _llm_room()
-    wanted = dict(name=lm.name, revision=lm.revision, sha256=lm.sha256 or "", chat=False, checkpoint=lm.checkpoint)
-    config = room.LLMConfig(**wanted, dtype="float32" if lm.learn == "all" else lm.dtype)
-    try:
-        return room.load_llm(config, shared=shared)
-    except ValueError as error:
-        raise ValueError(str(error).replace("llm.", "model.lm.")) from error
-
-
-def _llm_room() -> Any:
-    try:
-        return importlib.import_module("vtok.llm")  # by name: an export's one file does without frozen models
-    except ImportError as error:
-        raise ImportError(
-            "a small language model that does not learn is loaded by vtok: pip install 'vtok[llm]'"
-        ) from error

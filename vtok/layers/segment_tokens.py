@@ -1,0 +1,44 @@
+"""Tokens of the segments of many clips, made in one packed batch, as `Tokens`: a group for each segment.
+
+Letters: B clips, G segments of a clip, M segments of the batch, n tokens made of a segment, K tokens per clip, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtok.types import Tokens
+
+
+def segment_tokens(made: Tensor, kept: Tensor, groups: Tensor, *, times: Tensor | None = None) -> Tokens:
+    """The first tokens of each segment, segment after segment.
+
+    Args:
+        made: [M, n, D], the segments of each clip side by side, in time order. kept: [B, G] int64, tokens of each
+            segment, 0 past a clip's own. groups: [B] int64, segments of each clip. times: [B, G, 2] seconds.
+    """
+    segments, count = made.shape[:2]
+    clip = torch.repeat_interleave(torch.arange(len(groups), device=made.device), groups, output_size=segments)
+    place = torch.arange(segments, device=made.device) - (groups.cumsum(0) - groups)[clip]
+    rank = torch.arange(count, device=made.device)
+    keep = rank < kept[clip, place][:, None]
+    lengths = kept.sum(1)
+    begin = (kept.cumsum(1) - kept)[clip, place]
+    row = clip[:, None].expand_as(keep)[keep]
+    column = (begin[:, None] + rank)[keep]
+    shape = (len(groups), max(int(lengths.max()), 1))
+
+    def padded(values: Tensor, fill: float) -> Tensor:
+        return values.new_full((*shape, *values.shape[2:]), fill).index_put((row, column), values[keep])
+
+    middle = ((place + 0.5) / groups[clip]).to(made)[:, None, None].expand(-1, count, 1)
+    positions = torch.cat([middle, middle.new_full((*middle.shape[:2], 2), torch.nan)], -1)
+    return Tokens(
+        embeddings=padded(made, 0),
+        lengths=lengths,
+        positions=padded(positions, torch.nan),
+        group=padded(place[:, None].expand_as(keep), 0),
+        rank=padded(rank.expand_as(keep), 0),
+        times=times,
+    )
