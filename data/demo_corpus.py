@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--val-fraction", type=float, default=0.1)
     parser.add_argument("--shots", type=int, help="shots of each clip; by level when left out")
     parser.add_argument("--needles", type=int, help="needle inserts of each clip; 0 or 1 when left out")
+    parser.add_argument("--needle-shapes", type=int, default=1, help="shapes of each needle, one a frame")
     parser.add_argument("--questions-per-type", type=int, default=1)
     parser.add_argument("--map-size", type=int, nargs=2, metavar=("H", "W"), help="a dense map beside each clip")
     parser.add_argument("--map-dtype", default="uint8", help="uint8, float16 or float32")

@@ -76,7 +76,7 @@ def truth(scene: Scene, frames: list[int], grid: tuple[int, int]) -> Tensor:
     for i, t in enumerate(frames):
         if t in hidden:
             at = (slice(height // 2 - 1, height // 2 + 1), slice(width // 2 - 1, width // 2 + 1))
-            out[i, SAID.index((hidden[t].colour, hidden[t].shape)), *at] = True
+            out[i, SAID.index(hidden[t].picture(t)), *at] = True
             continue
         shot = next(shot for shot in scene.shots if shot.start <= t < shot.stop)
         out[i, [SAID.index(shot.palette), SAID.index(shot.background)]] = True

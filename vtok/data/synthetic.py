@@ -1,6 +1,7 @@
 """A procedural corpus: real mp4 files of moving textured shapes, with captions and questions true by construction.
 
-1. `scene(seed, index)` draws everything that is true of a clip (`synthetic_scenes.py`). No pixels.
+1. `scene(seed, index)` draws everything that is true of a clip (`synthetic_scenes.py`, needles in
+   `synthetic_needles.py`). No pixels.
 2. `render(scene)` turns it into frames one by one (`synthetic_pixels.py`): a clip of any length needs the memory of
    one shot's background.
 3. `Scene.captions` and `Scene.questions` read the same truth.
@@ -27,10 +28,11 @@ from rich.progress import track
 
 from vtok.data.encode import write_video
 from vtok.data.synthetic_maps import MAP_CHANNELS, check_map_settings, render_map, write_map
+from vtok.data.synthetic_needles import Needle, Series
 from vtok.data.synthetic_pixels import render
-from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Needle, Scene, Shot, Thing, scene, scene_of
+from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Scene, Shot, Thing, scene, scene_of
 
-__all__ = ["LEVELS", "MAP_CHANNELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Shot", "Thing"]
+__all__ = ["LEVELS", "MAP_CHANNELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Series", "Shot", "Thing"]
 __all__ += ["render", "render_map", "scene", "scene_of", "write_corpus", "write_scene"]
 
 
@@ -67,6 +69,7 @@ def write_corpus(
     first: int = 0,
     shots: int | None = None,
     needles: int | None = None,
+    needle_shapes: int = 1,
     questions_per_type: int = 1,
     crf: int = 14,
     map_size: tuple[int, int] | None = None,
@@ -81,7 +84,8 @@ def write_corpus(
         complexity: lowest and highest level, in turn over the clips.
         val_fraction: share of the clips, the last ones, that make the split "val".
         first: index of the first clip: clips `first ... first + clips - 1` of this seed are made.
-        shots, needles, questions_per_type: as in `scene`; needle videos are `seconds=64, shots=64, needles=6`.
+        shots, needles, needle_shapes, questions_per_type: as in `scene`; videos that nothing but their needles is asked
+            about are `seconds=64, shots=64, fps=4, needles=6, needle_shapes=4, questions_per_type=0`.
         crf: x264 quality, lower is cleaner.
         map_size, map_dtype: (H, W) and uint8, float16 or float32 of dense maps [T, H, W, MAP_CHANNELS], named in the
             manifest's `map`; None writes none. Their bytes are T x H x W x MAP_CHANNELS x (1, 2 or 4).
@@ -112,7 +116,7 @@ def write_corpus(
             length = float(np.random.default_rng([seed, index, 4]).uniform(shortest, longest))
         arguments: dict[str, Any] = {"seed": seed, "index": index, "level": low + index % (high - low + 1)}
         arguments |= {"seconds": length, "size": size, "fps": fps, "shots": shots, "needles": needles}
-        arguments["questions_per_type"] = questions_per_type
+        arguments |= {"needle_shapes": needle_shapes, "questions_per_type": questions_per_type}
         dense = {"size": map_size, "dtype": map_dtype}
         jobs.append((arguments, out, f"{split}/{seed:04d}_{index:06d}.mp4", split, crf, dense))
     scene(**jobs[0][0])  # bad arguments fail here, before a folder or a process is made

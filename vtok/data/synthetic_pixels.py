@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vtok.data.synthetic_scenes import COLOURS, GROUNDS, LEVELS, PALETTES, Needle, Scene, Shot, Thing
+from vtok.data.synthetic_names import COLOURS, PALETTES
+from vtok.data.synthetic_needles import PLAIN, Needle
+from vtok.data.synthetic_scenes import LEVELS, Scene, Shot, Thing
 
 
 def render(scene: Scene, *, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -24,13 +26,14 @@ def render(scene: Scene, *, start: int = 0, stop: int | None = None) -> Iterator
             continue
         painter = _Painter(shot, scene)
         for t in range(begin, end):
-            yield _needle_frame(hidden[t], scene.size) if t in hidden else painter.frame(t)
+            yield _needle_frame(hidden[t], t, scene.size) if t in hidden else painter.frame(t)
 
 
-def _needle_frame(needle: Needle, size: tuple[int, int]) -> np.ndarray:
-    frame = np.full((*size, 3), float(GROUNDS[needle.ground]), np.float32)
-    radius = 0.3 * min(size)
-    _paint(frame, needle.shape, COLOURS[needle.colour], (size[1] / 2, size[0] / 2), radius, 0.0, None)
+def _needle_frame(needle: Needle, t: int, size: tuple[int, int]) -> np.ndarray:
+    frame = np.empty((*size, 3), np.float32)
+    frame[:] = PLAIN[needle.ground]
+    radius, (colour, shape) = 0.3 * min(size), needle.picture(t)
+    _paint(frame, shape, COLOURS[colour], (size[1] / 2, size[0] / 2), radius, 0.0, None)
     return frame.round().astype(np.uint8)
 
 

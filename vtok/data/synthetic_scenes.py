@@ -9,7 +9,6 @@ Lengths are pixels and times are frames, unless the name says otherwise. H heigh
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -17,28 +16,10 @@ from typing import Any
 
 import numpy as np
 
-COLOURS = {
-    "red": (226, 38, 40),
-    "yellow": (242, 212, 40),
-    "green": (46, 186, 70),
-    "cyan": (38, 206, 216),
-    "blue": (52, 84, 228),
-    "purple": (188, 58, 220),
-}
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-COUNTS = ("1", "2", "3")
-TEXTURES = ("smooth", "striped", "checked", "dotted", "mottled")
-GROUNDS = {"black": 18, "grey": 122, "white": 238}
-# Dark, middle and light colour of a background; saturation stays below 0.35, which no shape's does.
-PALETTES = {
-    "grey": ((58, 58, 60), (120, 120, 122), (186, 186, 184)),
-    "sandy": ((104, 90, 74), (160, 144, 122), (214, 202, 182)),
-    "slate": ((50, 58, 68), (98, 110, 124), (168, 180, 192)),
-    "mossy": ((56, 62, 46), (108, 116, 92), (172, 178, 152)),
-    "brown": ((60, 48, 42), (112, 94, 84), (172, 154, 142)),
-    "pale": ((150, 150, 156), (192, 190, 190), (226, 224, 218)),
-}
+from vtok.data.synthetic_names import COLOURS, COUNTS, DIRECTIONS, PALETTES, SHAPES, TEXTURES, balanced
+from vtok.data.synthetic_names import GROUNDS as GROUNDS
+from vtok.data.synthetic_needles import Needle, plant, plant_series
+
 MOST_TOLD = 8  # shots that a clip's one caption tells; the timed captions tell all
 QUESTION_TYPES = ("colour", "shape", "count", "direction", "order", "needle")
 
@@ -115,17 +96,6 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Needle:
-    """`frames` frames from `frame` on, replaced by one plain shape on a flat ground."""
-
-    frame: int
-    frames: int
-    colour: str
-    shape: str
-    ground: str
-
-
-@dataclass(frozen=True)
 class Scene:
     """All that is true of a clip. `render` makes its pixels."""
 
@@ -153,7 +123,7 @@ class Scene:
         out = []
         for shot in self.shots:
             inside = [n for n in self.needles if shot.start <= n.frame < shot.stop]
-            text = " ".join([_describe(shot), *(_describe_needle(n) for n in inside)])
+            text = " ".join([_describe(shot), *(n.description for n in inside)])
             out.append({"start_s": self.seconds(shot.start), "end_s": self.seconds(shot.stop), "text": text})
         return out
 
@@ -189,8 +159,8 @@ class Scene:
                 text, answer, choices = _ask(kind, shot, swap=bool(rng.integers(2)))
                 add(kind, where + text if where else text[0].upper() + text[1:], answer, choices, shot.start, shot.stop)
         for needle in self.needles:
-            text = f"What colour is the {needle.shape} that flashes on a plain {needle.ground} ground?"
-            add("needle", text, needle.colour, list(COLOURS), needle.frame, needle.frame + needle.frames)
+            for text, answer, start, stop in needle.questions(self.questions_per_type):
+                add("needle", text, answer, list(COLOURS), start, stop)
         return out
 
     def row(self, file: str, *, split: str | None = None) -> dict[str, Any]:
@@ -265,17 +235,6 @@ def _describe(shot: Shot) -> str:
     return text
 
 
-def _describe_needle(needle: Needle) -> str:
-    return f"For an instant a {needle.colour} {needle.shape} flashes on a plain {needle.ground} ground."
-
-
-def balanced(seed: int, name: str, index: int, choices: int) -> int:
-    """A number in [0, choices): random, but each one exactly once in every aligned block of `choices` indices."""
-    block, place = divmod(index, choices)
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), block])
-    return int(rng.permutation(choices)[place])
-
-
 def scene(
     seed: int,
     index: int,
@@ -286,6 +245,7 @@ def scene(
     fps: float | Fraction = 12,
     shots: int | None = None,
     needles: int | None = None,
+    needle_shapes: int = 1,
     questions_per_type: int = 1,
 ) -> Scene:
     """The truth of clip `index` of the corpus `seed`.
@@ -296,7 +256,10 @@ def scene(
         size: (H, W) in pixels, even, at least 32.
         shots: how many, equally long within a fifth; None: by level and length.
         needles: how many needle inserts of 1 to 3 frames, uniform in time; None: 0 or 1, equally often.
-        questions_per_type: at most, for colour, shape, count, direction and order; needles get one each.
+        needle_shapes: shapes of every needle. 2 and more: one a frame, all on a ground that no other needle has, inside
+            one shot; the shots that hold one are drawn evenly.
+        questions_per_type: at most, for colour, shape, count, direction and order; needles get one each, those of
+            several shapes one for as many of their shapes, one at least.
     Raises: ValueError naming the argument, its value and what is allowed.
     """
     height, width = size
@@ -327,7 +290,11 @@ def scene(
         made.append(_shot(seed, index, number, start, stop, level, list(PALETTES)[palette], size, rate))
     if needles is None:
         needles = balanced(seed, "needles", index, 2) if frames >= 12 else 0
-    planted = _needles(seed, index, needles, frames)
+    if needle_shapes == 1:
+        planted = plant(seed, index, needles, frames)
+    else:
+        spans = [(shot.start, shot.stop) for shot in made]
+        planted = plant_series(seed, index, needles, spans, shapes=needle_shapes)
     return Scene(seed, index, level, (height, width), rate, frames, tuple(made), planted, questions_per_type)
 
 
@@ -345,6 +312,7 @@ def scene_of(row: dict[str, Any]) -> Scene:
         fps=row["fps"],
         shots=len(row["cuts_s"]) + 1,
         needles=len(row["needles"]),
+        needle_shapes=max([len(needle.get("pictures", "1")) for needle in row["needles"]], default=1),
     )
     if (made.caption, made.frames) != (row["caption"], row["frames"]):
         raise ValueError(
@@ -352,25 +320,6 @@ def scene_of(row: dict[str, Any]) -> Scene:
             "write the corpus again"
         )
     return made
-
-
-def _needles(seed: int, index: int, count: int, frames: int) -> tuple[Needle, ...]:
-    most = min(len(SHAPES) * len(GROUNDS), frames // 4)
-    if not 0 <= count <= most:
-        raise ValueError(f"needles={count} does not fit a clip of {frames} frames; ask for 0 to {most}")
-    rng = np.random.default_rng([seed, index, 2])
-    lengths = rng.integers(1, 4, count)
-    # Uniform over all placements that keep a gap of one frame: draw in the line with the needles taken out.
-    free = frames - int(lengths.sum()) - max(count - 1, 0)
-    slots = np.sort(rng.integers(0, free + 1, count))
-    names = rng.permutation(len(SHAPES) * len(GROUNDS))[:count]  # shape and ground name a needle: distinct
-    out, before = [], 0
-    for k in range(count):
-        colour = list(COLOURS)[balanced(seed, f"needle{k}", index, len(COLOURS))]
-        shape, ground = divmod(int(names[k]), len(GROUNDS))
-        out.append(Needle(int(slots[k]) + before, int(lengths[k]), colour, SHAPES[shape], list(GROUNDS)[ground]))
-        before += int(lengths[k]) + 1
-    return tuple(out)
 
 
 def _shot(
