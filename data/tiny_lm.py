@@ -13,9 +13,9 @@ answer, as it does in a large model, which a projector over a frozen model needs
   in description, question and answer. What is true of a clip cannot be learned by heart, only read.
 - A description is its words, or phrases: one vector each, the sum of several words' embeddings with noise added, in
   any order and several times over, at positions that leave gaps. Or it is told as patches of frames tell it: frame
-  after frame, each clause again where the thing is seen, some of its words left out, lost among vectors that say
-  nothing. Frozen models have not seen a projector's vectors; large ones can be spoken to in mixtures of words, and this
-  makes a small one alike.
+  after frame, each clause again where the thing is seen, some of its words left out, often those of its motion (a
+  frame shows none), lost among vectors that say nothing. Frozen models have not seen a projector's vectors; large ones
+  can be spoken to in mixtures of words, and this makes a small one alike.
 - The questions of a clip stand side by side after its description and do not see one another.
 
 With --repeat it is one for texts (data/demo_texts.py): names stay, and each text is also to be repeated word for word,
@@ -53,7 +53,8 @@ from vtok.types import Clip
 NAMES = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), TEXTURES, tuple(PALETTES))
 END = "<end>"
 GROUP = 8  # batches drawn together
-RECIPE = 2  # raised when the same settings would give another model
+RECIPE = 3  # raised when the same settings would give another model
+MOTION = {*DIRECTIONS, "moves", "stays", "still"}
 RUNS = (2, 3, 4, 5, 6, 8)  # words that are one vector, of a text that is to be repeated
 # of a position's loss: what is asked for, descriptions, and the wording of questions and descriptions
 WEIGHTS = {"answer": 1.0, "description": 0.2, "repeated": 0.5, "wording": 0.02}
@@ -70,8 +71,8 @@ class TinyConfig:
     heads: int = 4
     vocabulary: int = 1024
     positions: int = 1024  # longest text, and the reach of the gaps
-    phrases: float = 0.35  # share of the descriptions that are phrases, not words
-    frames: float = 0.35  # share of the descriptions that are told frame by frame
+    phrases: float = 0.25  # share of the descriptions that are phrases, not words
+    frames: float = 0.5  # share of the descriptions that are told frame by frame
     longest: int = 320  # vectors of a description told frame by frame
     noise: float = 0.3  # standard deviation of the noise on a phrase, over the embeddings' RMS
     empty: float = 0.05  # share of the descriptions that are left out: without a video, the model guesses evenly
@@ -160,19 +161,20 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
 
     mark = rng.random()
     slots = [] if mark < config.empty else [[i] for i in ids(caption)]
-    repeats = 1
+    repeats, motion = 1, True
     if slots and mark < config.empty + config.phrases and config.repeat:
         words, size = ids(f" {caption}"), rng.choice(RUNS)
         slots = [words[i : i + size] for i in range(0, len(words), size)]
     elif slots and mark < config.empty + config.phrases:
         repeats = rng.choice((1, 1, 1, 2, 4))
-        slots = _phrases(caption, ids, rng, repeats)
+        slots, motion = _phrases(caption, ids, rng, repeats)
     elif slots and not config.repeat and mark < config.empty + config.phrases + config.frames:
-        slots, repeats = _frames(caption, ids, rng, most=config.longest)
+        slots, repeats, motion = _frames(caption, ids, rng, most=config.longest)
     asked = [
         (ask_as(rng.choice(tasks.qa_prompts), {"question": question}), f" {answer}", "answer")
         for question, answer in zip(rest[::2], rest[1::2])
-        if repeats == 1 or not answer.isdigit()  # what is told twice cannot be counted
+        if (repeats == 1 or not answer.isdigit())  # what is told twice cannot be counted
+        and (motion or answer not in DIRECTIONS)
     ]
     if config.repeat:
         if slots or not asked:
@@ -214,37 +216,41 @@ def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:
     return out
 
 
-def _shortened(clause: str, rng: random.Random, share: float) -> str:
-    """A clause about one thing without a share of its words; what is asked about stays."""
+def _shortened(clause: str, rng: random.Random, share: float, *, motion: bool) -> str:
+    """A clause about one thing without a share of its words, and without those of its motion; what is asked about
+    stays."""
     if "appears first" in clause:
         return clause
-    asked = {name for names in (COLOURS, SHAPES, DIRECTIONS, PALETTES) for name in names}
-    kept = [word for word in clause.split() if word in asked or rng.random() >= share]
-    return " ".join(kept) or clause
+    asked = {"flashes", *COLOURS, *SHAPES, *DIRECTIONS, *PALETTES}
+    words = [word for word in clause.split() if motion or word not in MOTION]
+    return " ".join(word for word in words if word in asked or rng.random() >= share) or clause
 
 
-def _phrases(caption: str, ids: Any, rng: random.Random, repeats: int) -> list[list[int]]:
-    """A description's clauses as sums of 2, 4 or all their words; whole ones within a scene in any order."""
+def _phrases(caption: str, ids: Any, rng: random.Random, repeats: int) -> tuple[list[list[int]], bool]:
+    """A description's clauses as sums of 2, 4 or all their words, whole ones within a scene in any order; and whether
+    they tell motion."""
     out: list[list[int]] = []
     size, shuffled = rng.choice((2, 4, 64)), rng.random() < 0.7
     share = rng.choice((0.0, 0.5, 1.0)) if size == 64 else 0.0
+    motion = share == 0.0 or rng.random() < 0.5
     for head, clauses in _scenes(caption):
         clauses = clauses * repeats
         if shuffled and size == 64:
             rng.shuffle(clauses)
-        for clause in head + [_shortened(c, rng, share) for c in clauses]:
+        for clause in head + [_shortened(c, rng, share, motion=motion) for c in clauses]:
             words = ids(f" {clause}")
             out += [words[i : i + size] for i in range(0, len(words), size)]
-    return out
+    return out, motion
 
 
-def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[list[list[int]], int]:
-    """A description as patches of frames would tell it, one vector a clause, and in how many frames: what appears late
-    is not told before, a flash hides the rest for a frame, and vectors of the ground or of nothing stand between."""
+def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[list[list[int]], int, bool]:
+    """A description as patches of frames would tell it, one vector a clause, in how many frames, and whether motion is
+    told: what appears late is not told before, a flash hides the rest for a frame, and vectors of the ground or of
+    nothing stand between."""
     scenes = [(head, clauses) for head, clauses in _scenes(caption) if clauses]
     frames = max(1, min(rng.choice((1, 2, 4, 8, 16)), most // (2 * sum(len(clauses) for _, clauses in scenes))))
     out: list[list[int]] = []
-    share = rng.choice((0.0, 0.5, 1.0))
+    share, motion = rng.choice((0.0, 0.5, 1.0)), rng.random() < 0.5
     for head, clauses in scenes:
         count = max(1, frames // len(scenes))
         flashes = [c for c in clauses if "flashes" in c]
@@ -266,10 +272,12 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
             elif count <= len(flashes):
                 told += flashes
             empty = rng.randint(0, max(0, min(15, most // frames - len(told))))
-            vectors = [ids(f" {_shortened(c, rng, share)}") for c in told] + [list(between) for _ in range(empty)]
+            vectors = [ids(f" {_shortened(c, rng, share, motion=motion)}") for c in told] + [
+                list(between) for _ in range(empty)
+            ]
             rng.shuffle(vectors)
             out += vectors
-    return out, frames
+    return out, frames, motion
 
 
 def make_batch(documents: list[Document]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from vtok.data.synthetic import LEVELS, scene
+from vtok.data.synthetic_scenes import DIRECTIONS
 from vtok.llm import LLMConfig, load_llm, read
 
 pytest.importorskip("transformers")
@@ -80,6 +81,25 @@ def test_answers_are_labelled_and_questions_do_not_see_one_another(small):
         answers = [i for _, i, weight in document.labels if weight == tiny.WEIGHTS["answer"]]
         said = llm.tokenizer.decode(answers).split("<end>")
         assert len(said) >= 3 and all(re.fullmatch(r" (\w+|\w+ \w+)", text) for text in said[:-1])
+
+
+def test_a_description_without_motion_is_not_asked_about_it_and_flashes_stay(small):
+    _, folder = small
+    tokenizer = load_llm(LLMConfig(name=str(folder))).tokenizer
+    config = tiny.TinyConfig(**SMALL, phrases=0.0, frames=1.0, empty=0.0)
+    rng = random.Random(5)
+    told: set[tuple[bool, bool]] = set()
+    some = [scene(0, i, level=i % len(LEVELS), needles=i % 2).row(f"{i}.mp4", split="train") for i in range(40)]
+    assert sum("flashes" in row["caption"] for row in some) == 20
+    for row in some:
+        document = tiny.make_document(row, tokenizer, config, rng)
+        seen = [set(tokenizer.decode(slot).split()) for slot in document.slots[: document.branch.count(0)]]
+        answers = [i for _, i, weight in document.labels if weight == tiny.WEIGHTS["answer"]]
+        asked = [text.strip() for text in tokenizer.decode(answers).split("<end>")]
+        motion, direction = any("still" in s or s & set(DIRECTIONS) for s in seen), bool(set(asked) & set(DIRECTIONS))
+        told.add((motion, direction))
+        assert any("flashes" in words for words in seen) == ("flashes" in row["caption"])
+    assert (True, True) in told and (False, False) in told and (False, True) not in told
 
 
 def test_packed_texts_are_learned_as_projectors_read_them(small):
