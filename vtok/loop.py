@@ -8,11 +8,13 @@ second: whoever was told, all save the same step and stop together.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ from vtok.lit import LitCompressor, codebook_use
 from vtok.types import Clip
 
 SAMPLE_CLIPS = 4
+
+
+class ToldToStop(Exception):
+    """A signal came in the middle of a validation, which is left: all ranks raise this together."""
 
 
 class Conductor(pl.Callback):
@@ -132,9 +138,14 @@ class Conductor(pl.Callback):
         if (stop or halt) and not done:  # little time is left: the next start begins with what is owed
             self.owed = [look, show]
         else:
-            names += ["best.ckpt"] if look and self._validate(trainer, lit) else []
-            if show:
-                self._samples(trainer, lit)
+            try:
+                names += ["best.ckpt"] if look and self._validate(trainer, lit) else []
+                if show:
+                    self._samples(trainer, lit)
+            except ToldToStop:
+                if done:  # a checkpoint of the last step would say that all is done: it is trained again instead
+                    raise
+                stop, self.owed = self.interrupted, [look, show]
         if save or stop or halt or done or len(names) > 1:
             self._save(trainer, lit, names)
         if halt:
@@ -277,7 +288,7 @@ class Conductor(pl.Callback):
         ids: list[Tensor] = []
         top, batch, index = "", None, 0
         with _Evaluating(lit), lit.averaged():
-            for new in _in_step(trainer, lit, trainer.datamodule.val_dataloader()):
+            for new in self._in_step(trainer, lit, trainer.datamodule.val_dataloader()):
                 batch = new if new is not None else batch
                 self.shown = self.shown or (batch and batch.rows(slice(SAMPLE_CLIPS)))
                 if batch is None and not strategy.is_deepspeed(trainer.strategy):
@@ -325,6 +336,25 @@ class Conductor(pl.Callback):
         better = math.isfinite(quality) and (self.best is None or quality > self.best)
         self.best = quality if better else self.best
         return better
+
+    def _in_step(self, trainer: Any, lit: LitCompressor, loader: Any) -> Iterator[Any]:
+        """Batches of this rank, and None once it has run out, until every rank has: sharded models run in step.
+
+        Raises: ToldToStop, on every rank, once a signal has come to any: little time may be left.
+        """
+        for batch in itertools.chain(loader, itertools.repeat(None)):
+            going, stop = float(batch is not None), float(self.signalled)
+            if trainer.world_size > 1:
+                going, stop = _all_max([going, stop], lit.device)
+            if stop:
+                self.interrupted = int(stop)
+                if self.bar is not None:
+                    name = signal.Signals(int(stop)).name
+                    self.bar.say(f"{name} during the validation, which is left for the next start")
+                raise ToldToStop
+            if not going:
+                return
+            yield batch
 
     @torch.no_grad()
     def _samples(self, trainer: Any, lit: LitCompressor) -> None:
@@ -389,19 +419,6 @@ class _Evaluating:
     def __exit__(self, *_: Any) -> None:
         for module in self.training:
             module.training = True
-
-
-def _in_step(trainer: Any, lit: LitCompressor, loader: Any) -> Any:
-    """Batches of this rank, and None once it has run out, until every rank has: sharded models run in step."""
-    batches = iter(loader)
-    while True:
-        batch = next(batches, None)
-        if trainer.world_size > 1:
-            if not _all_max([batch is not None], lit.device)[0]:
-                return
-        elif batch is None:
-            return
-        yield batch
 
 
 def _tokens_of(name: str) -> float:

@@ -37,7 +37,7 @@ from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.lit_projector import LitProjector
-from vtok.loop import Conductor, touch
+from vtok.loop import Conductor, ToldToStop, touch
 from vtok.optim import SCHEDULES
 from vtok.types import ShapeError
 
@@ -157,7 +157,7 @@ def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> P
             stream as its state. None takes `config.data`.
     Returns: the run directory.
     Raises: ValueError for settings; NonFiniteError; AlarmError; SystemExit with 128 + signal number after a SIGTERM or
-        SIGUSR1, once the checkpoint is written.
+        SIGUSR1, once the checkpoint is written (under slurm/job.sh that number goes to the file VTOK_STOPPED).
     """
     check(config)
     if not _first_rank():
@@ -167,7 +167,11 @@ def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> P
     with Lock(config.run_dir):
         interrupted = _train(config, data)
     if interrupted:
-        raise SystemExit(128 + interrupted)
+        mark = os.environ.get("VTOK_STOPPED")
+        if mark is None:
+            raise SystemExit(128 + interrupted)
+        # slurm/job.sh asks for another turn: the mark tells it apart from ranks that srun ends because one failed
+        Path(mark).write_text(f"{128 + interrupted}\n")
     return config.run_dir
 
 
@@ -232,6 +236,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     )
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
+    except ToldToStop:  # in a validation that is made again: owed, or due after steps that are
+        pass
     finally:
         conductor.close()
     return conductor.interrupted if first else 0
@@ -309,6 +315,7 @@ def _quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
+        ".*`srun` command is available on your system.*",  # a machine may have SLURM and run this without it
         ".*Checkpoint directory.*",
         ".*handles gradient clipping internally.*",
         ".*find_unused_parameters=True was specified.*",
@@ -470,6 +477,8 @@ def environment(config: RunConfig) -> dict[str, Any]:
 def _commit() -> str | None:
     """Commit of the source tree vtok runs from, with "+changes" where files differ; None for an installed package."""
     root = Path(vtok.__file__).resolve().parent.parent
+    if (root / "COMMIT").is_file():  # a snapshot that slurm/submit.py made
+        return (root / "COMMIT").read_text().strip()
     if not (root / ".git").exists():
         return None
     try:
