@@ -178,7 +178,7 @@ def ledger(run: Path, rank: int, *, after: int = 0) -> dict[int, str]:
 
 def curves(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("per_s", "wait", "time_s", "seconds")
+    clocks = ("per_s", "wait", "time_s", "seconds", "memory")
     return [{k: v for k, v in row.items() if not any(c in k for c in clocks)} for row in rows]
 
 

@@ -93,7 +93,7 @@ def checkpoint(run: Path, name: str = "last.ckpt"):
 
 def metrics(run: Path, *, timeless: bool = False) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("per_s", "wait", "time_s", "seconds")
+    clocks = ("per_s", "wait", "time_s", "seconds", "memory")
     return [{k: v for k, v in row.items() if not (timeless and any(c in k for c in clocks))} for row in rows]
 
 
@@ -197,6 +197,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(tmp_path):
     assert [r["step"] for r in train] == [10, 20, 30, 40]
     assert train[-1]["train/l1"] < 0.8 * train[0]["train/l1"]
     expected = {"train/grad_norm", "train/lr", "train/clips_per_s", "train/tokens_per_s", "train/data_wait_share"}
+    expected |= {"train/tflops_per_s", "train/mfu", "train/host_memory_gib", "train/device_memory_gib"}
     assert expected <= set(train[0]) and train[0]["train/tokens_per_s"] > train[0]["train/clips_per_s"]
     val = [r for r in rows if "val/loss" in r]
     assert [r["step"] for r in val] == [20, 40]

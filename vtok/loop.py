@@ -27,7 +27,9 @@ from vtok.alarms import AlarmError, Alarms, codebook_line
 from vtok.config import RunConfig
 from vtok.curves import Bar, Curves, duration
 from vtok.lit import LitCompressor, codebook_use
+from vtok.telemetry import Telemetry, kind_of
 from vtok.types import Clip
+from vtok.watchdog import Watchdog
 
 SAMPLE_CLIPS = 4
 
@@ -54,6 +56,8 @@ class Conductor(pl.Callback):
         self.waited = 0.0
         self.text = ""
         self.bar: Bar | None = None
+        self.watchdog = Watchdog(config.run_dir / "stacks", minutes=config.trainer.stall_minutes)
+        self.telemetry: Telemetry | None = None
         self.shown: Clip | None = None  # the validation clips whose pictures are saved
         self.handlers: dict[int, Any] = {}  # as they were before Lightning and this run set theirs
         if threading.current_thread() is threading.main_thread():
@@ -79,6 +83,9 @@ class Conductor(pl.Callback):
             signal.signal(number, self._on_signal)
         self.bar = Bar("train", enabled=self.config.trainer.progress and trainer.is_global_zero)
         self.bar.start()
+        self.telemetry = self._telemetry(trainer, lit)
+        self.telemetry.flops.restore(state.get("flops", {}))
+        self.watchdog.start(rank=trainer.global_rank, step=lit.steps_done)
         now = time.perf_counter()
         self.began = self.boundary = self.line_began = self.saved_at = now
         self.line_step = lit.steps_done
@@ -90,6 +97,11 @@ class Conductor(pl.Callback):
             self._samples(trainer, lit)
         self.boundary = self.line_began = time.perf_counter()
 
+    def _telemetry(self, trainer: Any, lit: LitCompressor) -> Telemetry:
+        run = self.config.trainer
+        enabled = run.count_flops and trainer.is_global_zero
+        return Telemetry(lit.model, lit.device, precision=run.precision, peak=run.peak_tflops, enabled=enabled)
+
     def _on_signal(self, number: int, _: Any) -> None:
         self.signalled = number  # and nothing else: saving here would interrupt a collective half-way
 
@@ -98,6 +110,9 @@ class Conductor(pl.Callback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+        self.watchdog.stop()
+        if self.telemetry is not None:
+            self.telemetry.flops.close()
         if self.bar is not None:
             self.bar.stop()
         self.curves.close()
@@ -106,10 +121,22 @@ class Conductor(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.boundary
+        self.watchdog.moved("a training step")
+        if self.telemetry is not None:
+            self.telemetry.flops.begin(kind_of(batch, pl_module.idle()))
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if self.telemetry is not None:
+            self.telemetry.flops.before_backward()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self.telemetry is not None:
+            self.telemetry.batch_ended()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Clip, batch_idx: int) -> None:
         lit, run = pl_module, self.config.trainer
         self.clips += len(batch)
+        self.watchdog.moved("the wait for the next batch", step=lit.steps_done)
         if lit.micro_done % run.accumulate:
             self.boundary = time.perf_counter()
             return
@@ -254,6 +281,9 @@ class Conductor(pl.Callback):
             "train/bad_steps": float(lit.bad_steps),
             "time_s": self._elapsed(),
         }
+        means |= {f"train/lr_{name}": lit.lr * by for name, by in self.config.optim.lr_multipliers.items()}
+        assert self.telemetry is not None
+        means |= self.telemetry.line(spent)
         if self.counts[0] is not None:
             means |= codebook_line(self.counts[0], tuple(getattr(lit.model, "codebook_sizes", ())))
         self.curves.write(lit.steps_done, means)
@@ -284,6 +314,7 @@ class Conductor(pl.Callback):
         if not self.config.data.val_shards:
             return False
         began = told = time.perf_counter()
+        self.watchdog.moved("validation, batch 0")
         means: dict[str, list[float]] = {}
         ids: list[Tensor] = []
         top, batch, index = "", None, 0
@@ -300,6 +331,7 @@ class Conductor(pl.Callback):
                     )
                 found = strategy.call(trainer, "measure", batch.to(lit.device), index)
                 index += 1
+                self.watchdog.moved(f"validation, batch {index}")
                 if new is not None:  # a rank that ran out keeps step with the others and does not count
                     for name, values in found["mean"].items():
                         means.setdefault(name, []).extend(values)
@@ -365,6 +397,7 @@ class Conductor(pl.Callback):
             self.shown = batch and batch.rows(slice(SAMPLE_CLIPS))
         if self.shown is None:
             return
+        self.watchdog.moved("sample videos")
         clip = self.shown
         with _Evaluating(lit), lit.averaged():
             found = strategy.call(trainer, "pictures", clip.to(lit.device))
@@ -377,6 +410,7 @@ class Conductor(pl.Callback):
     # checkpoints
 
     def _save(self, trainer: Any, lit: LitCompressor, names: list[str]) -> None:
+        self.watchdog.moved("the writing of a checkpoint")
         self._fold(trainer, lit)
         self.curves.flush()
         folder = self.config.run_dir / "checkpoints"
@@ -391,18 +425,12 @@ class Conductor(pl.Callback):
             "alarms": self.alarms.state(),
             "best": self.best,
             "owed": self.owed,
+            "flops": self.telemetry.flops.state() if self.telemetry is not None else {},
         }
-        written = folder / ".writing"
+        inside = ("window", "codebook_counts", "alarms")
+        strategy.save(trainer, folder, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
         if trainer.is_global_zero:
-            folder.mkdir(exist_ok=True)
-            strategy.discard(written)
-        trainer.strategy.barrier("before saving")
-        trainer.save_checkpoint(written)
-        if trainer.is_global_zero:
-            inside = ("window", "codebook_counts", "alarms")
-            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
             touch(self.config.run_dir)
-        trainer.strategy.barrier("after saving")
         self.saved_at = time.perf_counter()
 
 

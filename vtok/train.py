@@ -106,6 +106,7 @@ def check(config: RunConfig) -> None:
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.clip_grad_norm": optim.clip_grad_norm,
+        "trainer.stall_minutes": trainer.stall_minutes,
     }
     for key, value in not_negative.items():
         if not value >= 0:
@@ -116,6 +117,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"trainer.precision={trainer.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if trainer.accelerator not in ACCELERATORS:
         known = ", ".join(ACCELERATORS)
+    if trainer.peak_tflops is not None and not trainer.peak_tflops > 0:
+        raise ValueError(f"trainer.peak_tflops={trainer.peak_tflops} must be above 0, or null for the device's own")
         raise ValueError(f"trainer.accelerator={trainer.accelerator!r} is unknown; choose one of {known}")
     if trainer.accelerator in ("gpu", "cuda", "auto") and (torch.cuda.is_available() or trainer.accelerator == "cuda"):
         there = torch.cuda.device_count()
