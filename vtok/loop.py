@@ -399,7 +399,10 @@ class Conductor(pl.Callback):
             return
         self.watchdog.moved("sample videos")
         clip = self.shown
+            inside = ("window", "codebook_counts", "alarms", "flops")
+            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
         with _Evaluating(lit), lit.averaged():
+        trainer.strategy.barrier("after saving")
             found = strategy.call(trainer, "pictures", clip.to(lit.device))
             texts = strategy.call(trainer, "answers", clip.to(lit.device))
         if found is not None:
@@ -427,8 +430,12 @@ class Conductor(pl.Callback):
             "owed": self.owed,
             "flops": self.telemetry.flops.state() if self.telemetry is not None else {},
         }
-        inside = ("window", "codebook_counts", "alarms")
-        strategy.save(trainer, folder, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
+        written = folder / ".writing"
+        if trainer.is_global_zero:
+            folder.mkdir(exist_ok=True)
+            strategy.discard(written)
+        trainer.strategy.barrier("before saving")
+        trainer.save_checkpoint(written)
         if trainer.is_global_zero:
             touch(self.config.run_dir)
         self.saved_at = time.perf_counter()
