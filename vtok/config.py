@@ -140,7 +140,8 @@ class RunConfig:
     name: str = "run"  # the run directory is <out>/<name>
     out: str = "runs"
     seed: int = 0  # of the weights and of everything random in a step; the data's is data.seed
-    init_from: str = ""  # export folder or Hub repository whose weights the model starts from
+    init_from: str = ""  # export folder, or Hub repository USER/REPO[@REVISION], whose weights the model starts from
+    init_allow: list[str] = field(default_factory=list)  # what may differ there: resolution frames quantizer tower llm
     model: Any = None
     objective: Any = None
     data: DataConfig = field(default_factory=DataConfig)

@@ -95,7 +95,7 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
     """
     config = copy.deepcopy(config)
     watch, notes = Watch(), []
-    config.init_from = ""
+    config.init_from, config.init_allow = "", []
     config.trainer.compile = False
     if worst:
         notes += _every_token(config)

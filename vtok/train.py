@@ -35,6 +35,7 @@ from vtok.config import RunConfig, flatten, load, load_family, to_yaml
 from vtok.curves import Curves
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
+from vtok.init_from import begin_from, check_allowed
 from vtok.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.lit_projector import LitProjector
 from vtok.loop import Conductor, ToldToStop, touch
@@ -47,7 +48,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 # What a resumed run may change under `data.`: everything else there decides which samples come, and in what order.
 FREE_DATA = ("val_shards", "val_batch_size", "val_clips", "root", "cache_dir", "max_bad_fraction", "max_pixels")
-FIXED = ("model.", "objective.", "data.", "seed", "init_from", "trainer.accumulate", "trainer.precision",
+FIXED = ("model.", "objective.", "data.", "seed", "init_from", "init_allow", "trainer.accumulate", "trainer.precision",
          "trainer.statistics_clips")  # fmt: skip
 
 
@@ -129,6 +130,7 @@ def check(config: RunConfig) -> None:
             )
     if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
         raise ValueError("trainer.precision=16-mixed needs a GPU; choose bf16-mixed or 32-true")
+    check_allowed(config.init_from, config.init_allow)
     if optim.schedule not in SCHEDULES:
         raise ValueError(f"optim.schedule={optim.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= optim.min_lr_ratio <= 1:
@@ -256,14 +258,9 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
     else:
         model = family.Model(config.model)
     if config.init_from and fresh:
-        source = vtok.load(config.init_from)
-        if hasattr(model, "warm_start"):  # a family that can begin with another model's weights than its own
-            print(f"init_from={config.init_from}: {model.warm_start(source)}")
-        else:
-            try:
-                model.load_state_dict(source.state_dict(), strict=True)
-            except RuntimeError as error:
-                raise ValueError(f"init_from={config.init_from!r} does not fit model.*: {error}") from error
+        begun = begin_from(model, config.init_from, allow=config.init_allow)
+        if _first_rank():
+            print("\n".join(begun.lines()))
     objective = family.Objective(config.objective, config.model, load=vtok.load)
     if fresh and hasattr(objective, "begin"):  # losses that can go on with what another run's have learned
         objective.begin(_state_of)

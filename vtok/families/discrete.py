@@ -33,6 +33,7 @@ from vtok.layers.conv_plan import ConvConfig
 from vtok.layers.grid import GridTokenizer
 from vtok.layers.spacetime import SpaceTimeConfig, SpaceTimeDecoder, SpaceTimeEncoder
 from vtok.layers.stream import pixels_of
+from vtok.layers.taking import check_fit
 from vtok.layers.tiling import decode_tiled, encode_tiled
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
@@ -270,19 +271,13 @@ class Model(GridTokenizer):
         own, theirs = self.config, source.config
         state = source.state_dict()
         if own.backbone == theirs.backbone == "conv" and theirs.conv.temporal_kernel < own.conv.temporal_kernel:
-            inflate_2d(state, self)
+            begun = inflate_2d(state, self)
             self._fit = False
-            return "the weights of the image model, inflated"
+            return f"the weights of the image model, inflated; {len(begun)} tensors of time alone begin as identity"
         insert = theirs.quantizer.name == "identity" and own.quantizer.name not in ("identity", "dimwise")
         maps = ("to_latent.", "from_code.", "to_coarse_latent.", "from_coarse_code.", "quantizer.") if insert else ()
         given, wanted = ({k: v for k, v in s.items() if not k.startswith(maps)} for s in (state, self.state_dict()))
-        wrong = sorted(given.keys() ^ wanted.keys()) or [k for k in given if given[k].shape != wanted[k].shape]
-        if wrong:
-            raise ValueError(
-                f"init_from does not fit model.*: {len(wrong)} tensors differ, such as {', '.join(wrong[:4])}. "
-                "The keys of the backbone must be the source's; only the quantizer may change, from identity to one "
-                "with ids"
-            )
+        check_fit(wanted, given)
         self.load_state_dict(given, strict=False)
         if insert:
             self._wait = True
@@ -290,7 +285,10 @@ class Model(GridTokenizer):
                 self._sources = [source]
             else:
                 self._fold(source)
-            return "backbone of the continuous source; the maps beside the quantizer follow from training clips"
+            names = ", ".join(
+                f"model.{name[:-1]}" for name in maps if any(k.startswith(name) for k in self.state_dict())
+            )
+            return f"backbone of the continuous source; new, and fitted to training clips: {names}"
         self._fit = False
         if theirs.num_frames == 1 < own.num_frames and isinstance(self.encoder, SpaceTimeEncoder):
             assert isinstance(self.decoder, SpaceTimeDecoder)
@@ -298,6 +296,10 @@ class Model(GridTokenizer):
             self.decoder.inflate()
             return "all weights of the source; later frames begin as the first one"
         return "all weights of the source"
+
+    def go_on_as(self, other: Model) -> None:
+        """What `warm_start` settled for `other` beside its weights holds here too (`vtok.init_from`)."""
+        self._fit, self._wait, self._sources = other._fit, other._wait, other._sources
 
     @torch.no_grad()
     def _fold(self, source: Model) -> None:

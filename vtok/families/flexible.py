@@ -43,9 +43,10 @@ from vtok.layers.chunked import ChunkedTokenizer, Chunks
 from vtok.layers.halting import HaltingHead
 from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
-from vtok.layers.positions import Positions
+from vtok.layers.positions import Positions, later_as_last
 from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.scorer import Scorer, measure_lengths
+from vtok.layers.taking import take_all
 from vtok.layers.teacher import differences, digit_sizes, digits_of, expected_pixels, id_cross_entropy
 from vtok.layers.transform import CoefficientPredictor, TransformCode
 from vtok.layers.transformer import Transformer
@@ -491,29 +492,30 @@ class Model(ChunkedTokenizer):
         Raises: ValueError naming what differs.
         """
         added = [f"{name}." for name in ("scorer", "halting") if hasattr(self, name) and not hasattr(source, name)]
-        keys = [key for key in self.state_dict() if key.startswith(tuple(added))] if added else []
-        try:
-            found = self.load_state_dict(source.state_dict(), strict=False)
-        except RuntimeError as error:  # shapes
-            raise ValueError(f"init_from does not fit model.*: {error}") from error
-        if wrong := [*found.unexpected_keys, *(key for key in found.missing_keys if key not in keys)]:
-            raise ValueError(f"init_from does not fit model.*: {', '.join(wrong[:4])} of {len(wrong)} tensors differ")
+        take_all(self, source.state_dict(), new=added)
         self.resting = bool(added)
         return "all weights" + "".join(f", but for model.{name[:-1]}, which is new" for name in added)
+
+    def resized(self, name: str, given: Tensor) -> Tensor | None:
+        """Registers of more or fewer time blocks than `given` [blocks * K, D] has; later blocks begin as the last."""
+        own, count = self.get_parameter(name), self.config.num_tokens
+        if name not in ("registers", "decoder_registers", "scorer.places") or given.shape[1:] != own.shape[1:]:
+            return None
+        return later_as_last(given, len(own), group=count)
 
     # ---- before training -----------------------------------------------------------------------------------------
 
     def fit_statistics(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """Fit what depends on data alone, before the first step: the transform code of `registers: dct`, and with
-        `head: teacher` how often its ids come and which are alike. A head that is no longer zero has learned
-        (`init_from`) and stays.
+        `head: teacher` how often its ids come and which are alike. A code that came fitted (`init_from`) stays, and so
+        does a head that is no longer zero.
 
         videos: float [B, C, T, H, W] in [-1, 1], from training clips; T of at most one chunk for `head: teacher`.
         """
         if self.resting:
             return {}
         if self.config.registers == "dct":
-            return self.code.fit(videos)
+            return {} if self.code.fitted else self.code.fit(videos)
         if self.config.head == "teacher" and not bool(self.out.weight.any()):
             return self._fit_head(videos)
         return {}

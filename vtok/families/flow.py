@@ -48,7 +48,7 @@ from vtok.layers.latents import LatentSpace
 from vtok.layers.masks import CAUSAL_MASKS, CrossTime, encoder_mask, with_valid_keys
 from vtok.layers.overlapped import OverlappedTokenizer
 from vtok.layers.patches import from_patches, to_patches
-from vtok.layers.positions import Positions
+from vtok.layers.positions import Positions, later_as_last
 from vtok.layers.teacher import differences
 from vtok.layers.transformer import Transformer
 from vtok.quantize import QuantizerConfig, build_quantizer
@@ -222,6 +222,13 @@ class Model(OverlappedTokenizer):
             nn.init.zeros_(residual.weight)
             nn.init.zeros_(residual.bias)
 
+    def resized(self, name: str, given: Tensor) -> Tensor | None:
+        """Registers of more or fewer latent frames than `given` [n * K, D] has; later ones begin as the last."""
+        own = self.get_parameter(name)
+        if name not in ("registers", "decoder_registers") or given.shape[1:] != own.shape[1:]:
+            return None
+        return later_as_last(given, len(own), group=self.num_tokens)
+
     # ---- tokens
 
     def encode_chunks(self, video: Tensor) -> Quantized:
@@ -345,8 +352,10 @@ class Model(OverlappedTokenizer):
 
     @torch.no_grad()
     def fit_statistics(self, videos: Iterable[Tensor]) -> dict[str, float]:
-        """Mean and deviation of each channel of the latents, from training clips [B, C, T, H, W] in [-1, 1]."""
-        if self.space.fitted:  # they came with weights
+        """Mean and deviation of each channel of the latents, from training clips [B, C, T, H, W] in [-1, 1], and with
+        `registers: dct` the transform code. What came fitted, with weights, stays."""
+        coded = self.config.registers == "learned" or bool(self.code.transform.fitted)
+        if self.space.fitted and coded:
             return {}
 
         def latents() -> Iterable[Tensor]:
@@ -360,7 +369,8 @@ class Model(OverlappedTokenizer):
             self.space.fit(latents())
             return {"latent_std": float(self.space.std.mean())}
         every = list(latents())
-        self.space.fit(every)
+        if not self.space.fitted:
+            self.space.fit(every)
         return self.code.fit([self.space.standardised(each) for each in every], self.quantizer.eval())
 
 

@@ -31,6 +31,7 @@ from vtok.layers.frames import pool_grid, pool_shape, thin
 from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.segment_tokens import segment_tokens
+from vtok.layers.taking import take_all
 from vtok.llm.small import SmallLM, SmallReader, fill_in
 from vtok.llm.splice import PLACEHOLDER, splice
 from vtok.llm.text_objective import TextObjective, TextObjectiveConfig
@@ -185,15 +186,22 @@ class Model(SmallReader):
         return [*(4**i for i in range(16) if 4**i < most), most]
 
     def warm_start(self, source: nn.Module) -> str:
-        """Begin with another model's weights, where names and shapes are equal: another of this family's, or for videos
-        a stage-0 projector that was trained for the small language model."""
-        own, given = self.state_dict(), source.state_dict()
-        given |= {f"eye.{name}": value for name, value in given.items() if name.startswith("projector.")}
-        taken = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-        if not taken:
-            raise ValueError("init_from: the source has no weights of the names and shapes of this model's")
-        self.load_state_dict(taken, strict=False)
-        return f"{len(taken)} of {len(own)} tensors taken"
+        """Begin with another model's weights, all of them: of this family, where one of texts leaves the eye of one of
+        videos as it is; or, for videos, of a stage-0 projector that was trained for the small language model. Returns
+        what was done, for the log.
+
+        Raises: ValueError naming the tensors that do not fit.
+        """
+        given = source.state_dict()
+        if type(source) is type(self):
+            eye = ["eye."] if self.eye is not None and source.eye is None else []
+            begun = take_all(self, given, new=eye)
+            return "all weights" + (f"; model.eye new, {len(begun)} tensors" if begun else "")
+        given = {f"eye.{name}": value for name, value in given.items()}
+        rest = {name.partition(".")[0] for name in self.state_dict()} - {"eye"}
+        begun = take_all(self, given, new=rest)
+        told = ", ".join(f"model.{name}" for name in sorted(rest))
+        return f"the projector, {len(given)} tensors; {told} new, {len(begun)} tensors"
 
     def _tokens(
         self,

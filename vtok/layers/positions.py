@@ -26,6 +26,18 @@ def _axis_widths(width: int) -> tuple[int, int, int]:
     return width - 2 * space, space, space
 
 
+def _stretched(table: Tensor, count: int) -> Tensor:
+    """[n, D] -> [count, D], over the same extent."""
+    return F.interpolate(table.T[None], size=count, mode="linear", align_corners=False)[0].T
+
+
+def later_as_last(table: Tensor, count: int, *, group: int = 1) -> Tensor:
+    """Rows of a table over time [n, D], `group` of them at a time, cut or continued to [count, D]: what is later than
+    the table knows is as the last it knows."""
+    missing = (count - len(table)) // group
+    return torch.cat([table, table[-group:].repeat(max(missing, 0), 1)])[:count]
+
+
 class Positions(nn.Module):
     """Position vectors of a (t, h, w) patch grid: [t * h * w, D].
 
@@ -44,6 +56,16 @@ class Positions(nn.Module):
         if kind == "learned":
             self.tables = nn.ParameterList(nn.Parameter(torch.randn(n, width) * 0.02) for n in grid)
 
+    def resized(self, name: str, given: Tensor) -> Tensor | None:
+        """A table trained for another grid (`name`: tables.AXIS), for this one: in space interpolated, as `forward`
+        reads it; in time patch t stays patch t, and later ones begin as the last. None for one of another width."""
+        axis = int(name.rpartition(".")[2])
+        if given.shape[1] != self.width:
+            return None
+        if axis == 0:
+            return later_as_last(given, self.grid[0])
+        return _stretched(given, self.grid[axis])
+
     def forward(self, grid: tuple[int, int, int]) -> Tensor:
         if grid[0] > self.grid[0]:
             raise ValueError(
@@ -54,7 +76,7 @@ class Positions(nn.Module):
             if self.kind == "learned":
                 table = self.tables[axis]
                 if axis and want != have:
-                    table = F.interpolate(table.T[None], size=want, mode="linear", align_corners=False)[0].T
+                    table = _stretched(table, want)
                 axes.append(table[:want])
             else:
                 place = torch.arange(want, dtype=torch.float32)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok.layers.taking import take_all
 from vtok.types import Budget, Clip, Features, Tokens
 
 
@@ -171,14 +172,19 @@ class ProjectorModel(nn.Module):
         raise NotImplementedError
 
     def warm_start(self, source: nn.Module) -> str:
-        """Begin with another projector model's weights, where names and shapes are equal; the projector's must be."""
-        own, given = self.state_dict(), source.state_dict()
-        taken = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-        missing = [k for k in own if k.startswith("projector.") and k not in taken]
-        if missing:
-            raise ValueError(f"init_from: the source has no {', '.join(missing)} of the shapes this model has")
-        self.load_state_dict(taken, strict=False)
-        return f"{len(taken)} of {len(own)} tensors taken"
+        """Begin with another projector model's weights: of the same family all of them; of another one, such as stage
+        0, the projector, which must be all that it has. Returns what was done, for the log.
+
+        Raises: ValueError naming the tensors that do not fit.
+        """
+        given = source.state_dict()
+        if type(source) is type(self):
+            take_all(self, given)
+            return "all weights"
+        rest = {name.partition(".")[0] for name in self.state_dict()} - {"projector"}
+        begun = take_all(self, given, new=rest)
+        what = f"; {', '.join(f'model.{name}' for name in sorted(rest))} new, {len(begun)} tensors" if begun else ""
+        return f"the projector, {len(given)} tensors{what}"
 
 
 def _load_tower(config: Any) -> Any:
