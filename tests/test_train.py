@@ -21,8 +21,9 @@ from vtok import curves, lit, loop, strategy
 from vtok import optim as optim_room
 from vtok import train as training
 from vtok.config import OptimConfig, load, loads
-from vtok.curves import contact_sheet, duration, keep_until
+from vtok.curves import contact_sheet, keep_until
 from vtok.metrics.distortion import clip_psnr
+from vtok.progress import duration
 from vtok.types import Clip, to_uint8
 
 BATCH = 4

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from vtok import strategy
 from vtok.alarms import AlarmError, Alarms, codebook_line
 from vtok.config import RunConfig
-from vtok.curves import Bar, Curves, duration
+from vtok.curves import Bar, Curves
 from vtok.lit import LitCompressor, codebook_use
+from vtok.progress import duration
 from vtok.telemetry import Telemetry, kind_of
 from vtok.types import Clip
 from vtok.watchdog import Watchdog
