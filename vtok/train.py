@@ -103,23 +103,23 @@ def check(config: RunConfig) -> None:
         "trainer.sample_every": trainer.sample_every,
         "trainer.checkpoint_every": trainer.checkpoint_every,
         "trainer.statistics_clips": trainer.statistics_clips,
+        "trainer.stall_minutes": trainer.stall_minutes,
         "optim.lr": optim.lr,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.clip_grad_norm": optim.clip_grad_norm,
-        "trainer.stall_minutes": trainer.stall_minutes,
     }
     for key, value in not_negative.items():
         if not value >= 0:
             raise ValueError(f"{key}={value} must be 0 or above")
     if trainer.max_minutes is not None and not trainer.max_minutes > 0:
         raise ValueError(f"trainer.max_minutes={trainer.max_minutes} must be above 0, or null for no limit")
+    if trainer.peak_tflops is not None and not trainer.peak_tflops > 0:
+        raise ValueError(f"trainer.peak_tflops={trainer.peak_tflops} must be above 0, or null for the device's own")
     if trainer.precision not in PRECISIONS:
         raise ValueError(f"trainer.precision={trainer.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if trainer.accelerator not in ACCELERATORS:
         known = ", ".join(ACCELERATORS)
-    if trainer.peak_tflops is not None and not trainer.peak_tflops > 0:
-        raise ValueError(f"trainer.peak_tflops={trainer.peak_tflops} must be above 0, or null for the device's own")
         raise ValueError(f"trainer.accelerator={trainer.accelerator!r} is unknown; choose one of {known}")
     if trainer.accelerator in ("gpu", "cuda", "auto") and (torch.cuda.is_available() or trainer.accelerator == "cuda"):
         there = torch.cuda.device_count()
