@@ -5,7 +5,14 @@ levels.py  by distortion and rate: the best levels for a total, the fewest token
 ata.py     by how much each segment matters: scores into tokens, whole clips or streams
 """
 
-from vtok.budget.ata import AtaConfig, StreamAllocator, allocate_scores, feasible_total
+from vtok.budget.ata import (
+    AtaConfig,
+    StreamAllocator,
+    allocate_scores,
+    allocate_segments,
+    feasible_total,
+    segment_bounds,
+)
 from vtok.budget.levels import (
     Found,
     allocate_ahead,
@@ -19,4 +26,4 @@ from vtok.budget.nested import MODES, NestedConfig, nested_keep
 
 __all__ = ["MODES", "AtaConfig", "Found", "NestedConfig", "StreamAllocator", "allocate_ahead", "allocate_lagrange"]
 __all__ += ["allocate_levels", "allocate_scores", "feasible_total", "interpolate_lengths", "nested_keep"]
-__all__ += ["search_length", "spread_lengths"]
+__all__ += ["allocate_segments", "search_length", "segment_bounds", "spread_lengths"]

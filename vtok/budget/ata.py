@@ -15,18 +15,25 @@ that are nested inside segments. Differs from its released code:
   smaller budget are some of those of a larger one;
 - clips of a batch have budgets of their own (there they share one).
 
+`allocate_segments` is what families call: a total that cannot pay all minima is shared evenly, what is left over goes
+to the highest scores; one above what the segments hold gives all of them all they hold.
+
 Equal claims: first the segment with fewer tokens above its minimum, then that of the higher score, then the earlier.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 SCORES = ("", "yes_no", "similarity", "novelty", "learned")
 WEIGHTS = ("minmax", "softmax", "linear")
+_NO_RANGE = (
+    "ata.weights=minmax in a stream needs ata.expected=[low, high], the scores' range: the lowest and the highest of a "
+    "clip are not known before its end; or choose ata.weights=softmax or linear"
+)
 
 
 @dataclass
@@ -41,6 +48,8 @@ class AtaConfig:
     # the score itself, 0 or above
     weights: str = "minmax"
     temperature: float = 1.0
+    # tokens of a segment never depend on later ones (`StreamAllocator`); minmax then needs `expected`
+    stream: bool = False
     # (low, high): scores that a stream expects; they count as two segments that came before the first. [] = nothing
     expected: list[float] = field(default_factory=list)
 
@@ -60,6 +69,8 @@ class AtaConfig:
             raise ValueError(f"ata.expected={list(self.expected)} is not (low, high), such as [0.0, 1.0]")
         if self.expected and self.weights == "linear" and self.expected[0] < 0:
             raise ValueError(f"ata.expected={list(self.expected)}: with ata.weights=linear scores are 0 or above")
+        if self.stream and self.weights == "minmax" and not self.expected:
+            raise ValueError(_NO_RANGE)
 
 
 def allocate_scores(
@@ -103,6 +114,36 @@ def allocate_scores(
     return (low + torch.zeros_like(low).scatter(1, order, extra)).to(scores.device)
 
 
+def allocate_segments(scores: Tensor, *, total: Tensor, segments: Tensor, most: int, config: AtaConfig) -> Tensor:
+    """[B, G] int64: tokens of each segment of clips that are given at most `total` tokens.
+
+    Args:
+        scores: [B, G]. total: int64 [B], 1 or more. segments: int64 [B] of each clip. most: tokens that a segment
+            holds, where that is less than `config.maximum`.
+    """
+    totals, low, high = segment_bounds(total, segments, most=most, config=config)
+    if not config.stream:
+        real = torch.arange(scores.shape[1]) < segments.cpu()[:, None]
+        bounds = dict(minimum=low[:, None].expand_as(real), maximum=high[:, None].expand_as(real))
+        return allocate_scores(scores, total=totals, config=config, valid=real, **bounds)
+    out = torch.zeros(scores.shape, dtype=torch.int64)
+    for row, count in enumerate(segments.tolist()):
+        own = replace(config, minimum=int(low[row]), maximum=int(high[row]))
+        stream = StreamAllocator(total=totals[row], segments=count, config=own)
+        out[row, :count] = torch.cat([stream.step(score[None]) for score in scores[row, :count].cpu()])
+    return out.to(scores.device)
+
+
+def segment_bounds(total: Tensor, segments: Tensor, *, most: int, config: AtaConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """What clips of so many segments are given of `total`: tokens of each clip, the fewest and the most of one of its
+    segments, int64 [B] each, on the CPU."""
+    segments, high = segments.cpu(), min(config.maximum, most)
+    given = torch.minimum(total.cpu().long(), segments * high)
+    low = (given // segments).clamp(max=min(config.minimum, high))
+    # where the minima cannot be paid, one token above the lowered one at most: more tokens take none from a segment
+    return given, low, torch.where(given < segments * config.minimum, low + 1, high).clamp(max=high)
+
+
 def feasible_total(
     total: int | Tensor,
     valid: Tensor,
@@ -135,10 +176,7 @@ class StreamAllocator:
     def __init__(self, *, total: int | Tensor, segments: int | Tensor, config: AtaConfig | None = None, batch: int = 1):
         self.config = c = config or AtaConfig()
         if c.weights == "minmax" and not c.expected:
-            raise ValueError(
-                "ata.weights=minmax in a stream needs ata.expected=[low, high], the scores' range: the lowest and the "
-                "highest of a clip are not known before its end; or choose ata.weights=softmax or linear"
-            )
+            raise ValueError(_NO_RANGE)
         self.left = torch.as_tensor(total, dtype=torch.int64).cpu().expand(batch).clone()
         self.come = torch.as_tensor(segments, dtype=torch.int64).cpu().expand(batch).clone()
         if int(self.come.min()) < 1:

@@ -8,7 +8,8 @@ latent_lm: C3 (Context Cascade Compression, https://arxiv.org/abs/2511.15244) fo
 of the text, or a window of frames, all of which go through the small model in one packed call, however many there are
 and whatever they hold, so that sharded training (ZeRO-3) never waits for a rank with shorter clips. Queries see those
 before them alone, so the first k tokens of a segment are what k queries would have given: any budget is met exactly,
-and one model trained with random budgets serves them all.
+and one model trained with random budgets serves them all. `ata` shares a budget by what matters (vtok/budget/ata.py):
+segments have scores, by the question or without one, and a higher score is given more tokens.
 
 The small model is any causal language model of transformers: all of it learns and ships, or adapters in it do, or
 nothing but queries and head; what does not learn is held by reference, outside of checkpoints and engines.
@@ -19,17 +20,21 @@ frames, N patches of a frame, L positions, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.budget import AtaConfig, allocate_segments, segment_bounds
 from vtok.layers.frames import pool_grid, pool_shape, thin
+from vtok.layers.judge import JUDGED, Judge, JudgeConfig, by_clip, first_ids, with_scores
 from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
+from vtok.layers.relevance import novelty, word_similarity
 from vtok.layers.segment_tokens import segment_tokens
 from vtok.layers.taking import take_all
 from vtok.llm.small import SmallLM, SmallReader, fill_in
@@ -62,6 +67,11 @@ class Config(ProjectorConfig):
     patches: int = 0  # of a frame, averaged over a grid; 0 = all
     max_frames: int = 1024  # feature frames looked at; longer clips are thinned out evenly
     question: bool = False  # the small model is told the question: tokens are then for that question alone
+    # which segments are given more of a clip's tokens; score="": none, all are given as many. novelty asks nothing,
+    # similarity compares the question's words with the patches, yes_no and learned are what the small model makes of
+    # a segment (and of the question where it is told it)
+    ata: AtaConfig = field(default_factory=AtaConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -77,6 +87,24 @@ class Config(ProjectorConfig):
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
         if self.source == "text" and self.question:
             raise ValueError("model.question=true is for videos: a text is compressed before anything is asked of it")
+        score = self.ata.score
+        if score and (self.source == "text" or self.mode != "latent_lm"):
+            raise ValueError(f"model.ata.score={score!r} is for mode=latent_lm and source=video")
+        if score == "yes_no" and not (self.question and self.lm.layer == -1):
+            raise ValueError(
+                f"model.ata.score=yes_no asks the small model about the question, and reads its last layer: it needs "
+                f"model.question=true ({self.question}) and model.lm.layer=-1 ({self.lm.layer})"
+            )
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether tokens are for one question: the small model is told it, or they are shared out by it."""
+        return self.question or self.ata.score == "similarity"
+
+    @property
+    def most_of_segment(self) -> int:
+        """Tokens that a segment is given at most."""
+        return min(self.num_tokens, self.ata.maximum) if self.ata.score else self.num_tokens
 
     @property
     def length_policy(self) -> str:
@@ -86,7 +114,7 @@ class Config(ProjectorConfig):
         if self.source == "text":
             return super()._bounds(frames, grid, budget)
         segments = -(-min(frames, self.max_frames) // self.window)
-        count = min(budget, segments * self.num_tokens)
+        count = min(budget, segments * self.most_of_segment)
         return count, count
 
 
@@ -94,7 +122,7 @@ class Model(SmallReader):
     """max_tokens: the largest budget. nested: a smaller budget keeps some of the tokens of a larger one. reads_prompt:
     whether tokens are for one question; if not, they can be kept for all that are asked later."""
 
-    nested, any_budget = True, True
+    any_budget = True
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -102,13 +130,37 @@ class Model(SmallReader):
         for name in ("embedding_dim", "embedding_rms"):
             if not getattr(c, name) > 0:
                 raise ValueError(f"model.{name}={getattr(c, name)} must be above 0: it is the LLM's")
-        self.embedding_dim, self.max_tokens, self.reads_prompt = c.embedding_dim, c.max_tokens, c.question
+        self.embedding_dim, self.max_tokens, self.reads_prompt = c.embedding_dim, c.max_tokens, c.reads_prompt
         self.queries = LatentQueries(c.num_tokens, width, rms=scale)
         self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms)
+        self.judge: Judge | None = None
+        if c.ata.score in JUDGED:
+            self.judge = Judge(width, kind=c.ata.score, yes=c.judge.yes, no=c.judge.no)
+        # what allocations leave out of the prompt they leave out of the tokens: all of a model's read the same
+        self._asks = c.judge.ask if c.ata.score == "yes_no" else ""
         self.eye = None
         if c.source == "video":
             sizes: dict[str, Any] = dict(in_dim=c.in_dim, embedding_dim=width, embedding_rms=scale)
             self.eye = ProjectorModel(_EyeConfig(**sizes, tower=c.tower))
+
+    @property
+    def nested(self) -> bool:
+        return not (self.config.ata.score and self.config.ata.stream)
+
+    def allocating(self, **changes: Any) -> Model:
+        """This model, weights shared, with other settings of `ata`: even shares with score="".
+
+        Raises: ValueError for scores that it has no weights for.
+        """
+        other = copy.copy(self)
+        other.config = replace(self.config, ata=replace(self.config.ata, **changes))
+        asked = other.config.ata.score
+        if asked in JUDGED and asked != self.config.ata.score:
+            raise ValueError(
+                f"ata.score={asked!r} needs a model that was trained with it, not {self.config.ata.score!r}"
+            )
+        other.reads_prompt = other.config.reads_prompt
+        return other
 
     @property
     def tower(self) -> Any:
@@ -126,9 +178,9 @@ class Model(SmallReader):
         """Tokens of a batch of clips, segment after segment.
 
         Args:
-            budget: tokens of each clip, 1 to `max_tokens`, shared evenly over its segments, the remainder to the
-                earliest; clips with fewer give all they have. int64 [B]: of each clip; [B, G]: of each segment. None:
-                all, up to `max_tokens`.
+            budget: tokens of each clip, 1 to `max_tokens`, shared over its segments as `ata` says, or evenly, the
+                remainder to the earliest; clips with fewer give all they have. int64 [B]: of each clip; [B, G]: of each
+                segment. None: all, up to `max_tokens`.
         Raises: ValueError for budgets out of range, clips without a text, and segments longer than the small model.
         """
         if self.eye is not None:
@@ -147,7 +199,8 @@ class Model(SmallReader):
     def compress(
         self, features: Features | None, *, budget: Budget | None = None, prompt: list[str] | None = None
     ) -> Tokens:
-        """The same of a video's features; prompt: questions, read where `question` is on."""
+        """The same of a video's features; prompt: questions, read where `reads_prompt` is on. Where segments have
+        scores, the tokens have them too (`vtok.layers.judge.Scored`)."""
         c = self.config
         if self.eye is None or features is None:
             raise ValueError("model.source=text compresses texts: give `encode` clips that have one")
@@ -165,15 +218,26 @@ class Model(SmallReader):
         first = torch.arange(windows.shape[1], device=lengths.device) * c.window
         there = first < lengths[:, None]
         inside = (lengths[:, None] - first).clamp(max=c.window)[there] * patches.shape[2]
-        asked = [self._ids(text) if c.question else [] for text in prompt or [""] * len(lengths)]
-        rows = [(row, asked[row]) for row, count in enumerate(there.sum(1).tolist()) for _ in range(count)]
+        told = [self._ids(text) for text in prompt] if prompt is not None and self.reads_prompt else [[]] * len(lengths)
+        close = self._ids(self._asks)
+        asked = [[*ids, *close] if c.question and ids else [] for ids in told]
+        clips = there.nonzero()[:, 0]
+        rows = [(row, asked[row]) for row in clips.tolist()]
         times = None
         if seen.times is not None:
             last = (first[None] + c.window - 1).minimum(lengths[:, None] - 1).clamp(min=0)
             begin = first[None].minimum(lengths[:, None] - 1)
             times = torch.stack([seen.times.gather(1, begin), seen.times.gather(1, last)], -1)
-        visual = windows[there].flatten(1, 2)
-        return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times)
+        visual, scores = windows[there].flatten(1, 2), None
+        if c.ata.score == "novelty":
+            at = torch.arange(features.patches.shape[1], device=lengths.device) // c.window
+            scores = novelty(features, at.expand(len(lengths), -1))
+        elif c.ata.score == "similarity":
+            real = torch.arange(visual.shape[1], device=lengths.device) < inside[:, None]
+            words = torch.tensor(_padded(told), device=lengths.device)[clips]
+            alike = word_similarity(visual, self._embed(words.clamp(min=0)), mask=real, real=words >= 0)
+            scores = by_clip(alike, there)
+        return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
 
     @property
     def head_device(self) -> torch.device:
@@ -182,7 +246,7 @@ class Model(SmallReader):
     def budgets(self, features: Features | None) -> list[int | None]:
         """Budgets to measure at, where none are asked: 1, 4, 16 ... and the most a clip of this length is given."""
         segments = 1 if features is None else -(-int(features.count().max()) // self.config.window)
-        most = min(self.max_tokens, segments * self.config.num_tokens)
+        most = min(self.max_tokens, segments * self.config.most_of_segment)
         return [*(4**i for i in range(16) if 4**i < most), most]
 
     def warm_start(self, source: nn.Module) -> str:
@@ -212,15 +276,46 @@ class Model(SmallReader):
         visual: Tensor | None = None,
         inside: Tensor | None = None,
         times: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> Tokens:
         """Args:
         rows: (clip, ids) of each segment. groups: [B] segments of each clip. visual: [M, S, D], inside: [M] of them
-            real. times: [B, G, 2].
+            real. times: [B, G, 2]. scores: [B, G] of segments, where they are known before these are read.
         """
-        wanted = self._shares(groups, budget)  # [B, G]
-        count = max(int(wanted.max()), 1)
-        states = self._read([ids for _, ids in rows], count, visual, inside)
-        return segment_tokens(self.head(states), wanted, groups, times=times)
+        ata = self.config.ata
+        judge: Judge | None = self.judge if ata.score in JUDGED else None
+        by_score = bool(ata.score) and not (isinstance(budget, Tensor) and budget.ndim == 2)
+        wanted, most, total = None, 0, groups
+        if by_score:
+            total = self._asked(len(groups), budget)
+            given, low, high = segment_bounds(total, groups, most=self.config.num_tokens, config=ata)
+            most = int((given - (groups.cpu() - 1) * low).minimum(high).max())  # of any segment, whatever the scores
+        else:
+            wanted = self._shares(groups, budget)  # [B, G]
+        if by_score and judge is None and scores is not None:
+            wanted = self._allocate(scores, total, groups)
+        count = max(int(wanted.max()) if wanted is not None else most, 1)
+        states = self._read([ids for _, ids in rows], count, visual, inside, before=judge is not None)
+        if judge is not None:
+            there = torch.arange(int(groups.max()), device=groups.device) < groups[:, None]
+            scores, states = by_clip(judge(states[:, 0]), there), states[:, 1:]
+            if wanted is None:
+                wanted = self._allocate(scores, total, groups)
+        assert wanted is not None
+        return with_scores(segment_tokens(self.head(states), wanted, groups, times=times), scores)
+
+    def _allocate(self, scores: Tensor, total: Tensor, groups: Tensor) -> Tensor:
+        """[B, G] int64: tokens of each segment, by its score."""
+        config, most = self.config.ata, self.config.num_tokens
+        return allocate_segments(scores, total=total, segments=groups, most=most, config=config).to(groups.device)
+
+    def _asked(self, clips: int, budget: Budget | None) -> Tensor:
+        """[B] int64: tokens that are asked of each clip, on the CPU."""
+        asked = torch.as_tensor(self.max_tokens if budget is None else budget, device="cpu").expand(clips)
+        for value in asked.tolist():
+            if not 1 <= value <= self.max_tokens:
+                raise ValueError(f"budget={value} is out of range: ask for 1 to {self.max_tokens} (model.max_tokens)")
+        return asked
 
     def _shares(self, groups: Tensor, budget: Budget | None) -> Tensor:
         """[B, G] int64: tokens of each segment."""
@@ -234,17 +329,17 @@ class Model(SmallReader):
             if int(found.sum(1).min()) < 1:
                 raise ValueError("budget: a clip is to have no token at all; give each clip 1 or more")
             return found
-        asked = torch.as_tensor(self.max_tokens if budget is None else budget).expand(len(groups)).tolist()
-        for value in asked:
-            if not 1 <= value <= self.max_tokens:
-                raise ValueError(f"budget={value} is out of range: ask for 1 to {self.max_tokens} (model.max_tokens)")
+        asked = self._asked(len(groups), budget).tolist()
         out = torch.zeros(len(groups), int(groups.max()), dtype=torch.int64)
         for row, (total, count) in enumerate(zip(asked, groups.tolist())):
             out[row, :count] = torch.tensor(share(min(total, count * most), count))
         return out.to(groups.device)
 
-    def _read(self, ids: list[list[int]], count: int, visual: Tensor | None, inside: Tensor | None) -> Tensor:
-        """States [M, count, D] of the queries after the segments' inputs, all in one call."""
+    def _read(
+        self, ids: list[list[int]], count: int, visual: Tensor | None, inside: Tensor | None, *, before: bool = False
+    ) -> Tensor:
+        """States [M, count, D] of the queries after the segments' inputs, all in one call; before: [M, 1 + count, D],
+        that of the position before the first query too."""
         queries = self.queries(count).expand(len(ids), -1, -1)
         opening = self._ids(self.config.opening)
         if visual is None or inside is None:
@@ -261,7 +356,13 @@ class Model(SmallReader):
         pieces = Tokens(tail, seen + count, nowhere, second.long(), torch.zeros_like(second, dtype=torch.int64))
         made = splice(prompts, pieces, self._embed, max_length=self._positions)
         states = self._states(made.embeds, made.mask)
-        return at_the_end(states, made.mask.sum(1), count)
+        return at_the_end(states, made.mask.sum(1), count + before)
+
+
+def _padded(rows: list[list[int]]) -> list[list[int]]:
+    """Ids of one length, filled up with -1."""
+    most = max(1, *(len(row) for row in rows))
+    return [[*row, *[-1] * (most - len(row))] for row in rows]
 
 
 @dataclass
@@ -272,8 +373,14 @@ class _EyeConfig(ProjectorConfig):
 def build(config: Config, *, load: Callable[[str], Any] | None = None) -> Model:
     """A fresh model: the small language model's facts are filled in in `config`, and its weights are taken."""
     found = fill_in(config.lm)
+    if config.ata.score == "yes_no" and not config.judge.yes:
+        config.judge.yes, config.judge.no = first_ids(
+            lambda text: found.tokenizer(text, add_special_tokens=False).input_ids
+        )
     model = Model(config)
     model.take_weights(found)
     known = min(len(found.tokenizer), found.model.get_input_embeddings().num_embeddings)
+    if config.ata.score == "yes_no" and model.judge is not None:
+        model.judge.take_rows(found.model.get_output_embeddings().weight, [*config.judge.yes, *config.judge.no])
     model.queries.begin_like(found.embed(torch.arange(known, device=found.device)))
     return model

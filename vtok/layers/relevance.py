@@ -1,6 +1,7 @@
 """How much each segment of a clip matters: for a question, or as news after what came before. Scores [B, G].
 
     similarity  cosine of the question and the segment's frames, in a space that text and frames share (CLIP, SigLIP)
+    word_similarity   the same word by word and patch by patch, in a language model's space, where a projector leads to
     novelty     how unlike the frames of a segment are to every earlier frame; needs no question
     yes_no      what a language model says when it is asked whether a segment is relevant
 
@@ -37,6 +38,24 @@ def similarity(features: Features, question: Tensor, segments: Tensor, *, of: st
         )
     cosine = torch.einsum("btd,bd->bt", F.normalize(frames, dim=-1), F.normalize(question.float(), dim=-1))
     return by_segment(cosine, segments, features.mask, of=of)
+
+
+def word_similarity(
+    patches: Tensor, words: Tensor, *, mask: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
+    """[M] in [-1, 1]: cosine of each word of a question with the patch of the segment most like it, averaged.
+
+    As late interaction compares texts (ColBERT, Khattab & Zaharia 2020, https://arxiv.org/abs/2004.12832).
+
+    Args:
+        patches: [M, S, D] of M segments, as large as words. words: [M, W, D] embeddings of each segment's question.
+        mask: [M, S] bool, real patches. real: [M, W] bool, real words; a segment without any has 0.
+    """
+    mask = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device) if mask is None else mask
+    real = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device) if real is None else real
+    cosine = torch.einsum("msd,mwd->msw", F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1))
+    best = cosine.masked_fill(~mask[..., None], -torch.inf).amax(1).masked_fill(~real, 0)
+    return best.sum(1) / real.sum(1).clamp(min=1)
 
 
 def novelty(features: Features, segments: Tensor, *, memory: int = 0, of: str = "mean") -> Tensor:

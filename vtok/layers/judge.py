@@ -1,0 +1,103 @@
+"""What a small language model says of a segment, in the very pass that compresses it: one score each.
+
+    frames, question, "... Yes or No:"   q_1 ... q_n
+                                   |-- state here --Judge--> score
+
+As Tempo (2026, https://arxiv.org/abs/2604.08120) has it: the state that comes before the first query would predict the
+answer's first word, so a score costs no pass of its own.
+
+Letters: B clips, G segments of a clip, M segments of the batch, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from vtok.layers.relevance import yes_no
+from vtok.types import Tokens
+
+JUDGED = ("yes_no", "learned")  # of ata.score: what a judge tells
+SPELLINGS = ((" Yes", " No"), ("Yes", "No"), (" yes", " no"), ("yes", "no"))
+
+
+@dataclass
+class JudgeConfig:
+    """How the small model is asked, where `ata.score` is yes_no."""
+
+    ask: str = "\nDoes this segment help to answer that? Yes or No:"  # follows the question
+    yes: list[int] = field(default_factory=list)  # ids that such answers begin with; [] = read off the tokenizer
+    no: list[int] = field(default_factory=list)
+
+
+class Judge(nn.Module):
+    """Scores [M] float32 of the states [M, D] before the first query.
+
+    yes_no: log-odds of "yes" by the language model's own output map, whose rows are kept here and do not learn.
+    learned: a linear map that begins at 0, so that all segments are equal before it has learned.
+    """
+
+    rows: Tensor
+
+    def __init__(self, width: int, *, kind: str, yes: Sequence[int] = (), no: Sequence[int] = ()):
+        super().__init__()
+        self.count = len(yes)
+        self.out = nn.Linear(width, 1) if kind == "learned" else None
+        if self.out is None:
+            if not yes or not no:
+                raise ValueError("model.judge.yes and no are open: they are read off the tokenizer when a run begins")
+            self.register_buffer("rows", torch.zeros(len(yes) + len(no), width))
+        else:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    @torch.no_grad()
+    def take_rows(self, output: Tensor, ids: Sequence[int]) -> None:
+        """Rows of the language model's output map [V, D]."""
+        self.rows.copy_(output[list(ids)])
+
+    def forward(self, states: Tensor) -> Tensor:
+        if self.out is not None:
+            return self.out(states.to(self.out.weight.dtype)).squeeze(-1).float()
+        ids = list(range(len(self.rows)))
+        return yes_no(states, self.rows, yes=ids[: self.count], no=ids[self.count :])
+
+
+def first_ids(encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """(ids that begin "yes", ids that begin "no") in any spelling; encode: text -> ids.
+
+    A spelling whose two words begin alike (with a space of its own, say) tells nothing and is left out.
+    Raises: ValueError where that leaves none.
+    """
+    yes, no = [], []
+    for pair in SPELLINGS:
+        one, other = (encode(word) for word in pair)
+        if one and other and one[0] != other[0]:
+            yes.append(one[0])
+            no.append(other[0])
+    yes, no = list(dict.fromkeys(yes)), list(dict.fromkeys(no))
+    if not yes or set(yes) & set(no):
+        raise ValueError("ata.score=yes_no: the tokenizer's ids do not tell yes from no; choose ata.score=learned")
+    return yes, no
+
+
+@dataclass(frozen=True)
+class Scored(Tokens):
+    """Tokens of segments that have scores [B, G], 0 where there is no segment."""
+
+    scores: Tensor | None = None
+
+
+def with_scores(tokens: Tokens, scores: Tensor | None) -> Tokens:
+    """The tokens, with the scores of their segments where there are any."""
+    if scores is None:
+        return tokens
+    return Scored(**{f.name: getattr(tokens, f.name) for f in fields(tokens)}, scores=scores)
+
+
+def by_clip(values: Tensor, there: Tensor) -> Tensor:
+    """Values of packed segments [M] as those of each clip's [B, G]; there: [B, G] bool, M of them True; 0 elsewhere."""
+    return values.new_zeros(there.shape).index_put(there.nonzero(as_tuple=True), values)
