@@ -400,10 +400,7 @@ class Conductor(pl.Callback):
             return
         self.watchdog.moved("sample videos")
         clip = self.shown
-            inside = ("window", "codebook_counts", "alarms", "flops")
-            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
         with _Evaluating(lit), lit.averaged():
-        trainer.strategy.barrier("after saving")
             found = strategy.call(trainer, "pictures", clip.to(lit.device))
             texts = strategy.call(trainer, "answers", clip.to(lit.device))
         if found is not None:
@@ -438,7 +435,10 @@ class Conductor(pl.Callback):
         trainer.strategy.barrier("before saving")
         trainer.save_checkpoint(written)
         if trainer.is_global_zero:
+            inside = ("window", "codebook_counts", "alarms", "flops")
+            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
             touch(self.config.run_dir)
+        trainer.strategy.barrier("after saving")
         self.saved_at = time.perf_counter()
 
 
