@@ -135,7 +135,9 @@ def test_novelty_and_similarity_are_those_of_the_frames(folders):  # noqa: F811
     seen = clip.features["tower"]
     model = tempo(folders["llama"], "novelty")
     found = model.encode(clip).scores
-    torch.testing.assert_close(found, novelty(seen, (torch.arange(14) // 2).expand(3, -1)).to(found))
+    there = found.isfinite()
+    assert there.sum(1).tolist() == [7, 1, 5]
+    torch.testing.assert_close(found[there], novelty(seen, (torch.arange(14) // 2).expand(3, -1)).to(found)[there])
     patches, words = torch.randn(1, 5, 8), torch.randn(1, 3, 8)
     patches[0, 4] = 2 * words[0, 1]
     cosine = torch.nn.functional.cosine_similarity(patches[0][:, None], words[0][None], dim=-1)

@@ -172,6 +172,12 @@ class Model(SmallReader):
         """The clip's features of the tower; None for texts, which need none."""
         return None if self.eye is None else self.eye.features(clip, **asked)
 
+    def segments(self, clip: Clip) -> Tensor:
+        """[B] int64: segments of each of these videos, told by their lengths alone."""
+        found = (clip.features or {}).get(self.config.tower.name)
+        frames = found.count() if found is not None else self.tower.feature_frames(clip.frames())
+        return -(-frames.clamp(max=self.config.max_frames) // self.config.window)
+
     # tokens
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
@@ -302,7 +308,7 @@ class Model(SmallReader):
             if wanted is None:
                 wanted = self._allocate(scores, total, groups)
         assert wanted is not None
-        return with_scores(segment_tokens(self.head(states), wanted, groups, times=times), scores)
+        return with_scores(segment_tokens(self.head(states), wanted, groups, times=times), scores, groups)
 
     def _allocate(self, scores: Tensor, total: Tensor, groups: Tensor) -> Tensor:
         """[B, G] int64: tokens of each segment, by its score."""

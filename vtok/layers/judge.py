@@ -86,16 +86,18 @@ def first_ids(encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Scored(Tokens):
-    """Tokens of segments that have scores [B, G], 0 where there is no segment."""
+    """Tokens of segments that have scores [B, G], -inf where there is no segment."""
 
     scores: Tensor | None = None
 
 
-def with_scores(tokens: Tokens, scores: Tensor | None) -> Tokens:
-    """The tokens, with the scores of their segments where there are any."""
+def with_scores(tokens: Tokens, scores: Tensor | None, segments: Tensor) -> Tokens:
+    """The tokens, with the scores [B, G] of their segments where there are any. segments: [B] of each clip."""
     if scores is None:
         return tokens
-    return Scored(**{f.name: getattr(tokens, f.name) for f in fields(tokens)}, scores=scores)
+    there = torch.arange(scores.shape[1], device=scores.device) < segments[:, None]
+    own = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
+    return Scored(**own, scores=scores.masked_fill(~there, -torch.inf))
 
 
 def by_clip(values: Tensor, there: Tensor) -> Tensor:

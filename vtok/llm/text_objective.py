@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from vtok.llm.objective import ObjectiveConfig, ProjectorObjective
-from vtok.llm.reading import PLACE
+from vtok.llm.reading import PLACE, Read
+from vtok.llm.relevance import answering, asked_spans, random_prefixes, ranking_loss
 from vtok.llm.tasks import Told, draw, instruction
 from vtok.llm.words import WordsTeacher, count_words
-from vtok.types import Budget, Clip
+from vtok.types import Budget, Clip, Tokens
 
+TAUGHT = ("yes_no", "learned")  # of model.ata.score: scores that have gradients
 TEXT = "text"  # objective.teacher: the language model on the words themselves
 
 
@@ -29,6 +31,9 @@ class TextObjectiveConfig(ObjectiveConfig):
     continuation_prompts: list[str] = field(default_factory=lambda: [f"{PLACE}\nContinue the text:"])
     # words of the LLM for each token, one drawn a step: every clip gets tokens by its length; [] = as budgets says
     ratios: list[float] = field(default_factory=list)
+    # of models whose segments have scores (`model.ata`):
+    relevance: float = 0.0  # weight of what questions that say when their answer is on show teach the scores
+    prefixes: float = 0.0  # share of the steps in which each segment has a length of its own, drawn, whatever its score
 
     def __post_init__(self) -> None:
         if not 0 <= self.continuation < 1:
@@ -39,12 +44,32 @@ class TextObjectiveConfig(ObjectiveConfig):
             )
         if any(ratio < 1 for ratio in self.ratios):
             raise ValueError(f"objective.ratios={list(self.ratios)}: words a token, 1 or more")
+        if self.relevance < 0 or not 0 <= self.prefixes <= 1:
+            raise ValueError(
+                f"objective.relevance={self.relevance} is a weight, 0 or above; objective.prefixes={self.prefixes} a "
+                "share of the steps, 0 to 1"
+            )
 
 
 class TextObjective(ProjectorObjective):
     """`ProjectorObjective` whose clips are texts; of videos it is that objective."""
 
     Config = TextObjectiveConfig
+
+    def __init__(self, config: Any, model_config: Any, *, load: Callable[[str], Any] | None = None):
+        score = getattr(getattr(model_config, "ata", None), "score", "")
+        taught = score in TAUGHT
+        if config.relevance and not taught:
+            raise ValueError(
+                f"objective.relevance={config.relevance} teaches scores that learn: model.ata.score={score!r} is none; "
+                f"choose one of {', '.join(TAUGHT)}, or set it to 0"
+            )
+        if score == "learned" and not config.relevance:
+            raise ValueError("model.ata.score=learned learns by objective.relevance, which is 0: set it above")
+        if config.prefixes and getattr(model_config, "mode", "") != "latent_lm":
+            raise ValueError(f"objective.prefixes={config.prefixes} is for model.mode=latent_lm")
+        super().__init__(config, model_config, load=load)
+        self._found: dict[str, torch.Tensor] = {}  # of the last step, for the report
 
     def load_teacher(self, load: Callable[[str], Any] | None) -> Any:
         return WordsTeacher(self.llm) if self.config.teacher == TEXT else super().load_teacher(load)
@@ -69,12 +94,32 @@ class TextObjective(ProjectorObjective):
         return replace(clip, text=texts), Told(*parts)
 
     def budget_of(self, model: Any, clip: Clip, step: int) -> Budget | None:
-        """Tokens at a step: by the length of each text where `ratios` are given."""
+        """Tokens at a step: by the length of each text where `ratios` are given; of each segment by `prefixes`."""
         c = self.config
+        if c.prefixes and draw(c.seed, step, "prefixes").random() < c.prefixes:
+            most = model.config.most_of_segment
+            return random_prefixes(clip.keys, model.segments(clip), most=most, step=step, seed=c.seed)
         if not c.ratios or clip.text is None:
             return super().budget_of(model, clip, step)
         ratio = draw(c.seed, step, "ratio").choice(list(c.ratios))
         return tokens_at_ratio(count_words(self.llm, clip.text), ratio, most=model.max_tokens)
+
+    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read) -> dict[str, torch.Tensor]:
+        """What the questions teach the scores."""
+        scores, c = getattr(tokens, "scores", None), self.config
+        self._found = {}
+        if scores is None or not c.relevance:
+            return {}
+        if tokens.times is None:
+            raise ValueError("objective.relevance needs the times of segments: the clips bring none")
+        spans = asked_spans(clip, [*c.tasks.qa_prompts])
+        loss, hit = ranking_loss(scores, answering(tokens.times, spans, scores.isfinite()))
+        if len(hit):
+            self._found = {"relevant_first": hit.float().mean()}
+        return {"relevance": c.relevance * loss}
+
+    def told(self, model: Any) -> dict[str, torch.Tensor]:
+        return self._found
 
     @torch.no_grad()
     def measure(self, model: Any, clip: Clip, *, budget: Budget | None = None) -> dict[str, list[float]]:

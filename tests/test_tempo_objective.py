@@ -1,0 +1,109 @@
+"""What teaches scores and prefixes: questions that say when their answer is on show, lengths drawn for each segment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_language_family import config, folders, objective, videos  # noqa: F401
+
+from vtok.budget import AtaConfig
+from vtok.families.language import build
+from vtok.layers.judge import Scored
+from vtok.llm import TaskConfig
+from vtok.llm.relevance import answering, asked_spans, random_prefixes, ranking_loss
+from vtok.types import Clip
+
+torch.set_num_threads(1)
+
+
+def asked(start: Any, end: Any, question: str = "what moves?") -> dict[str, Any]:
+    return {"id": "0", "type": "needle", "question": question, "answer": "ring", "start_s": start, "end_s": end}
+
+
+def test_segments_that_show_an_answer():
+    begin = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    times = torch.stack([begin, begin + 0.75], -1).expand(5, -1, -1)
+    there = torch.tensor([[True] * 4] * 4 + [[True, True, False, False]])
+    spans = torch.tensor([[1.0, 1.25], [1.8, 2.1], [3.9, 4.0], [float("nan")] * 2, [1.5, 1.6]], dtype=torch.float64)
+    found = answering(times, spans, there)
+    assert found.long().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert not answering(times, torch.full((5, 2), 9.0), there).any()
+
+
+def test_spans_are_those_of_the_question_that_is_asked():
+    qa = [[asked(0, 1, "where?"), asked(2.0, 3.0)], [asked(2.0, 3.0)], [asked(None, 1)], None, ["what moves?"]]
+    prompts = ["Question: what moves?\nAnswer:"] * 5
+    prompts[1] = "Question: what rests?\nAnswer:"
+    found = asked_spans(Clip(list("abcde"), qa=qa, prompt=prompts), TaskConfig().qa_prompts)
+    assert found[0].tolist() == [2, 3] and bool(found[1:].isnan().all())
+    assert bool(asked_spans(Clip(["a"]), TaskConfig().qa_prompts).isnan().all())
+
+
+def test_ranking_is_the_likelihood_of_a_right_segment():
+    scores = torch.tensor([[0.0, 2.0, -torch.inf], [1.0, 0.0, 3.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    right = torch.tensor([[False, True, True], [True, True, False], [False] * 3])
+    loss, hit = ranking_loss(scores, right)
+    chances = scores.detach()[:2].softmax(1)
+    wanted = -(chances[0, 1].log() + (chances[1, 0] + chances[1, 1]).log()) / 2
+    assert float(loss.detach()) == pytest.approx(float(wanted), abs=1e-6) and hit.tolist() == [True, False]
+    loss.backward()
+    assert bool(scores.grad.isfinite().all()) and not scores.grad[2].any()
+    loss, hit = ranking_loss(scores, torch.zeros_like(right))
+    assert float(loss.detach()) == 0 and loss.requires_grad and not len(hit)
+
+
+def test_prefixes_are_drawn_for_each_segment():
+    found = torch.cat([random_prefixes(list("ab"), torch.tensor([6, 2]), most=8, step=s, seed=0) for s in range(300)])
+    assert found.shape == (600, 6) and int(found.max()) == 8 and not found[1::2, 2:].any()
+    counts = found[::2].flatten().bincount(minlength=9)[1:].double()
+    assert bool((counts > 0).all()) and 1.5 < float(counts[0] / counts[2]) < 4  # log-uniform: 0.315 and 0.131
+    alone = random_prefixes(["b"], torch.tensor([2]), most=8, step=7, seed=0)
+    assert torch.equal(alone[0], found[15, :2])
+
+
+@pytest.mark.parametrize("score", ["learned", "yes_no"])
+def test_scores_learn_where_answers_are(folders, score):  # noqa: F811
+    """Segments differ by their frames; the question's answer is where they are of one kind."""
+    torch.manual_seed(0)
+    ata = AtaConfig(score=score, minimum=1, maximum=4)
+    settings = config(folders["llama"], source="video", window=2, ata=ata, question=True)
+    reads = objective(folders["llama"], settings, tasks=TaskConfig(caption=0.0), relevance=1.0, prefixes=0.5)
+    model = build(settings).train()
+    clip = videos([8, 6, 8, 8])
+    seen = clip.features["tower"]
+    seen.patches = seen.patches.float()
+    for row, place in enumerate((1, 2, 0, 3)):
+        seen.patches[row, 2 * place : 2 * place + 2] += 3
+    clip.qa = [[asked(float(place), place + 0.5)] for place in (1, 2, 0, 3)]
+    optimizer, losses, first = torch.optim.AdamW(model.parameters(), 1e-2), [], []
+    for step in range(18):
+        loss = reads(model, clip, step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if name.startswith("judge"))
+        optimizer.step()
+        losses.append(float(loss.report["relevance"]))
+    assert losses[-1] < 0.5 * losses[0]
+    tokens = model.eval().encode(Clip(clip.keys, features=clip.features, prompt=["Question: what moves?\nAnswer:"] * 4))
+    assert isinstance(tokens, Scored) and tokens.scores.argmax(1).tolist() == [1, 2, 0, 3]
+    assert tokens.scores.isfinite().sum(1).tolist() == [4, 3, 4, 4]
+    first = model.encode(
+        Clip(clip.keys, features=clip.features, prompt=["Question: what moves?\nAnswer:"] * 4), budget=7
+    )
+    most = torch.zeros(4, 4).scatter_add(1, first.group, first.mask.float()).argmax(1)
+    assert most.tolist() == [1, 2, 0, 3], "and get the tokens"
+
+
+def test_settings_that_cannot_be(folders):  # noqa: F811
+    video = dict(source="video", window=2, question=True)
+    for message, settings, more in (
+        ("teaches scores that learn: model.ata.score='novelty' is none", dict(ata=AtaConfig(score="novelty")),
+         dict(relevance=1.0)),
+        ("model.ata.score=learned learns by objective.relevance", dict(ata=AtaConfig(score="learned")), {}),
+        ("objective.relevance=-1", {}, dict(relevance=-1.0)),
+        ("objective.prefixes=2", {}, dict(prefixes=2.0)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            objective(folders["llama"], config(folders["llama"], **video, **settings), **more)
