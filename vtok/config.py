@@ -9,6 +9,7 @@ node. An unknown key, a wrong type, a missing value or an unknown family fails h
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -18,9 +19,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MappingNode, Node, SafeLoader, SequenceNode, YAMLError, compose
 
 import vtok.families
+
+MAX_YAML = 1 << 20  # bytes of a yaml file
+MAX_NODES = 1 << 17  # keys and values of one, aliases counted as what they stand for
 
 
 @dataclass
@@ -167,7 +171,7 @@ def load_family(name: str, *, trusted: bool = True) -> ModuleType:
             package's own families are imported, so that weights never choose code.
     Raises: ValueError naming the choices, or the export a module lacks.
     """
-    if "." in name and trusted:
+    if "." in name and trusted and all(part.isidentifier() for part in name.split(".")):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -210,9 +214,18 @@ def _merge(base: DictConfig, node: Any, where: str) -> DictConfig:
     return merged
 
 
-def from_dict(cls: type, values: dict[str, Any], *, where: str) -> Any:
-    """A dataclass from plain values, checked like a yaml: unknown keys and wrong types are errors naming the key."""
-    return OmegaConf.to_object(_merge(OmegaConf.structured(cls), OmegaConf.create(values), where))
+def from_dict(cls: type, values: dict[str, Any], *, where: str, trusted: bool = True) -> Any:
+    """A dataclass from plain values, checked like a yaml: unknown keys and wrong types are errors naming the key.
+
+    trusted: False for values from elsewhere: then `${...}` is an error, which would read the environment.
+    """
+    if not trusted:
+        _refuse_interpolations(values, where)
+    base = OmegaConf.structured(cls)
+    try:
+        return OmegaConf.to_object(_merge(base, OmegaConf.create(values), where))
+    except OmegaConfBaseException as error:
+        raise _explain(error, where, base) from error
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -240,15 +253,66 @@ def loads(values: dict[str, Any], *, where: str = "config", trusted: bool = True
     return _resolve([(where, OmegaConf.create(values))], trusted=trusted)
 
 
-def _read(path: Path) -> DictConfig:
+def read_plain(path: Path) -> dict[str, Any]:
+    """The values of a yaml that came from elsewhere, which can tell of settings and do nothing.
+
+    Raises: ValueError for `base:`, which would read another file, and `${...}`, which would read the environment.
+    """
+    values = OmegaConf.to_container(_read_yaml(path), resolve=False)
+    assert isinstance(values, dict)
+    if "base" in values:
+        raise ValueError(f"{path}: base={values['base']!r} would read another file; a config from elsewhere may not")
+    _refuse_interpolations(values, str(path))
+    return {str(key): value for key, value in values.items()}
+
+
+def _refuse_interpolations(values: Any, where: str, key: str = "") -> None:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_interpolations(name, where, f"{key}{name}")
+            _refuse_interpolations(value, where, f"{key}{name}.")
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_interpolations(value, where, key)
+    elif isinstance(values, str) and "${" in values:
+        raise ValueError(
+            f"{where}: {key.rstrip('.')}={values!r}: what came from elsewhere may not refer to other values or to the "
+            "environment; write the value itself"
+        )
+
+
+def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no such config: {path}")
+    if path.stat().st_size > MAX_YAML:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, above the limit of {MAX_YAML}: no config is so long")
     try:
-        node = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        most = _nodes(compose(text, SafeLoader)) if "&" in text and "*" in text else 0
+        node = OmegaConf.create(text) if most <= MAX_NODES else None
     except Exception as error:
         raise ValueError(f"{path}: not readable as yaml: {error}") from error
+    if node is None:
+        raise ValueError(f"{path}: its aliases (*name) stand for {most} values, above the limit of {MAX_NODES}")
     if not isinstance(node, DictConfig):
         raise ValueError(f"{path}: expected a mapping at the top, got {type(node).__name__}")
+    return node
+
+
+def _nodes(node: Node | None) -> int:
+    """Keys and values below a node, aliases counted as what they stand for. Raises RecursionError for a circle."""
+
+    @functools.cache
+    def below(node: Node) -> int:
+        if isinstance(node, MappingNode):
+            return 1 + sum(below(key) + below(value) for key, value in node.value)
+        return 1 + (sum(map(below, node.value)) if isinstance(node, SequenceNode) else 0)
+
+    return 0 if node is None else below(node)
+
+
+def _read(path: Path) -> DictConfig:
+    node = _read_yaml(path)
     base = node.pop("base", None)
     if base:
         merged = OmegaConf.merge(_read(path.parent / base), node)

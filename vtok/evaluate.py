@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtok.config import DataConfig, EvalConfig, from_dict, load_family
+from vtok.config import load as load_config
 from vtok.evaluator import Evaluator, durations
 from vtok.layers.perceptual import file_sha256, load_lpips
 from vtok.metrics.codecs import CODECS
@@ -191,20 +192,15 @@ def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
 
     An export says where its training shards were; they need not be there any more.
     """
-    from vtok.loading import export_folder, is_run, load, load_run
+    from vtok.loading import export_folder, is_run, load, load_run, read_training
 
     if is_run(Path(path)):
         model, config = load_run(path)
         return model, config.data, config.eval
     folder = export_folder(path)
-    model, data, settings = load(folder), DataConfig(), EvalConfig()
-    trained = folder / "training.yaml"
-    if trained.is_file():
-        from omegaconf import OmegaConf
-
-        node: Any = OmegaConf.to_container(OmegaConf.load(trained))
-        data = from_dict(DataConfig, node.get("data") or {}, where=f"{trained}: data")
-        settings = from_dict(EvalConfig, node.get("eval") or {}, where=f"{trained}: eval")
+    model, node, trained = load(folder), read_training(folder), folder / "training.yaml"
+    data = from_dict(DataConfig, node.get("data") or {}, where=f"{trained}: data", trusted=False)
+    settings = from_dict(EvalConfig, node.get("eval") or {}, where=f"{trained}: eval", trusted=False)
     return model, data, settings
 
 
@@ -280,14 +276,15 @@ def _budgets(options: argparse.Namespace, settings: EvalConfig) -> list[int]:
 
 def _objective_of(path: str) -> Any:
     """The `objective:` node that a run or an export of a projector was trained with."""
-    from omegaconf import OmegaConf
+    from vtok.loading import export_folder, is_run, read_training
 
-    from vtok.loading import export_folder, is_run
-
-    written = Path(path) / "config.yaml" if is_run(Path(path)) else export_folder(path) / "training.yaml"
-    node: Any = OmegaConf.to_container(OmegaConf.load(written))
-    kind = load_family(str((node.get("model") or {}).get("name"))).Objective.Config
-    return from_dict(kind, node.get("objective") or {}, where=f"{written}: objective")
+    if is_run(Path(path)):
+        return load_config(Path(path) / "config.yaml").objective
+    folder = export_folder(path)
+    node = read_training(folder)
+    kind = load_family(str((node.get("model") or {}).get("name")), trusted=False).Objective.Config
+    where = f"{folder / 'training.yaml'}: objective"
+    return from_dict(kind, node.get("objective") or {}, where=where, trusted=False)
 
 
 def _main_projector(

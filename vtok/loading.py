@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
 import re
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vtok.config import RunConfig, from_dict, load_family, to_dict
+from vtok.config import RunConfig, from_dict, load_family, read_plain, to_dict
 from vtok.config import load as load_config
 from vtok.entropy import StaticModel
 from vtok.layers.token_prior import TokenPriorConfig
 from vtok.prior_coding import PriorModel
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # of config.json
 WEIGHTS, ENTROPY, CODE = "model.safetensors", "entropy.safetensors", "modeling_vtok.py"
@@ -102,7 +105,8 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, family: str |
     folder = export_folder(path_or_repo, revision=revision)
     facts = read_config(folder)
     module = load_family(family) if family else load_family(str(facts["family"]), trusted=False)
-    config = from_dict(module.Config, facts["model"], where=f"{folder / 'config.json'}: model")
+    where = f"{folder / 'config.json'}: model"
+    config = from_dict(module.Config, facts["model"], where=where, trusted=False)
     state = _read_tensors(folder / WEIGHTS)
     wrong = sorted(name for name in state if not name.startswith(PREFIX))
     if wrong:
@@ -240,6 +244,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     if bad:
         raise ExportError(f"{path} lacks {', '.join(bad)}: it is damaged or was not written by `vtok export`")
     return facts
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """training.yaml of an export as plain values, {} where there is none: what the model was trained with.
+
+    It came from elsewhere. Shards that it names by a shell command (`pipe:`) are left out, with a warning, and so is
+    the folder it would have copies written to. Raises: ValueError as `read_plain`.
+    """
+    path = folder / "training.yaml"
+    if not path.is_file():
+        return {}
+    values = read_plain(path)
+    data = values.get("data")
+    if isinstance(data, dict):
+        data.pop("cache_dir", None)
+        for key in ("shards", "val_shards"):
+            if "pipe:" in str(data.get(key) or ""):
+                log.warning("%s: data.%s is a shell command, which is not run: name shards yourself", path, key)
+                data.pop(key)
+    return values
 
 
 def export_folder(path_or_repo: str | Path, *, revision: str | None = None) -> Path:

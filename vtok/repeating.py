@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vtok.config import EvalConfig, from_dict, load_family
+from vtok.config import load as load_config
 from vtok.llm import FrozenLLM, ask, generate, load_llm, read
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
@@ -229,15 +230,16 @@ def _per_cent(value: float | None) -> str:
 
 def main_repeating(options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str) -> int:
     """`vtok eval` of a compressor of texts: eval.json and the table."""
-    from omegaconf import OmegaConf
-
-    from vtok.loading import export_folder, is_run
+    from vtok.loading import export_folder, is_run, read_training
 
     source = Path(options.model)
-    written = source / "config.yaml" if is_run(source) else export_folder(options.model) / "training.yaml"
-    node: Any = OmegaConf.to_container(OmegaConf.load(written))
-    kind = load_family(model.config.name).Objective.Config
-    objective = from_dict(kind, node.get("objective") or {}, where=f"{written}: objective")
+    if is_run(source):
+        objective = load_config(source / "config.yaml").objective
+    else:
+        folder = export_folder(options.model)
+        node, where = read_training(folder), f"{folder / 'training.yaml'}: objective"
+        kind = load_family(model.config.name, trusted=False).Objective.Config
+        objective = from_dict(kind, node.get("objective") or {}, where=where, trusted=False)
     if options.llm:
         objective.llm.name, objective.llm.revision, objective.llm.sha256 = options.llm, "", ""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device

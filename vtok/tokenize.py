@@ -24,7 +24,7 @@ import av
 import numpy as np
 import torch
 
-from vtok.config import DataConfig
+from vtok.config import DataConfig, from_dict
 from vtok.config import load as load_config
 from vtok.data import shard_work
 from vtok.data.health import TooManyBroken
@@ -33,7 +33,7 @@ from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
 from vtok.data.token_reader import IDS, KIND, TokenizerIdentity
 from vtok.data.workers import Notify
-from vtok.loading import export_folder, identify, is_run, load_any
+from vtok.loading import export_folder, identify, is_run, load_any, read_training
 from vtok.token_coding import Encoder, Rejected, Settings
 
 COUNTS = ("samples", "frames", "tokens")
@@ -143,11 +143,13 @@ def tokenize(
 
 def trained_data(model: str | Path) -> DataConfig:
     """The `data:` node a model was trained with. Raises ValueError where the export has no training.yaml."""
-    folder = Path(model)
-    path = folder / "config.yaml" if is_run(folder) else export_folder(model) / "training.yaml"
-    if not path.is_file():
+    if is_run(Path(model)):
+        return load_config(Path(model) / "config.yaml").data
+    folder = export_folder(model)
+    values, path = read_training(folder), folder / "training.yaml"
+    if not values:
         raise ValueError(f"{path} is missing: which frames, size and crop the model was trained on is not known")
-    return load_config(path).data
+    return from_dict(DataConfig, values.get("data") or {}, where=f"{path}: data", trusted=False)
 
 
 def identity_of(model: Any) -> TokenizerIdentity:
