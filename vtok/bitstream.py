@@ -43,6 +43,7 @@ from vtok.stream_header import (
     FINGERPRINT_BYTES,
     KINDS,
     MAGIC,
+    MAX_STEP_PIXELS,
     VERSION,
     DamagedFile,
     ForeignFile,
@@ -356,6 +357,11 @@ class Reader:
         frames, at = take_varint(body, at)
         if chunks < 1 or groups < 1 or chunks * groups > MAX_GROUPS:
             raise DamagedFile(f"{self._name}: a record of {chunks} x {groups} groups")
+        if frames * header.size[0] * header.size[1] > MAX_STEP_PIXELS:
+            raise DamagedFile(
+                f"{self._name}: a step of {frames - 1} frames of {header.size[0]}x{header.size[1]}, above the limit of "
+                f"{MAX_STEP_PIXELS} pixels"
+            )
         uniform, at = take_varint(body, at)
         if uniform:
             counts = [uniform - 1] * (chunks * groups)

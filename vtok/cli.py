@@ -11,6 +11,7 @@ COMMANDS = {
     "features": ("vtok.features:main", "what a frozen tower makes of shards: SHARDS --tower NAME --out DIR"),
     "train": ("vtok.train:main", "train: CONFIG.yaml [key=value ...]"),
     "eval": ("vtok.evaluate:main", "measure a run or an export beside its controls and real codecs"),
+    "compare": ("vtok.compare:main", "two models on the same held-out clips: BEFORE AFTER [--old SHARDS]"),
     "export": ("vtok.export:main_export", "one folder that loads anywhere: RUN --out DIR [--push USER/REPO]"),
     "encode": ("vtok.codec:main_encode", "MODEL VIDEO --out FILE.vtok"),
     "decode": ("vtok.codec:main_decode", "MODEL FILE.vtok --out VIDEO"),
@@ -22,6 +23,10 @@ COMMANDS = {
     "info": ("vtok.estimate:main_info", "what a run, export or .vtok file holds; what training by a config takes"),
     "demo": ("vtok.demo:main", "shards, training, evaluation, export and a report in one go"),
 }
+
+# What a command ends with in one line on stderr and exit code 1: words for the user. Anything else is a bug and shows
+# its traceback. OSError: a full disk, a folder that cannot be written.
+EXPECTED = (ValueError, OSError)
 
 
 def usage() -> str:
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             f"vtok {argv[0]}: {error}; install the extra that has it: pip install 'vtok[train,eval]'", file=sys.stderr
         )
         return 1
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except EXPECTED as error:
         print(f"vtok {argv[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -272,6 +272,11 @@ def decode_frames(model: Any, vtok_path: str | Path) -> Iterator[np.ndarray]:
     with open(vtok_path, "rb") as file:
         first = Reader(file, name=name)
         first.expect(who.model_id, who.weights_sha256, entropy=who.coder(first.header.coding))
+        if first.header.codebook_sizes != tuple(model.codebook_sizes):
+            raise DamagedFile(
+                f"{name} is damaged: it states codebooks {first.header.codebook_sizes}, but {who.model_id}, which it "
+                f"names, has {tuple(model.codebook_sizes)}"
+            )
         total = read_footer(file, name=name).frames
         file.seek(0)
         reader = Reader(file, name=name)

@@ -18,6 +18,8 @@ KINDS = {"static": "the static entropy model", "ar": "the prior"}  # what a codi
 ASKED = ("tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")  # what lengths of time blocks can be chosen for
 AHEAD = 8  # kinds of asking that the look-ahead is counted above
 LIMITED, CHOSEN, NAMED = 4, 8, 16  # of the first byte, beside the coding
+MAX_FRAME_PIXELS = 1 << 28  # 16384 x 16384, as of videos: what a frame may allocate, whatever a file says
+MAX_STEP_PIXELS = 1 << 31  # frames x height x width of one step of a stream
 KEY_BYTES, FINGERPRINT_BYTES = 8, 4  # small files are mostly header, and 2^32 keeps accidents out
 
 
@@ -95,6 +97,12 @@ class Header:
             raise ValueError(f"key={self.key.hex()} has {len(self.key)} bytes, expected the {KEY_BYTES} of file_key")
         if self.size[0] < 1 or self.size[1] < 1 or self.fps <= 0 or self.tokens_per_second < 0 or self.budget < 0:
             raise ValueError(f"size={self.size}, fps={self.fps}, budget={self.budget} must be positive")
+        pixels = self.size[0] * self.size[1]
+        if pixels > MAX_FRAME_PIXELS:
+            raise ValueError(
+                f"size={self.size[0]}x{self.size[1]}: a frame has {pixels} pixels, above the limit of "
+                f"{MAX_FRAME_PIXELS}; encode at a smaller --size"
+            )
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes={self.codebook_sizes}: continuous tokens have no .vtok form")
         if self.asked and (self.asked not in ASKED or self.asked_value < 0):
