@@ -12,7 +12,7 @@ from torch import nn
 from vtok import config as vtok_config
 from vtok.bitstream import MAGIC, Reader, read_footer
 from vtok.config import RunConfig
-from vtok.loading import is_run, load_run, read_config
+from vtok.loading import is_run, read_config
 
 COLUMNS = (
     "budget",
@@ -220,7 +220,11 @@ def describe(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_dir():
-        return _describe_run(path) if is_run(path) else _describe_export(path)
+        if not is_run(path):
+            return _describe_export(path)
+        from vtok.run_info import summary, text  # which knows of training, and brings Lightning
+
+        return text(summary(path))
     if not path.is_file():
         raise FileNotFoundError(f"no such file or folder: {path}")
     with open(path, "rb") as file:
@@ -232,32 +236,12 @@ def describe(path: str | Path) -> str:
     return vtok_config.to_yaml(vtok_config.load(path)).rstrip()
 
 
-def _describe_run(path: Path) -> str:
-    config = vtok_config.load(path / "config.yaml")
-    kept = sorted(p.name for p in (path / "checkpoints").glob("*.ckpt"))
-    lines = [f"run {path}", f"  family        {config.model.name}", f"  checkpoints   {', '.join(kept) or 'none yet'}"]
-    if kept:
-        lines += _describe_model(load_run(path)[0])
-    lines.append(f"  data          {config.data.shards}")
-    return "\n".join(lines)
-
-
 def _describe_export(path: Path) -> str:
     facts = read_config(path)
     names = ("family", "model_id", "weights_sha256", "entropy_sha256", "prior_sha256", "vtok_version")
     lines = [f"export {path}", *(f"  {name:<15} {facts.get(name) or '-'}" for name in names)]
     lines += [f"  {'model.' + key:<22} {value}" for key, value in facts["model"].items()]
     return "\n".join(lines)
-
-
-def _describe_model(model: Any) -> list[str]:
-    sizes: tuple[int, ...] = tuple(getattr(model, "codebook_sizes", ()))
-    parameters = sum(p.numel() for p in model.parameters())
-    most = getattr(model, "max_tokens", "?")
-    return [
-        f"  parameters    {parameters / 1e6:.3f} M",
-        f"  tokens        at most {most} a window, codebooks {sizes or 'none: continuous'}",
-    ]
 
 
 def _describe_vtok(path: Path) -> str:

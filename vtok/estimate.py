@@ -279,16 +279,18 @@ def main_info(argv: list[str]) -> None:
     parser.add_argument("path", help="run directory, export, .vtok file, or CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--answer-words", type=int, default=ANSWER_WORDS, help="of the captions that projectors learn")
-    parser.add_argument("--json", action="store_true", help="of a config: the estimate as json")
+    parser.add_argument("--json", action="store_true", help="of a config or a run, as json")
     parser.add_argument("--yaml", action="store_true", help="of a config: every setting, nothing is estimated")
     args = parser.parse_args(argv)
     path = Path(args.path)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         from vtok.card import describe
+        from vtok.loading import is_run
+        from vtok.run_info import summary
 
-        if args.overrides or args.json or args.yaml:
+        if args.overrides or args.yaml or (args.json and not is_run(path)):
             raise ValueError(f"{path} is no config (.yaml): key=value, --json and --yaml are for those")
-        print(describe(path))
+        print(json.dumps(summary(path), indent=2) if args.json else describe(path))
         return
     config = load(path, args.overrides)
     if args.yaml:

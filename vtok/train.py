@@ -348,7 +348,7 @@ class Lock:
         mine = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "started": _started(os.getpid()),
+            "started": process_started(os.getpid()),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
         self.text = json.dumps(mine)
@@ -377,7 +377,7 @@ class Lock:
         except ValueError:  # emptied by a power cut
             held = {"pid": 0, "host": mine["host"], "started": ""}
         if held["host"] == mine["host"]:
-            stale = _started(held["pid"]) != held["started"]
+            stale = process_started(held["pid"]) != held["started"]
         else:
             stale = age_s > 600 or bool(mine["slurm_job"] and held.get("slurm_job") == mine["slurm_job"])
         if not stale:
@@ -408,7 +408,7 @@ class Lock:
                 self.path.unlink()
 
 
-def _started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """When a process of this machine began, in clock ticks since boot; None when there is none of that number.
 
     Process numbers come back after a while: the same number with another beginning is another process.
@@ -436,12 +436,13 @@ def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
         starts = json.loads(path.read_text())["starts"]
     except (OSError, ValueError, KeyError):
         starts = []
-    aside = config.run_dir / ".environment.json"
-    aside.write_text(json.dumps({"starts": [*starts, environment(config)]}, indent=1))
-    os.replace(aside, path)
-    print(text.rstrip())
     shipped = sum(p.numel() for p in lit.model.parameters())
     trained = sum(p.numel() for p in lit.parameters() if p.requires_grad)
+    counts = {"parameters": shipped, "parameters_trained": trained, "max_tokens": getattr(lit.model, "max_tokens", None)}
+    aside = config.run_dir / ".environment.json"
+    aside.write_text(json.dumps({"starts": [*starts, {**environment(config), **counts}]}, indent=1))
+    os.replace(aside, path)
+    print(text.rstrip())
     print(f"model: {shipped / 1e6:.2f} M parameters; trained here: {trained / 1e6:.2f} M")
 
 
