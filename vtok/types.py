@@ -104,6 +104,7 @@ class Clip:
     lengths: [B] int64, real frames of each clip (the rest is padding); None when all T are real.
     times: [B, T] seconds from the start of the clip.
     text, prompt, target, qa, features: what text compressors, projectors and their metrics read (`design`).
+    captions: of each clip, [{start_s, end_s, text}] in its seconds, what is on show when.
     """
 
     keys: list[str]
@@ -115,6 +116,7 @@ class Clip:
     target: list[str] | None = None
     qa: list[Any] | None = None
     features: dict[str, Features] | None = None
+    captions: list[Any] | None = None
 
     def __post_init__(self) -> None:
         batch = len(self.keys)
@@ -127,7 +129,7 @@ class Clip:
                 low, high = int(self.lengths.min()), int(self.lengths.max())
                 if low < 1 or high > frames:
                     raise ShapeError(f"Clip.lengths lies in [{low}, {high}], but the video has {frames} frames")
-        for name in ("text", "prompt", "target", "qa"):
+        for name in ("text", "prompt", "target", "qa", "captions"):
             value = getattr(self, name)
             if value is not None and len(value) != batch:
                 raise ShapeError(f"Clip.{name} has {len(value)} entries for {batch} keys")

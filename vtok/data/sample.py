@@ -29,6 +29,7 @@ class Item(NamedTuple):
     text: str | None
     qa: list[Any] | None
     features: Window | None = None
+    captions: list[Any] | None = None
 
 
 def read_facts(reader: ShardReader, sample: Sample) -> dict[str, Any]:
@@ -52,8 +53,10 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     caption, qa = facts.get("caption"), facts.get("qa")
     if caption is not None and not isinstance(caption, str):
         raise BrokenSample(f"caption is a {type(caption).__name__}, not a string")
-    if qa is not None and not isinstance(qa, list):
-        raise BrokenSample(f"qa is a {type(qa).__name__}, not a list")
+    timed = facts.get("captions")
+    for name, value in (("qa", qa), ("captions", timed)):
+        if value is not None and not isinstance(value, list):
+            raise BrokenSample(f"{name} is a {type(value).__name__}, not a list")
     suffix = next(suffix for suffix in view.media if suffix in sample.members)
     if suffix == TEXT:
         if not (caption or "").strip():
@@ -62,7 +65,7 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     if view.cached is not None:
         read = functools.partial(_read_part, reader, sample, suffix)
         window = window_of_features(read, sample.members[suffix][1], view, rng)
-        return Item(key, None, window.times.float(), caption, visible_questions(qa, window.times), window)
+        return Item(key, None, window.times.float(), caption, visible_questions(qa, window.times), window, timed)
     if view.map:
         fps = facts.get("fps")
         if fps is not None and not (type(fps) in (int, float) and math.isfinite(fps) and fps > 0):
@@ -71,7 +74,7 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
         frames, times = map_view(read, sample.members[suffix][1], view, rng, fps=fps)
     else:
         frames, times = decode_view(reader.read(sample, suffix), view, rng)
-    return Item(key, fit(frames, view, rng), times.float(), caption, visible_questions(qa, times))
+    return Item(key, fit(frames, view, rng), times.float(), caption, visible_questions(qa, times), captions=timed)
 
 
 def _read_part(reader: ShardReader, sample: Sample, suffix: str, first: int, num_bytes: int) -> bytes:
@@ -87,6 +90,7 @@ def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
     told: dict[str, Any] = dict(
         text=[item.text or "" for item in items] if any(item.text for item in items) else None,
         qa=[item.qa or [] for item in items] if any(item.qa for item in items) else None,
+        captions=[item.captions or [] for item in items] if any(item.captions for item in items) else None,
     )
     if all(item.video is None and item.features is None for item in items):
         return Clip([item.key for item in items], **told)

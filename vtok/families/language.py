@@ -1,7 +1,7 @@
 """A small language model reads a text, or a video, and hands a frozen large one a few tokens.
 
     segments of words, or windows of visual features (and the question) --.
-                                learned queries after them --small language model--> states there --head--> Tokens
+    learned queries after them, or words that it writes --small language model--> states there --head--> Tokens
 
 latent_lm: C3 (Context Cascade Compression, https://arxiv.org/abs/2511.15244) for texts, and the compressor of Tempo
 (https://arxiv.org/abs/2604.08120) for videos. One pass, nothing is generated. A group of tokens is a segment: a stretch
@@ -10,6 +10,10 @@ and whatever they hold, so that sharded training (ZeRO-3) never waits for a rank
 before them alone, so the first k tokens of a segment are what k queries would have given: any budget is met exactly,
 and one model trained with random budgets serves them all. `ata` shares a budget by what matters (vtok/budget/ata.py):
 segments have scores, by the question or without one, and a higher score is given more tokens.
+
+caption_lm: LangDC (https://arxiv.org/abs/2509.00969) for videos. The small model describes each segment, and its states
+at the words of the description are the tokens (vtok/llm/soft_captions.py): as many as there is to tell. A budget is
+never exceeded. Base tokens, of what a segment looks like, may stand before its words (vtok/layers/base_tokens.py).
 
 The small model is any causal language model of transformers: all of it learns and ships, or adapters in it do, or
 nothing but queries and head; what does not learn is held by reference, outside of checkpoints and engines.
@@ -30,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.budget import AtaConfig, allocate_segments, segment_bounds
+from vtok.layers.base_tokens import BaseConfig
 from vtok.layers.frames import pool_grid, pool_shape, thin
 from vtok.layers.judge import JUDGED, Judge, JudgeConfig, by_clip, first_ids, with_scores
 from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end
@@ -37,17 +42,19 @@ from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.relevance import novelty, word_similarity
 from vtok.layers.segment_tokens import segment_tokens
 from vtok.layers.taking import take_all
+from vtok.llm.caption_objective import CaptionObjective, CaptionObjectiveConfig
+from vtok.llm.captioner import Captioner, Segments, limits
 from vtok.llm.small import SmallLM, SmallReader, fill_in
+from vtok.llm.soft_captions import CaptionConfig
 from vtok.llm.splice import PLACEHOLDER, splice
-from vtok.llm.text_objective import TextObjective, TextObjectiveConfig
 from vtok.types import Budget, Clip, Features, ShapeError, Tokens, resolve_budget, share
 from vtok.vision import TowerConfig
 
-Objective = TextObjective
-ObjectiveConfig = TextObjectiveConfig
+Objective = CaptionObjective
+ObjectiveConfig = CaptionObjectiveConfig
 __all__ = ["Config", "Model", "Objective", "ObjectiveConfig", "SmallLM", "build"]
 
-MODES, SOURCES, HEADS = ("latent_lm",), ("text", "video"), ("linear", "mlp")
+MODES, SOURCES, HEADS = ("latent_lm", "caption_lm"), ("text", "video"), ("linear", "mlp")
 
 
 @dataclass
@@ -56,7 +63,7 @@ class Config(ProjectorConfig):
     mode: str = "latent_lm"
     source: str = "text"  # what is compressed: text (of the clips, data.texts=true) | video
     lm: SmallLM = field(default_factory=SmallLM)
-    num_tokens: int = 64  # queries: tokens of a segment at most
+    num_tokens: int = 64  # queries, or words of a caption: tokens of a segment at most
     max_tokens: int = 1024  # of a clip; longer ones share them evenly over their segments
     head: str = "linear"  # linear | mlp
     segment_words: int = 0  # text: ids of a segment; 0 = the whole text is one
@@ -72,6 +79,9 @@ class Config(ProjectorConfig):
     # a segment (and of the question where it is told it)
     ata: AtaConfig = field(default_factory=AtaConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    # of caption_lm
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -87,6 +97,10 @@ class Config(ProjectorConfig):
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
         if self.source == "text" and self.question:
             raise ValueError("model.question=true is for videos: a text is compressed before anything is asked of it")
+        if self.mode == "caption_lm" and self.source != "video":
+            raise ValueError(f"model.mode=caption_lm tells of videos: set model.source=video, not {self.source!r}")
+        if self.mode != "caption_lm" and self.base.kind:
+            raise ValueError(f"model.base.kind={self.base.kind!r} stands beside captions: set model.mode=caption_lm")
         score = self.ata.score
         if score and (self.source == "text" or self.mode != "latent_lm"):
             raise ValueError(f"model.ata.score={score!r} is for mode=latent_lm and source=video")
@@ -104,34 +118,40 @@ class Config(ProjectorConfig):
     @property
     def most_of_segment(self) -> int:
         """Tokens that a segment is given at most."""
+        if self.mode == "caption_lm":
+            return self.base.tokens + self.num_tokens
         return min(self.num_tokens, self.ata.maximum) if self.ata.score else self.num_tokens
 
     @property
     def length_policy(self) -> str:
-        return "metadata" if self.source == "video" else "content"
+        return "metadata" if self.source == "video" and self.mode == "latent_lm" else "content"
 
     def _bounds(self, frames: int, grid: tuple[int, int], budget: int) -> tuple[int, int]:
         if self.source == "text":
             return super()._bounds(frames, grid, budget)
         segments = -(-min(frames, self.max_frames) // self.window)
+        if self.mode == "caption_lm":
+            least, most = (segments * (self.base.tokens + words) for words in (1, self.num_tokens))
+            return min(budget, least), min(budget, most)
         count = min(budget, segments * self.most_of_segment)
         return count, count
 
 
 class Model(SmallReader):
     """max_tokens: the largest budget. nested: a smaller budget keeps some of the tokens of a larger one. reads_prompt:
-    whether tokens are for one question; if not, they can be kept for all that are asked later."""
+    whether tokens are for one question; if not, they can be kept for all that are asked later. captioner: of
+    caption_lm; a clip then has as many tokens as there is to tell of it, and lengths of its own can be imposed."""
 
     any_budget = True
 
     def __init__(self, config: Config):
-        super().__init__(config)
+        super().__init__(config, speaks=config.mode == "caption_lm")
         c, width, scale = config, self.small_width, self.small_rms
         for name in ("embedding_dim", "embedding_rms"):
             if not getattr(c, name) > 0:
                 raise ValueError(f"model.{name}={getattr(c, name)} must be above 0: it is the LLM's")
         self.embedding_dim, self.max_tokens, self.reads_prompt = c.embedding_dim, c.max_tokens, c.reads_prompt
-        self.queries = LatentQueries(c.num_tokens, width, rms=scale)
+        self.queries = LatentQueries(c.num_tokens, width, rms=scale) if c.mode == "latent_lm" else None
         self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms)
         self.judge: Judge | None = None
         if c.ata.score in JUDGED:
@@ -142,6 +162,11 @@ class Model(SmallReader):
         if c.source == "video":
             sizes: dict[str, Any] = dict(in_dim=c.in_dim, embedding_dim=width, embedding_rms=scale)
             self.eye = ProjectorModel(_EyeConfig(**sizes, tower=c.tower))
+        self.captioner: Captioner | None = None
+        if c.mode == "caption_lm":
+            sizes = dict(words=c.num_tokens, width=width, rms=scale, opening=c.opening)
+            out = dict(in_dim=c.in_dim, dim=c.embedding_dim, rms=c.embedding_rms)
+            self.captioner = Captioner(c.captions, c.base, **sizes, out=out)
 
     @property
     def nested(self) -> bool:
@@ -186,27 +211,41 @@ class Model(SmallReader):
         Args:
             budget: tokens of each clip, 1 to `max_tokens`, shared over its segments as `ata` says, or evenly, the
                 remainder to the earliest; clips with fewer give all they have. int64 [B]: of each clip; [B, G]: of each
-                segment. None: all, up to `max_tokens`.
+                segment. None: all, up to `max_tokens`. Of captions it is the most: what short ones leave, long ones
+                are given.
         Raises: ValueError for budgets out of range, clips without a text, and segments longer than the small model.
         """
         if self.eye is not None:
-            return self.compress(self.eye.features(clip), budget=budget, prompt=clip.prompt)
+            told = clip.captions or [[text] if text else [] for text in clip.text or [""] * len(clip)]
+            return self.compress(self.eye.features(clip), budget=budget, prompt=clip.prompt, captions=told)
         if clip.text is None:
             raise ValueError(
                 f"the clips {clip.keys[:4]} have no text, and model.source=text: set data.texts=true for shards of "
                 "texts (`vtok shards --texts`)"
             )
         size = self.config.segment_words
-        ids = [self._ids(text) for text in clip.text]
+        ids = [self.word_ids(text) for text in clip.text]
         parts = [[row[i : i + size] for i in range(0, len(row), size)] or [[]] if size else [row] for row in ids]
         groups = torch.tensor([len(row) for row in parts], device=self.head_device)
         return self._tokens([(row, part) for row, rows in enumerate(parts) for part in rows], groups, budget)
 
     def compress(
-        self, features: Features | None, *, budget: Budget | None = None, prompt: list[str] | None = None
+        self,
+        features: Features | None,
+        *,
+        budget: Budget | None = None,
+        prompt: list[str] | None = None,
+        captions: list[Any] | None = None,
+        exact: Tensor | None = None,
     ) -> Tokens:
         """The same of a video's features; prompt: questions, read where `reads_prompt` is on. Where segments have
-        scores, the tokens have them too (`vtok.layers.judge.Scored`)."""
+        scores, the tokens have them too (`vtok.layers.judge.Scored`).
+
+        Args:
+            captions: what is on show when, of each clip, as `Clip.captions`: targets of caption_lm in training.
+            exact: [B, G] int64, caption_lm: words of each segment, exactly, past the model's own stop where it is
+                earlier; 0 past a clip's own segments.
+        """
         c = self.config
         if self.eye is None or features is None:
             raise ValueError("model.source=text compresses texts: give `encode` clips that have one")
@@ -224,8 +263,10 @@ class Model(SmallReader):
         first = torch.arange(windows.shape[1], device=lengths.device) * c.window
         there = first < lengths[:, None]
         inside = (lengths[:, None] - first).clamp(max=c.window)[there] * patches.shape[2]
-        told = [self._ids(text) for text in prompt] if prompt is not None and self.reads_prompt else [[]] * len(lengths)
-        close = self._ids(self._asks)
+        told: list[list[int]] = [[]] * len(lengths)
+        if prompt is not None and self.reads_prompt:
+            told = [self.word_ids(text) for text in prompt]
+        close = self.word_ids(self._asks)
         asked = [[*ids, *close] if c.question and ids else [] for ids in told]
         clips = there.nonzero()[:, 0]
         rows = [(row, asked[row]) for row in clips.tolist()]
@@ -235,13 +276,20 @@ class Model(SmallReader):
             begin = first[None].minimum(lengths[:, None] - 1)
             times = torch.stack([seen.times.gather(1, begin), seen.times.gather(1, last)], -1)
         visual, scores = windows[there].flatten(1, 2), None
+        if self.captioner is not None:
+            raw = F.pad(features.patches, (0, 0, 0, 0, 0, -frames % c.window)).unflatten(1, (-1, c.window))[there]
+            inner = (lengths[:, None] - first).clamp(max=c.window)[there]
+            asked = [ids for _, ids in rows]
+            segments = Segments(there, visual, inside, raw, features.grid, inner, asked, times)
+            limit = limits(budget, most=self.max_tokens, shape=there.shape)
+            return self.captioner(self, self.head, segments, limit=limit, captions=captions, exact=exact)
         if c.ata.score == "novelty":
             at = torch.arange(features.patches.shape[1], device=lengths.device) // c.window
             scores = novelty(features, at.expand(len(lengths), -1))
         elif c.ata.score == "similarity":
             real = torch.arange(visual.shape[1], device=lengths.device) < inside[:, None]
             words = torch.tensor(_padded(told), device=lengths.device)[clips]
-            alike = word_similarity(visual, self._embed(words.clamp(min=0)), mask=real, real=words >= 0)
+            alike = word_similarity(visual, self.embed_words(words.clamp(min=0)), mask=real, real=words >= 0)
             scores = by_clip(alike, there)
         return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
 
@@ -264,9 +312,11 @@ class Model(SmallReader):
         """
         given = source.state_dict()
         if type(source) is type(self):
-            eye = ["eye."] if self.eye is not None and source.eye is None else []
-            begun = take_all(self, given, new=eye)
-            return "all weights" + (f"; model.eye new, {len(begun)} tensors" if begun else "")
+            parts = ("eye", "lm") if self.config.mode == source.config.mode else ("eye",)
+            new = [part for part in parts if getattr(self, part) is not None and getattr(source, part) is None]
+            begun = take_all(self, given, new=[f"{part}." for part in new])
+            told = ", ".join(f"model.{part}" for part in new)
+            return "all weights" + (f"; {told} new, {len(begun)} tensors" if begun else "")
         given = {f"eye.{name}": value for name, value in given.items()}
         rest = {name.partition(".")[0] for name in self.state_dict()} - {"eye"}
         begun = take_all(self, given, new=rest)
@@ -346,8 +396,9 @@ class Model(SmallReader):
     ) -> Tensor:
         """States [M, count, D] of the queries after the segments' inputs, all in one call; before: [M, 1 + count, D],
         that of the position before the first query too."""
+        assert self.queries is not None
         queries = self.queries(count).expand(len(ids), -1, -1)
-        opening = self._ids(self.config.opening)
+        opening = self.word_ids(self.config.opening)
         if visual is None or inside is None:
             tail, seen = queries, torch.zeros(len(ids), dtype=torch.int64, device=queries.device)
             prompts = [[*opening, *own, PLACEHOLDER] for own in ids]
@@ -360,7 +411,7 @@ class Model(SmallReader):
         second = (slots >= seen[:, None]) & (visual is not None)
         nowhere = tail.new_zeros(*tail.shape[:2], 3)
         pieces = Tokens(tail, seen + count, nowhere, second.long(), torch.zeros_like(second, dtype=torch.int64))
-        made = splice(prompts, pieces, self._embed, max_length=self._positions)
+        made = splice(prompts, pieces, self.embed_words, max_length=self.positions)
         states = self._states(made.embeds, made.mask)
         return at_the_end(states, made.mask.sum(1), count + before)
 
@@ -388,5 +439,7 @@ def build(config: Config, *, load: Callable[[str], Any] | None = None) -> Model:
     known = min(len(found.tokenizer), found.model.get_input_embeddings().num_embeddings)
     if config.ata.score == "yes_no" and model.judge is not None:
         model.judge.take_rows(found.model.get_output_embeddings().weight, [*config.judge.yes, *config.judge.no])
-    model.queries.begin_like(found.embed(torch.arange(known, device=found.device)))
+    asks = model.queries or (model.captioner and model.captioner.queries)
+    if asks is not None:
+        asks.begin_like(found.embed(torch.arange(known, device=found.device)))
     return model

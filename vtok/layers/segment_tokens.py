@@ -11,6 +11,24 @@ from torch import Tensor
 from vtok.types import Tokens
 
 
+def fair_shares(lengths: Tensor, totals: Tensor) -> Tensor:
+    """[B, G] int64: as many tokens of each segment as fit into a clip's total, none above what it has.
+
+    Short segments keep all; long ones are cut to one length, what is left going to the earliest of them. A larger total
+    takes no token from any segment.
+
+    Args:
+        lengths: [B, G] int64, tokens that each segment has. totals: [B] int64.
+    """
+    level = torch.arange(int(lengths.max()) + 1, device=lengths.device)
+    sums = torch.minimum(lengths[..., None], level).sum(1)  # [B, levels], rising
+    at = (sums <= totals[:, None]).sum(1) - 1
+    kept = torch.minimum(lengths, at[:, None])
+    left = totals - kept.sum(1)
+    longer = lengths > kept
+    return kept + (longer & (longer.cumsum(1) <= left[:, None])).long()
+
+
 def segment_tokens(made: Tensor, kept: Tensor, groups: Tensor, *, times: Tensor | None = None) -> Tokens:
     """The first tokens of each segment, segment after segment.
 

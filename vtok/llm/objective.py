@@ -136,6 +136,10 @@ class ProjectorObjective(nn.Module):
         """Weighted losses that a family adds, by their names in the report; called once a step."""
         return {}
 
+    def told(self, model: Any) -> dict[str, Tensor]:
+        """What else a family reports of a step."""
+        return {}
+
     def budget(self, model: Any, step: int) -> int | None:
         """Tokens per clip at a step; None = all."""
         c = self.config.budgets
@@ -189,7 +193,8 @@ class ProjectorObjective(nn.Module):
         own = self.terms(model, clip, tokens, seen)
         for term in own.values():
             total = total + term
-        return Loss(total, {name: value.detach() for name, value in (report | own).items()})
+        report |= own | self.told(model)
+        return Loss(total, {name: value.detach() for name, value in report.items()})
 
     def read(self, told: Told, tokens: Tokens) -> Read:
         """What the LLM predicts of the answers, given the tokens."""

@@ -10,8 +10,11 @@ Letters: M segments, L positions, D width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +74,7 @@ class SmallReader(nn.Module):
         own = _architecture(lm.architecture)
         text = own.get_text_config()
         self.small_width, self.small_rms = text.hidden_size, lm.embedding_rms or 0.02
-        self._positions = getattr(text, "max_position_embeddings", None) or 1 << 30
+        self.positions = getattr(text, "max_position_embeddings", None) or 1 << 30
         self.lm = _untrained(own, checkpoint=lm.checkpoint, speaks=speaks) if lm.learn == "all" else None
         self.adapters = None
         if lm.learn == "lora":
@@ -102,14 +105,15 @@ class SmallReader(nn.Module):
 
     def take_weights(self, found: Any) -> None:
         """Begin as the language model (`load_small`) that the configuration names, where all of it learns."""
+        self._tokenizer = found.tokenizer
         if self.lm is not None:
             given = found.model if self.lm.get_output_embeddings() is not None else found.model.base_model
             self.lm.load_state_dict(given.state_dict(), strict=True)
 
-    def _ids(self, text: str) -> list[int]:
+    def word_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed_words(self, ids: Tensor) -> Tensor:
         if self.lm is not None:
             return self.lm.get_input_embeddings()(ids)
         return self.reference.to(ids.device).embed(ids)
@@ -126,6 +130,42 @@ class SmallReader(nn.Module):
             with torch.autocast(embeds.device.type, enabled=False):  # in its own precision
                 out = self.reference.model.base_model(**arguments, return_dict=True)
         return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+
+    def speak(
+        self, embeds: Tensor, mask: Tensor, *, states: int, logits: int, cache: Any = None, caching: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Logits [M, logits, V], states [M, states, D] of the layer asked, both of the last so many positions, and what
+        is kept of all positions for the next call, where `caching`.
+
+        embeds: [M, L, D] of the positions that the cache does not hold. mask: [M, all positions] bool, False on
+        padding, which may lie on either side.
+        """
+        model: Any = self.lm if self.lm is not None else self.reference.to(embeds.device).model
+        takes = inspect.signature(model.forward).parameters
+        arguments: dict[str, Any] = dict(
+            inputs_embeds=embeds, attention_mask=mask.long(), use_cache=caching, past_key_values=cache
+        )
+        if "position_ids" in takes:
+            arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        if "logits_to_keep" in takes:
+            arguments["logits_to_keep"] = logits
+        frozen = self.lm is None  # runs in its own precision
+        with torch.autocast(embeds.device.type, enabled=False) if frozen else contextlib.nullcontext():
+            out = model(**arguments, output_hidden_states=True, return_dict=True)
+        found = out.hidden_states[self.config.lm.layer][:, -states:]
+        return out.logits[:, -logits:], found, out.past_key_values if caching else None
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Without dropout and checkpoints: layers that compute again in the backward pass keep no cache."""
+        model = self.lm if self.lm is not None else self.reference.model
+        modes = [(part, part.training) for part in model.modules()]
+        try:
+            model.eval()
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
 
 def fill_in(lm: SmallLM) -> Any:
