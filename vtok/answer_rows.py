@@ -39,6 +39,7 @@ class AnswerRow:
     compress_s: list[float] = field(default_factory=list)
     compress_flops: float = math.nan
     notes: list[str] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)  # tokens of the segments that show the answer, of each question
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -121,6 +122,7 @@ def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Seque
         "prefill_flops": math.nan,
         "kv_bytes": math.nan,
         "ttft_ms": 1000 * costs.first_token_s.get(round(positions) if positions == positions else 0, math.nan),
+        **({"answer_tokens_mean": mean(row.spent)} if row.spent else {}),
         "compress_flops": row.compress_flops,
         "compress_seconds_per_clip": mean(row.compress_s),
     }  # fmt: skip
@@ -138,22 +140,23 @@ def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Seque
     return {**out, "note": "; ".join(told) or None}
 
 
-def versus(rows: Sequence[AnswerRow], family: str, *, seed: int) -> list[dict[str, Any]]:
+def versus(rows: Sequence[AnswerRow], family: str, *, seed: int, without: Sequence[str] = ()) -> list[dict[str, Any]]:
     """At each budget, the model against the training-free reducer that answers most questions there.
 
     The reducer is chosen by the answers it is then compared by, which flatters it: a lead of the model is a lead over
-    all of them. difference: of accuracies, ours minus theirs, over the questions both answered.
+    all of them. difference: of accuracies, ours minus theirs, over the questions both answered. without: methods that
+    are no reducers.
     """
     out = []
     for ours in rows:
         if ours.method != family or ours.budget is None:
             continue
-        rivals = [row for row in rows if row.method not in (family, *ENDS) and row.budget == ours.budget]
+        rivals = [row for row in rows if row.method not in (family, *ENDS, *without) and row.budget == ours.budget]
         rivals = [row for row in rivals if not math.isnan(row.accuracy)]
         if not rivals or math.isnan(ours.accuracy):
             continue
         best = max(rivals, key=lambda row: row.accuracy)
-        found = _paired(ours, best, seed=seed)
+        found = paired(ours, best, seed=seed)
         bounds = found["difference_ci"]
         ahead = bounds is not None and bounds[0] > 0
         behind = bounds is not None and bounds[1] < 0
@@ -170,7 +173,8 @@ def versus(rows: Sequence[AnswerRow], family: str, *, seed: int) -> list[dict[st
     return out
 
 
-def _paired(one: AnswerRow, other: AnswerRow, *, seed: int) -> dict[str, Any]:
+def paired(one: AnswerRow, other: AnswerRow, *, seed: int) -> dict[str, Any]:
+    """One row minus the other, question by question: difference, its interval, questions and videos."""
     a, b = one.right(), other.right()
     both = [question for question in a if question in b]
     differences, keys = [a[question] - b[question] for question in both], [key for key, _, _ in both]
@@ -197,7 +201,7 @@ def benchmark(rows: Sequence[AnswerRow], *, seed: int) -> dict[str, Any]:
         out |= {"blind": blind.accuracy, "blind_ci": bounds, "chance": guess}
         out["blind_is_chance"] = None if bounds is None else bounds[0] <= guess <= bounds[1]
         if full is not None and full.right():
-            found = _paired(full, blind, seed=seed)
+            found = paired(full, blind, seed=seed)
             out |= {"full_minus_blind": found["difference"], "full_minus_blind_ci": found["difference_ci"]}
             out["tells_apart"] = found["difference"] >= NEEDED
     return out
@@ -221,7 +225,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     """What eval.json says, in words: first whether it can say anything, then who leads at each budget."""
     found, out = result["benchmark"], []
     if found["tells_apart"] is not None:
-        gap = f"All tokens are {points(found['full_minus_blind'])} above blind{_bounds(found['full_minus_blind_ci'])}"
+        gap = f"All tokens are {points(found['full_minus_blind'])} above blind{range_of(found['full_minus_blind_ci'])}"
         out.append(
             f"{gap}."
             if found["tells_apart"]
@@ -234,7 +238,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         )
     for each in result["versus"]:
         tokens = "1 token" if each["budget"] == 1 else f"{each['budget']} tokens"
-        gap = f"{points(abs(each['difference']))}{_bounds(each['difference_ci'], flip=each['difference'] < 0)}"
+        gap = f"{points(abs(each['difference']))}{range_of(each['difference_ci'], flip=each['difference'] < 0)}"
         if each["winner"] is None:
             where = "above" if each["difference"] >= 0 else "below"
             out.append(
@@ -252,7 +256,8 @@ def points(difference: float) -> str:
     return f"{100 * difference:.1f} points".replace("-", "\N{MINUS SIGN}")
 
 
-def _bounds(bounds: Sequence[float] | None, *, flip: bool = False) -> str:
+def range_of(bounds: Sequence[float] | None, *, flip: bool = False) -> str:
+    """An interval in points, as it stands behind its middle; "" where there is none."""
     if bounds is None:
         return ""
     low, high = (-bounds[1], -bounds[0]) if flip else bounds

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,6 +20,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vtok.allocations import (
+    SCORES,
+    TRUTH,
+    Noted,
+    allocated,
+    answer_tokens,
+    can_allocate,
+    margins,
+    told,
+    true_shares,
+)
 from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus, video_of
 from vtok.families import reducer as reducing
 from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
@@ -27,7 +38,7 @@ from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_secon
 from vtok.progress import counting_bar
 from vtok.reducers import REDUCERS
 from vtok.rows import SCHEMA, environment, without_nan
-from vtok.types import Clip, to_uint8
+from vtok.types import Budget, Clip, to_uint8
 
 __all__ = ["ALWAYS", "AnsweringEvaluator", "attention_layers", "print_answers", "reduced_model", "video_of"]
 
@@ -50,6 +61,8 @@ class AnsweringEvaluator:
         reducers: their names beside `ALWAYS`. seeds: of those that draw.
         max_new_tokens: of the LLM's own answers, for exact match and F1; 0 = likelihoods of the choices alone.
         parts: ask the parts of every clip before the whole, in all rows but the blind one (`vtok.llm.parts`).
+        allocations: totals, and the fewest tokens of a segment at each: these are then the budgets, and `shares`, ways
+            to share them over segments (`vtok.allocations.SCORES`), rows beside the model's own.
     """
 
     def __init__(
@@ -67,6 +80,8 @@ class AnsweringEvaluator:
         seeds: int = 5,
         max_new_tokens: int = 0,
         parts: PartsConfig | None = None,
+        allocations: Mapping[int, int] | None = None,
+        shares: Sequence[str] = tuple(SCORES),
         device: torch.device | str = "cpu",
         seed: int = 0,
         progress: bool = True,
@@ -89,7 +104,10 @@ class AnsweringEvaluator:
         self.base = tuned.to(self.device).eval() if tuned is not None else self.full
         self.family = str(model.config.name).rpartition(".")[2]
         self.val, self.template, self.timestamps = val, template, timestamps
-        self.budgets = sorted(set(budgets))
+        self.budgets = sorted(set(allocations or budgets))
+        self.minima, self.shares = dict(allocations or {}), list(shares) if allocations else []
+        if allocations and not can_allocate(model):
+            raise ValueError("allocations are compared of models that share by scores: model.ata.score is none here")
         self.names = list(dict.fromkeys([*ALWAYS, *reducers])) if full is not None else []
         self.seeds, self.seed, self.max_new_tokens = seeds, seed, max_new_tokens
         self.parts = parts if parts is not None and parts.count > 1 else None
@@ -128,7 +146,8 @@ class AnsweringEvaluator:
                 "tuned": tuned or None,
                 "environment": environment(self.device, seed=self.seed),
                 "benchmark": benchmark(ordered, seed=self.seed),
-                "versus": versus(ordered, self.family, seed=self.seed),
+                "versus": versus(ordered, self.family, seed=self.seed, without=self.shares),
+                **self._margins(ordered),
                 "rows": self._finish(ordered),
                 "per_question": per_question(ordered),
             }
@@ -148,7 +167,11 @@ class AnsweringEvaluator:
         self._ask(row("blind", 0), clip, None, None)
         seen, features = self._seen(clip, self.model)
         for budget in self._menu(self.model, features):
-            self._ask(row(self.family, budget), seen, self.model, budget)
+            if budget not in self.minima:
+                self._ask(row(self.family, budget), seen, self.model, budget)
+                continue
+            for method in ("", *self.shares):
+                self._share(row(method or self.family, budget), seen, method, budget)
         if self.full is None:
             return
         if self.full.config.tower != self.model.config.tower:
@@ -186,20 +209,30 @@ class AnsweringEvaluator:
             return clip, features
         return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), features
 
-    def _ask(self, row: AnswerRow, clip: Clip, model: Any, budget: int | None) -> None:
+    def _share(self, row: AnswerRow, clip: Clip, method: str, total: int) -> None:
+        """A total of the model, shared over segments by one method."""
+        least = self.minima[total]
+        model = Noted(allocated(self.model, method, minimum=least))
+        shares = true_shares(self.model, clip, total=total, minimum=least) if method == TRUTH else None
+        self._ask(row, clip, model, total, shares=shares)
+        row.spent += answer_tokens(clip, model, self.model.segments(clip))
+
+    def _ask(
+        self, row: AnswerRow, clip: Clip, model: Any, budget: int | None, *, shares: torch.Tensor | None = None
+    ) -> None:
         timed = Timed(model, clock_of(self.device)) if model is not None else None
         if timed is not None and math.isnan(row.compress_flops):
-            row.compress_flops = compress_flops(model, clip, budget=budget)
+            row.compress_flops = compress_flops(model.model if isinstance(model, Noted) else model, clip, budget=budget)
             if row.method == "downsample":
                 row.note("compress_flops, compress_seconds_per_clip: with its tower, which other rows share")
-        found = self._answers(clip, timed, budget, self.max_new_tokens)
+        found = self._answers(clip, timed, budget if shares is None else shares, self.max_new_tokens)
         row.answers += found
         if budget is not None and any(each.tokens < budget for each in found):
             row.note(f"clips that have fewer than {budget} tokens are given all of theirs")
         if timed is not None:
             row.compress_s += [timed.seconds / len(clip)] * len(clip)
 
-    def _answers(self, clip: Clip, model: Any, budget: int | None, max_new_tokens: int) -> list[Answered]:
+    def _answers(self, clip: Clip, model: Any, budget: Budget | None, max_new_tokens: int) -> list[Answered]:
         return ask(
             self.llm,
             clip,
@@ -212,6 +245,11 @@ class AnsweringEvaluator:
         )
 
     # the table
+
+    def _margins(self, rows: list[AnswerRow]) -> dict[str, Any]:
+        if not self.minima:
+            return {}
+        return {"allocations": margins(rows, self.family, self.shares, self.minima, seed=self.seed)}
 
     def _ordered(self, rows: list[AnswerRow]) -> list[AnswerRow]:
         order = {"blind": 0, "full": 1, self.family: 2}
@@ -345,7 +383,7 @@ def print_answers(result: dict[str, Any], console: Console | None = None) -> Non
         out.print(_answers_table(result, kinds, "by kind of question"))
     guess = next((row["chance"] for row in result["rows"] if row["chance"] is not None), None)
     out.print(f"per cent of questions; chance {_per_cent(guess)}; kept: of what all tokens gain over it", style="dim")
-    for sentence in sentences(result):
+    for sentence in [*sentences(result), *told(result)]:
         out.print(sentence, highlight=False)
 
 

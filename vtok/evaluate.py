@@ -180,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     projector.add_argument("--part-prompt", help="of a part, with <video> and, where it is to know it, {question}")
     projector.add_argument("--part-answers", type=int, default=128, help="ids of the answer about a part (default 128)")
+    shares = "totals, each shared over segments in several ways, e.g. 128:1,320:4"
+    projector.add_argument("--allocations", metavar="TOTAL:MINIMUM,...", help=shares)
     projector.add_argument("--seeds", type=int, default=5, help="of reducers that draw (default 5)")
     parser.add_argument("--ratios", help="compressors of texts: words of the LLM a token (default 5,10,20,40)")
     parser.add_argument("--no-progress", action="store_true")
@@ -291,6 +293,7 @@ def _main_projector(
     options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str, fps: float | None
 ) -> int:
     """A projector before its language model: eval.json, report.html and the table."""
+    from vtok.allocations import parse_allocations
     from vtok.answering import AnsweringEvaluator, print_answers
     from vtok.llm import PartsConfig, load_llm
 
@@ -313,6 +316,7 @@ def _main_projector(
         seeds=options.seeds,
         max_new_tokens=options.answers,
         parts=replace(parts, prompt=options.part_prompt) if options.part_prompt else parts,
+        allocations=parse_allocations(options.allocations or ""),
         device=_device(options),
         seed=options.seed,
         progress=not options.no_progress,

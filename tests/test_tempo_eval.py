@@ -1,0 +1,113 @@
+"""`vtok eval --allocations`: one total shared in several ways, what reaches the answer's segment, paired margins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_language_family import config, folders, videos  # noqa: F401
+
+from vtok.allocations import SCORES, Noted, allocated, answer_tokens, parse_allocations, told, true_shares
+from vtok.answering import AnsweringEvaluator, print_answers
+from vtok.budget import AtaConfig
+from vtok.families.language import Model, build
+from vtok.llm import LLMConfig, load_llm
+from vtok.types import Clip
+
+torch.set_num_threads(1)
+LENGTHS, PLACES = [16, 10, 16], [[5, 0], [4, 1], [2, 7]]  # 8, 5 and 8 segments of two frames; where answers are
+
+
+def needles() -> Clip:
+    """Two questions a video, each about a segment of its own; frames come twice a second, so segments once."""
+    clip = videos(LENGTHS)
+    clip.features["tower"].patches = clip.features["tower"].patches.float()
+    clip.keys = ["one__0", "one__1", "two"]
+    clip.qa = [
+        [
+            {"id": str(i), "type": "needle", "question": f"what is {i}?", "answer": "a", "choices": ["a", "b", "c"],
+             "start_s": float(place), "end_s": place + 0.4}
+            for i, place in enumerate(places)
+        ]
+        for places in PLACES
+    ]  # fmt: skip
+    return replace(clip, prompt=None)
+
+
+def tempo(folder: str, score: str = "learned", **more) -> tuple[Model, object]:
+    torch.manual_seed(0)
+    llm = load_llm(LLMConfig(name=folder))
+    ata = AtaConfig(score=score, minimum=1, maximum=5)
+    sizes = dict(embedding_dim=llm.embedding_dim, source="video", window=2, ata=ata, question=True, max_tokens=60)
+    model = build(config(folder, **sizes | more)).eval()
+    if model.judge is not None and score == "learned":
+        torch.nn.init.normal_(model.judge.out.weight)
+    return model, llm
+
+
+def test_what_is_asked_of_the_command():
+    assert parse_allocations("128:1, 320:4") == {128: 1, 320: 4} and parse_allocations("") == {}
+    for wrong in ("128", "x:1", "0:1", "128:-1"):
+        with pytest.raises(ValueError, match="is not TOTAL:MINIMUM, such as 320:4"):
+            parse_allocations(wrong)
+
+
+@torch.no_grad()
+def test_truth_gives_what_it_can_to_the_answer(folders):  # noqa: F811
+    model, clip = tempo(folders["llama"])[0], needles()
+    shares = true_shares(model, clip, total=12, minimum=1)
+    for at, (row, place) in enumerate((row, place) for row, places in enumerate(PLACES) for place in places):
+        segments = LENGTHS[row] // 2
+        assert int(shares[at].sum()) == 12 and not shares[at, segments:].any()
+        assert int(shares[at, place]) == 5 and int(shares[at, :segments].min()) == 1
+    unknown = replace(clip, qa=[[{**each, "start_s": None} for each in of_clip] for of_clip in clip.qa])
+    even = true_shares(model, unknown, total=12, minimum=1)
+    assert even[0].tolist() == [2, 2, 2, 2, 1, 1, 1, 1], "questions that do not say when: evenly"
+
+
+@pytest.mark.parametrize("question", [True, False])
+@torch.no_grad()
+def test_rows_of_every_way_and_their_margins(folders, question, capsys):  # noqa: F811
+    model, llm = tempo(folders["llama"], "learned" if question else "similarity", question=question)
+    clip = needles()
+    clip.qa[1][1]["end_s"] = None
+    template, totals = "<video>\nQuestion: {question}\nAnswer:", {8: 0, 20: 1}
+    evaluator = AnsweringEvaluator(model, llm, val=[clip], template=template, allocations=totals, progress=False)
+    result = evaluator.run(model="tempo", shards="needles")
+    rows = {(row["method"], row["budget"]): row for row in result["rows"]}
+    assert {method for method, _ in rows} == {"blind", "language", *SCORES}
+    for total in (8, 20):
+        for method in ("language", *SCORES):
+            row = rows[method, total]
+            assert row["questions"] == 6 and row["tokens_mean"] == total and 0 <= row["accuracy"] <= 1
+        spent = {method: rows[method, total]["answer_tokens_mean"] for method in SCORES}
+        assert spent["truth"] > spent["even"] and spent["truth"] == 5
+    assert rows["even", 8]["answer_tokens_mean"] == pytest.approx((1 + 1 + 1 + 1 + 1) / 5)
+    assert not result["versus"], "ways to share are no reducers"
+    assert [(each["budget"], each["minimum"], each["against"]) for each in result["allocations"]] == [
+        (total, least, method) for total, least in ((8, 0), (20, 1)) for method in SCORES
+    ]
+    for each in result["allocations"]:
+        ours, other = rows["language", each["budget"]], rows[each["against"], each["budget"]]
+        assert each["difference"] == pytest.approx(ours["accuracy"] - other["accuracy"], abs=1e-9)
+        assert each["questions"] == 6 and each["videos"] == 2
+        low, high = each["difference_ci"]
+        assert low <= each["difference"] <= high
+    print_answers(result)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "20 tokens, 1 a segment at least: language against even" in shown and len(told(result)) == 8
+    json.dumps(result, allow_nan=False)
+
+
+@torch.no_grad()
+def test_tokens_of_the_answer_are_counted(folders):  # noqa: F811
+    model, clip = tempo(folders["llama"])[0], needles()
+    noted = Noted(allocated(model, "even", minimum=1))
+    noted.encode(clip, budget=8)
+    noted.reads_prompt = False
+    assert answer_tokens(clip, noted, model.segments(clip)) == [1, 1, 1, 2, 1, 1]
+    with pytest.raises(ValueError, match="ata.score is none here"):
+        plain = build(config(folders["llama"], source="video", window=2)).eval()
+        AnsweringEvaluator(plain, load_llm(LLMConfig(name=folders["llama"])), val=[], template="", allocations={8: 1})
