@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launching import ranks
 from test_llm import small_model, small_tokenizer
 
 SCRIPT = """
@@ -75,24 +70,6 @@ def test_ranks_of_short_and_long_inputs_keep_step(tmp_path, stage):
     tokenizer = small_tokenizer("llama")
     small_model("llama", len(tokenizer)).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(stage=stage, folder=str(tmp_path / "lm")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = str(Path(__file__).parent.parent)
-    around = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "PYTHONPATH": root}
-    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    runs = []
-    try:
-        for rank in range(2):
-            own, log = {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)}, (tmp_path / f"{rank}.txt").open("w")
-            command = [sys.executable, str(script)]
-            runs.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
-        codes = [run.wait(timeout=400) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    said = ranks(tmp_path, SCRIPT.format(stage=stage, folder=str(tmp_path / "lm")))
     trained = [line for line in said[0].splitlines() if line.startswith("trained")]
-    assert trained == ["trained texts", "trained videos"], (codes, said[0][-3000:], said[1][-3000:])
+    assert trained == ["trained texts", "trained videos"], (said[0][-3000:], said[1][-3000:])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from launching import ranks
 from torch import nn
 
 from vtok.families.temporal import Config, Model, SummaryConfig
@@ -131,26 +129,9 @@ for form in {forms!r}:
 @pytest.mark.slow
 def test_zero_3_trains_where_one_rank_holds_a_frame_and_the_other_sixty(tmp_path):
     pytest.importorskip("deepspeed")
-    script, forms = tmp_path / "script.py", ["tdc", "turing"]
-    script.write_text(ZERO.format(tests=str(Path(__file__).parent), forms=forms))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    around = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
-    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(script)]
-    runs = []
-    try:
-        for rank in range(2):
-            own, log = {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)}, (tmp_path / f"{rank}.txt").open("w")
-            runs.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
-        codes = [run.wait(timeout=400) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    forms = ["tdc", "turing"]
+    said = ranks(tmp_path, ZERO.format(tests=str(Path(__file__).parent), forms=forms))
     assert [line for line in said[0].splitlines() if line.startswith("trained")] == [f"trained {f}" for f in forms], (
-        codes,
         said[0][-3000:],
         said[1][-3000:],
     )

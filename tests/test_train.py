@@ -393,7 +393,7 @@ def test_a_resumed_run_keeps_its_model_and_data(tmp_path):
     other = settings(tmp_path, objective={"start": 7}, seed=5, trainer={"max_steps": 4})
     with pytest.raises(ValueError, match="objective.start was 4 and is now 7; seed was 0 and is now 5"):
         training.train(other, data=Data())
-    with pytest.raises(ValueError, match=r"written by 1 process\(es\).*num_nodes = 2"):
+    with pytest.raises(ValueError, match=r"from 8 clips \(4 x 2 x .*learned from 4. Set data.batch_size=2, or start"):
         training.train(settings(tmp_path, trainer={"max_steps": 4, "devices": 2}), data=Data())
     longer = settings(tmp_path, trainer={"max_steps": 4}, optim={"lr": 1e-4})
     run = training.train(longer, data=Data())

@@ -57,6 +57,9 @@ class DataConfig:
     seed: int = 0  # of the order of samples, their windows and crops
     max_bad_fraction: float = 0.01  # share of samples that may be broken before the run stops
     max_pixels: int = 1 << 31  # frames x height x width a clip may decode to
+    # A resume whose processes or workers cannot go on with the same order of clips begins a pass in a new one (some
+    # clips of the pass come again, others later); False: it is an error that says which numbers would fit.
+    reorder: bool = False
 
 
 @dataclass
@@ -101,7 +104,8 @@ class AlarmConfig:
 class TrainerConfig:
     max_steps: int = 1000
     max_minutes: float | None = None  # stop at a step boundary after this wall time; the schedule follows the clock
-    strategy: str = "auto"  # auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3
+    # auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3 | deepspeed_2_offload | deepspeed_3_offload
+    strategy: str = "auto"
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1

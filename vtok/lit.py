@@ -4,8 +4,9 @@
 
 Letters: B batch, C channels, T frames, H height, W width, K tokens per clip, Q ids per token.
 
-Every random number of a step is a pure function of (seed, step, rank), so a resumed run draws what the uninterrupted
-one would have drawn, and no generator state is saved.
+Every random number of a step is a pure function of the seed and the batch's number among those of all ranks, so a
+resumed run draws what the uninterrupted one would have drawn, on another number of ranks too where accumulation makes
+up for them, and no generator state is saved.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from vtok import strategy
+from vtok import checkpoints, strategy
 from vtok.config import RunConfig
 from vtok.curves import Bar
 from vtok.metrics.distortion import clip_psnr
@@ -161,7 +162,9 @@ class LitCompressor(pl.LightningModule):
         return batch.to(device, non_blocking=True)
 
     def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
-        reseed(step_seed(self.config.seed, self.micro_done, self.global_rank), self.device)
+        # by the batch's number among those of all ranks: as many ranks as accumulated batches draw the same
+        number = self.micro_done * self.trainer.world_size + self.global_rank
+        reseed(step_seed(self.config.seed, number, 0), self.device)
         loss = self._loss(batch)
         # A non-finite loss makes every gradient NaN, so that the joint norm, which all ranks share, tells of it: one
         # check, no collective and no device synchronisation of its own.
@@ -280,7 +283,14 @@ class LitCompressor(pl.LightningModule):
 
     # checkpoints
 
+    def _group_names(self) -> list[list[str]]:
+        """Names of the parameters of each optimizer group."""
+        names = {id(p): name for name, p in self.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in parameter_groups(self, self.config.optim)]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not strategy.is_deepspeed(self.trainer.strategy):  # whose shards tell the names themselves
+            checkpoint["optimizer_names"] = self._group_names()
         for name in self.frozen_names:
             checkpoint["state_dict"].pop(name, None)
         if self.ema_state is not None:
@@ -291,6 +301,12 @@ class LitCompressor(pl.LightningModule):
         )  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        accumulate = self.config.trainer.accumulate
+        if strategy.is_deepspeed(self.trainer.strategy):  # which has its optimizer's state already
+            checkpoints.recount(checkpoint, accumulate)
+        else:
+            groups = self.configure_optimizers().state_dict()["param_groups"]
+            checkpoints.adapt(checkpoint, names=self._group_names(), groups=groups, accumulate=accumulate)
         state = checkpoint["vtok"]
         self.steps_done, self.micro_done = state["step"], state["micro"]
         self.bad_in_row, self.bad_steps = state["bad_in_row"], state["bad_steps"]

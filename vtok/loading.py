@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vtok import checkpoints
 from vtok.config import RunConfig, from_dict, load_family, read_plain, to_dict
 from vtok.config import load as load_config
 from vtok.entropy import StaticModel
@@ -205,19 +206,12 @@ def load_run(run_dir: str | Path, *, which: str = "best", ema: bool = True) -> t
 
 
 def _checkpoint_weights(path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """The model's state dict, float32, without prefix."""
-    if path.is_dir():  # DeepSpeed's shards
-        from vtok.strategy import model_weights
-
-        return model_weights(path, ema=ema)
+    """The model's state dict, float32, without prefix, of a checkpoint whose bytes are those that were written."""
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
-        state = {k.removeprefix(PREFIX): v for k, v in whole["state_dict"].items() if k.startswith(PREFIX)}
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        checkpoints.verify(path)
+        return checkpoints.model_weights(path, ema=ema)
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
         raise ExportError(f"{path} is not a readable checkpoint: {error}") from error
-    if ema:
-        state |= {name.removeprefix(PREFIX): value for name, value in (whole.get("ema") or {}).items()}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -267,21 +261,54 @@ def read_training(folder: Path) -> dict[str, Any]:
 
 
 def export_folder(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of an export, fetched first where it is a Hub repository. Raises: ExportError."""
+    """The folder of an export, fetched first where it is a Hub repository: `user/name`, or `user/name@revision`.
+
+    What was fetched is kept (HF_HOME) and found again without a network, with HF_HUB_OFFLINE=1 without asking for one.
+    Raises: ExportError.
+    """
     path = Path(path_or_repo)
     if path.is_dir():
         return path
     text = str(path_or_repo)
-    if path.exists() or not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", text) or text.startswith("."):
-        raise ExportError(f"no export at {text!r}: give a folder made by `vtok export`, or a Hub repository user/name")
+    found = re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+)(?:@([A-Za-z0-9_./-]+))?", text)
+    if path.exists() or not found:
+        raise ExportError(
+            f"no export at {text!r}: give a folder made by `vtok export`, or a Hub repository user/name[@revision]"
+        )
+    repo, said = found[1], found[2]
+    if said and revision and said != revision:
+        raise ExportError(f"{text!r} names revision {said!r}, and revision={revision!r} was given: give one of them")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:  # no code is asked for: nothing of it would be run
         patterns = ["config.json", "*.safetensors", "prior.json", "README.md", "training.yaml"]
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ExportError(f"{text!r} is no folder here and could not be had from the Hub: {error}") from error
+        return Path(snapshot_download(repo, revision=revision or said, allow_patterns=patterns))
+    except hub_errors() as error:
+        if is_offline_mode() and isinstance(error, LocalEntryNotFoundError):
+            raise ExportError(
+                f"{text!r} is no folder here, and it was not downloaded before HF_HUB_OFFLINE=1 was set: load it once "
+                "without that, or copy the folder here"
+            ) from error
+        told = without_token(str(error))
+        raise ExportError(f"{text!r} is no folder here and could not be had from the Hub: {told}") from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises for what it cannot do. The HTTP library under it, whose errors of the network pass
+    through it, has changed from version to version: its error is a base of the client's own."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
+def without_token(text: str) -> str:
+    """A message without the Hub's token: proxies have been seen to repeat what they were sent."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text.replace(token, "hf_***") if token else text)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

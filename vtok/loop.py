@@ -428,17 +428,10 @@ class Conductor(pl.Callback):
             "owed": self.owed,
             "flops": self.telemetry.flops.state() if self.telemetry is not None else {},
         }
-        written = folder / ".writing"
+        inside = ("window", "codebook_counts", "alarms", "flops")
+        strategy.save(trainer, folder, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
         if trainer.is_global_zero:
-            folder.mkdir(exist_ok=True)
-            strategy.discard(written)
-        trainer.strategy.barrier("before saving")
-        trainer.save_checkpoint(written)
-        if trainer.is_global_zero:
-            inside = ("window", "codebook_counts", "alarms", "flops")
-            strategy.publish(written, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
             touch(self.config.run_dir)
-        trainer.strategy.barrier("after saving")
         self.saved_at = time.perf_counter()
 
 

@@ -1,9 +1,9 @@
 """How a run is spread over processes, and what its checkpoints look like on disk. The only room that touches DeepSpeed.
 
-trainer.strategy   auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3     (CUDA with nccl, CPU with gloo)
-checkpoint         one file (auto, ddp) or one folder with a shard per rank (deepspeed_*)
-publish            written aside, flushed, then renamed: a reader sees the old checkpoint or the new one, whole
-consolidate        either kind -> one float32 state dict
+trainer.strategy   auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3, the last two with _offload (AdamW in the
+                   host's memory)                                            (CUDA with nccl, CPU with gloo)
+checkpoint         one file (auto, ddp) or one folder with a shard per rank (deepspeed_*): vtok/checkpoints.py; each
+                   strategy goes on from the checkpoints of every other, and of any number of processes
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,49 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
+from vtok import checkpoints
+from vtok.checkpoints import consolidate as consolidate
+from vtok.checkpoints import describe as describe
+from vtok.checkpoints import discard as discard
+from vtok.checkpoints import mark_best as mark_best
+from vtok.checkpoints import model_weights as model_weights
+from vtok.checkpoints import publish as publish
 from vtok.config import RunConfig
+from vtok.zero_shards import TAG as TAG
+from vtok.zero_shards import CheckpointError, fill
 
-STRATEGIES = ("auto", "ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
-TAG = "checkpoint"  # the name Lightning gives the shards' folder inside a DeepSpeed checkpoint
-ABOUT = "vtok.json"  # what a DeepSpeed checkpoint folder says of itself
+STRATEGIES = ("auto", "ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
 
 
 def stage_of(name: str) -> int:
     """ZeRO stage of a `trainer.strategy`: 1 to 3, 0 for the others. Raises ValueError for an unknown name."""
     if name not in STRATEGIES:
         raise ValueError(f"trainer.strategy={name!r} is unknown; choose one of {', '.join(STRATEGIES)}")
-    return int(name[-1]) if name.startswith("deepspeed") else 0
+    return int(name.split("_")[1]) if name.startswith("deepspeed") else 0
+
+
+def batch_line(config: RunConfig) -> str:
+    """How many clips a step learns from, and how that comes about.
+
+    Raises: ValueError for a DeepSpeed batch size in `trainer.deepspeed`, which would be another truth beside the keys.
+    """
+    keys = {
+        "train_batch_size": "data.batch_size and trainer.accumulate",
+        "train_micro_batch_size_per_gpu": "data.batch_size",
+        "gradient_accumulation_steps": "trainer.accumulate",
+    }
+    for key, instead in keys.items():
+        if key in config.trainer.deepspeed:
+            raise ValueError(f"trainer.deepspeed.{key}={config.trainer.deepspeed[key]!r}: set {instead} instead")
+    run = config.trainer
+    world = run.devices * run.num_nodes
+    sizes = config.data.part_batch_sizes or [config.data.batch_size]
+    whole = " or ".join(str(size * world * run.accumulate) for size in sizes)
+    each = " or ".join(str(size) for size in sizes)
+    return (
+        f"a step learns from {whole} clips: {each} (data.{'part_batch_sizes' if len(sizes) > 1 else 'batch_size'}) x "
+        f"{world} process(es) x {run.accumulate} (trainer.accumulate)"
+    )
 
 
 def build(config: RunConfig, *, frozen_model: bool) -> Strategy | str:
@@ -108,6 +138,22 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
                 module.register_forward_hook(lambda _, __, output: from_containers(output))
             return made
 
+        def setup(self, trainer: Any) -> None:
+            super().setup(trainer)
+            if self.is_global_zero:  # complete only now: precision and accumulation are the trainer's
+                path = config.run_dir / "deepspeed.json"
+                path.write_text(json.dumps(self.config, indent=1, sort_keys=True, default=str) + "\n")
+                print(f"DeepSpeed, as in {path}: {json.dumps(self.config, sort_keys=True, default=str)}")
+
+        def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            path = Path(self.broadcast(str(checkpoint_path)))
+            verify(path)
+            if goes_on(describe(path), config):
+                return super().load_checkpoint(path)
+            whole = checkpoints.read(path)
+            fill(self.deepspeed_engine, whole.pop("state_dict"), checkpoints.moments_of(whole) or {})
+            return {k: v for k, v in whole.items() if k not in ("moments", "optimizer_states", "optimizer_names")}
+
     engine = Engine(
         stage=stage,
         logging_batch_size_per_gpu=config.data.batch_size,
@@ -115,6 +161,12 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
     )
     assert isinstance(engine.config, dict)
     engine.config["gradient_clipping"] = config.optim.clip_grad_norm
+    if config.trainer.strategy.endswith("_offload"):
+        pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
+        engine.config["zero_optimization"] |= {part: dict(pinned) for part in parts}
+        # torch's fused AdamW runs on CPUs; DeepSpeed's own would be compiled at the first use, and knows no idle groups
+        engine.config["zero_force_ds_cpu_optimizer"] = False
     _merge(engine.config, config.trainer.deepspeed)
     return engine
 
@@ -259,162 +311,82 @@ def autocast(strategy: Any, precision: str) -> Any:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that are whole on disk before the call returns, and that load without unpickling code."""
+    """Checkpoint files that are whole on disk before the call returns, and that load without unpickling code.
+
+    A file that could not be written is kept as `failure`, for `save` to tell on every rank: one rank that raises alone
+    would leave the others waiting.
+    """
+
+    failure: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk as a RuntimeError
+            self.failure = error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        path = Path(path)
+        verify(path)
+        return checkpoints.read(path)
 
 
-def publish(written: Path, names: list[str], *, about: dict[str, Any]) -> None:
-    """Give a freshly written checkpoint its public names ("last.ckpt", "best.ckpt"), each replaced in one rename.
+def save(trainer: Any, folder: Path, names: list[str], *, about: dict[str, Any]) -> None:
+    """Writes a checkpoint on all ranks together and publishes it (`vtok.checkpoints.publish`) under `names`.
 
-    A file is renamed (other names are hard links, or copies where the file system has none). A folder keeps its own
-    name and the public names are symbolic links, since a folder cannot be replaced in one step.
+    Raises: CheckpointError, on every rank, where it could not be written: the checkpoints of before are untouched.
     """
-    folder = written.parent
-    if written.is_dir():
-        (written / ABOUT).write_text(json.dumps(about))
-        for path in written.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        final = folder / f"step-{about['step']:08d}"
-        if final.exists():  # the same step saved twice: the name may be in use, so take another
-            final = folder / f"{final.name}-{os.getpid()}-{len(list(folder.glob(final.name + '*')))}"
-        written.rename(final)
-        for name in names:
-            aside = folder / f".{name}.link"
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(final.name)
-            os.replace(aside, folder / name)
-        _fsync(folder)
-        used = {os.readlink(p) for p in folder.iterdir() if p.is_symlink()}
-        for path in folder.glob("step-*"):
-            if path.is_dir() and path.name not in used:
-                shutil.rmtree(path, ignore_errors=True)
-        return
-    for name in names[1:]:
-        _link(written, folder / name)
-    os.replace(written, folder / names[0])
-    _fsync(folder)
-
-
-def mark_best(last: Path) -> None:
-    """Makes best.ckpt the checkpoint that `last` is."""
-    best = last.with_name("best.ckpt")
-    if last.is_symlink():
-        aside = best.with_name(".best.link")
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(os.readlink(last))
-        os.replace(aside, best)
-    else:
-        _link(last, best)
-
-
-def _link(source: Path, target: Path) -> None:
-    aside = target.with_name(f".{target.name}.aside")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(source, aside)
-    except OSError:
-        shutil.copyfile(source, aside)
-        _fsync(aside)
-    os.replace(aside, target)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, elapsed_s, world_size, strategy, window ... Cheap for any size.
-
-    Raises: FileNotFoundError, or ValueError for a file that is not a checkpoint of vtok.
-    """
-    path = Path(path)
-    if path.is_dir():
-        about = path / ABOUT
-        if not about.is_file():
-            raise ValueError(f"{path} is not a checkpoint of vtok: it has no {ABOUT}")
-        return json.loads(about.read_text())
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content["vtok"]
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of vtok: {error}") from error
-
-
-def _client_state(path: Path) -> dict[str, Any]:
-    found = sorted((path / TAG).glob("*mp_rank_00_model_states.pt"))
-    if not found:
-        raise ValueError(f"{path} is not a whole DeepSpeed checkpoint: no model states under {path / TAG}")
-    # DeepSpeed pickles more than tensors; this is the run's own folder, never a file from elsewhere.
-    return torch.load(found[0], map_location="cpu", weights_only=False)
-
-
-def consolidate(path: str | Path) -> dict[str, Tensor]:
-    """The full state dict of a checkpoint, float tensors in float32: `model.*` and the objective's trained parts.
-
-    Args:
-        path: a file or, for a run with DeepSpeed, a folder of shards (of any world size).
-    """
-    path = Path(path)
-    if path.is_dir():
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        state: Any = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG)
-    else:
-        describe(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    return {k: v.detach().clone().float() if v.is_floating_point() else v.detach().clone() for k, v in state.items()}
-
-
-def model_weights(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
-    """The shipped model's float32 state dict (no `model.` prefix): averaged weights where the run kept them.
-
-    Args:
-        ema: False for the raw weights of the last step.
-    """
-    path = Path(path)
-    state = {k.removeprefix("model."): v for k, v in consolidate(path).items() if k.startswith("model.")}
-    if ema:
-        whole = _client_state(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
-        for name, value in (whole.get("ema") or {}).items():
-            state[name] = value.float()
-    return state
-
-
-def check_resumable(about: dict[str, Any], path: Path, *, strategy: str, world_size: int) -> None:
-    """Raises ValueError when a checkpoint cannot be continued with this strategy and number of processes."""
-    fresh = "or start a new run from its weights: `vtok export` it, then init_from=EXPORT with another name"
-    if about["world_size"] != world_size:
-        raise ValueError(
-            f"{path} was written by {about['world_size']} process(es), this run has trainer.devices x num_nodes = "
-            f"{world_size}: the order of samples and the optimizer's shards depend on it. "
-            f"Continue with {about['world_size']}, {fresh}"
-        )
-    if stage_of(about["strategy"]) != stage_of(strategy):
-        raise ValueError(
-            f"{path} was written with trainer.strategy={about['strategy']}, this run has trainer.strategy={strategy}. "
-            f"Continue with {about['strategy']}, {fresh}"
+    written, first = folder / ".writing", trainer.is_global_zero
+    if first:
+        folder.mkdir(exist_ok=True)
+        discard(written)
+    trainer.strategy.barrier("before saving")
+    trainer.save_checkpoint(written)
+    problem = ""
+    if first:
+        io = trainer.strategy.checkpoint_io
+        try:
+            if failure := getattr(io, "failure", None):
+                io.failure = None
+                raise OSError(str(failure)) from failure
+            publish(written, names, about=about)
+        except OSError as error:
+            problem = str(error).splitlines()[0]
+            with suppress(OSError):
+                discard(written)
+    problem = trainer.strategy.broadcast(problem)
+    if problem:
+        kept = folder / checkpoints.LAST
+        kept = f"{kept} (step {describe(kept)['step']}) is as it was" if kept.exists() else "there is none from before"
+        raise CheckpointError(
+            f"the checkpoint of step {about['step']} could not be written: {problem}. {kept}; make room under {folder} "
+            "and give the same command again"
         )
 
 
-def discard(path: Path) -> None:
-    """Removes a half-written checkpoint, file or folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def verify(path: Path) -> None:
+    """`vtok.checkpoints.verify` by the first rank for all of them; every rank raises what it finds."""
+    together = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    problem = [""]
+    if not together or torch.distributed.get_rank() == 0:
+        try:
+            checkpoints.verify(path)
+        except (CheckpointError, OSError) as error:
+            problem = [str(error)]
+    if together:
+        torch.distributed.broadcast_object_list(problem)
+    if problem[0]:
+        raise CheckpointError(problem[0])
+
+
+def goes_on(about: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a checkpoint was written by the strategy and number of processes that `config` asks for.
+
+    DeepSpeed goes on from no other shards; everything else passes through `vtok.checkpoints.read`.
+    """
+    run = config.trainer
+    return about["strategy"] == run.strategy and about["world_size"] == run.devices * run.num_nodes

@@ -47,7 +47,9 @@ log = logging.getLogger(__name__)
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 # What a resumed run may change under `data.`: everything else there decides which samples come, and in what order.
-FREE_DATA = ("val_shards", "val_batch_size", "val_clips", "root", "cache_dir", "max_bad_fraction", "max_pixels")
+FREE_DATA = (
+    "val_shards", "val_batch_size", "val_clips", "root", "cache_dir", "max_bad_fraction", "max_pixels", "reorder",
+)  # fmt: skip
 FIXED = ("model.", "objective.", "data.", "seed", "init_from", "init_allow", "trainer.accumulate", "trainer.precision",
          "trainer.statistics_clips")  # fmt: skip
 
@@ -85,6 +87,7 @@ def check(config: RunConfig) -> None:
     """Raises ValueError, naming key, value and fix, for settings that cannot work together or at all."""
     trainer, optim = config.trainer, config.optim
     stage = strategy.stage_of(trainer.strategy)
+    strategy.batch_line(config)
     positive = {
         "trainer.max_steps": trainer.max_steps,
         "trainer.accumulate": trainer.accumulate,
@@ -184,10 +187,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     _quieten()
     first, run_dir = _first_rank(), config.run_dir
     last = run_dir / "checkpoints" / "last.ckpt"
-    world_size = config.trainer.devices * config.trainer.num_nodes
     about = strategy.describe(last) if last.exists() else None
     if about is not None:
-        strategy.check_resumable(about, last, strategy=config.trainer.strategy, world_size=world_size)
         before = load(run_dir / "config.yaml")
         changed = check_unchanged(before, config)  # on every rank, or the others would wait for the one that refuses
         config.model = before.model  # with what a family's `build` filled in when the run began
@@ -205,6 +206,11 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         _write_run_files(config, lit)
         if about is not None:
             print(f"resuming {run_dir} at step {about['step']}" + (f"; changed: {changed}" if changed else ""))
+            if not strategy.goes_on(about, config):
+                print(
+                    f"weights and AdamW's moments are taken over from {about['world_size']} process(es) under "
+                    f"{about['strategy']}"
+                )
         else:
             for name in ("bad_batches.jsonl", "quarantine.jsonl"):  # of a start that was killed before it saved
                 (run_dir / name).unlink(missing_ok=True)
@@ -294,6 +300,9 @@ def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
         new |= {k: old[k] for k, value in new.items() if k.startswith("model.") and value is None and k in old}
     changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
     free = {f"data.{name}" for name in FREE_DATA}
+    if _processes(before) != _processes(now):  # which these make up for
+        _check_global_batch(before, now)
+        free |= {"trainer.accumulate", "data.batch_size", "data.num_workers"}
     refused = [k for k in changed if k not in free and any(k == f or (f[-1] == "." and k.startswith(f)) for f in FIXED)]
     if refused:
         told = "; ".join(f"{k} was {changed[k][0]!r} and is now {changed[k][1]!r}" for k in refused)
@@ -302,6 +311,29 @@ def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
             "another name (init_from=EXPORT starts it from this run's weights)"
         )
     return changed
+
+
+def _processes(config: RunConfig) -> int:
+    return config.trainer.devices * config.trainer.num_nodes
+
+
+def _check_global_batch(before: RunConfig, now: RunConfig) -> None:
+    """Raises ValueError where a step would learn from another number of clips than before."""
+    old, new = (_processes(c) * c.trainer.accumulate * c.data.batch_size for c in (before, now))
+    if old == new:
+        return
+    batch, world = now.data.batch_size, _processes(now)
+    if old % (world * batch) == 0:
+        fix = f"trainer.accumulate={old // (world * batch)}"
+    elif old % (world * now.trainer.accumulate) == 0:
+        fix = f"data.batch_size={old // (world * now.trainer.accumulate)}"
+    else:
+        fix = f"a number of processes that divides {old}"
+    raise ValueError(
+        f"{now.run_dir} was trained by {_processes(before)} process(es) and would go on with {world}: a step would "
+        f"learn from {new} clips ({batch} x {world} x trainer.accumulate={now.trainer.accumulate}) where it learned "
+        f"from {old}. Set {fix}, or start a new run with init_from=EXPORT"
+    )
 
 
 def _first_rank() -> bool:
@@ -444,6 +476,7 @@ def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
     os.replace(aside, path)
     print(text.rstrip())
     print(f"model: {shipped / 1e6:.2f} M parameters; trained here: {trained / 1e6:.2f} M")
+    print(strategy.batch_line(config))
 
 
 def environment(config: RunConfig) -> dict[str, Any]:

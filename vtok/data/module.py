@@ -3,6 +3,7 @@
 The cursor is a number of batches. `training_step` calls `advance` once a micro-batch, so the count is right at every
 moment a checkpoint may be written (the module's own `on_train_batch_end` comes after ModelCheckpoint's, and a loader
 without a length is read one batch ahead: both lose batches). Use it with `Trainer(use_distributed_sampler=False)`.
+Other processes or workers than before go on where `vtok.data.cursor` can tell the place.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from vtok.config import DataConfig
 from vtok.data.buckets import check_parts, scaled_sizes
+from vtok.data.cursor import MOVED, another_order, carry_over
 from vtok.data.feature_index import FeatureShardError, feature_view
 from vtok.data.pipeline import TrainingStream, ValidationSet, make_loader
 from vtok.data.sources import Shard, open_sources
@@ -74,6 +76,7 @@ class ClipDataModule(lightning.LightningDataModule):
         self.view = view_of(config)
         self._quarantine = quarantine
         self._batches = 0
+        self._order = 0  # how often the order began anew (data.reorder)
         self._opened: list[list[Shard]] | None = None
         self._validation: ValidationSet | None = None
         if config.num_workers < 0:
@@ -128,7 +131,7 @@ class ClipDataModule(lightning.LightningDataModule):
             self._sources(),
             view=self._training_view(),
             batch_size=config.batch_size,
-            seed=config.seed,
+            seed=another_order(config.seed, self._order),
             rank=self.rank,
             world=self.world,
             start=self._batches,
@@ -226,22 +229,35 @@ class ClipDataModule(lightning.LightningDataModule):
         return [int(n) for n in config.part_batch_sizes or [config.batch_size] * len(config.shards.split("::"))]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches, **self._fixed()}
+        return {"batches": self._batches, "order": self._order, **self._fixed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the stream would not be the one of the checkpoint, naming both values."""
+        """Other processes, workers and batch sizes go on with the same streams where `carry_over` can, and else, with
+        data.reorder, begin a pass in another order.
+
+        Raises: ValueError where the stream would not be the one of the checkpoint, naming both values.
+        """
         now = self._fixed()
-        changed = [
-            f"{FIXED[name]} was {state_dict.get(name)!r} and is {now[name]!r}"
-            for name in FIXED
-            if state_dict.get(name) != now[name]
-        ]
+        changed = {name for name in FIXED if state_dict.get(name) != now[name]}
+        self._order = int(state_dict.get("order", 0))
         if changed:
+            fix = "Use the checkpoint's values"
+            try:
+                if changed <= set(MOVED):
+                    exact = not self.bucketed and not self.config.size_scales
+                    self._batches = carry_over(state_dict, now, exact=exact)
+                    return
+            except ValueError as error:
+                if self.config.reorder:
+                    self._batches, self._order = 0, self._order + 1
+                    if self.rank == 0:
+                        print("data.reorder: a pass begins in a new order; clips of the last one may come again")
+                    return
+                fix = str(error)
+            told = [f"{FIXED[n]} was {state_dict.get(n)!r} and is {now[n]!r}" for n in FIXED if n in changed]
             raise ValueError(
-                "cannot resume the data in the middle: "
-                + "; ".join(changed)
-                + ". Use the checkpoint's values, or start "
-                "a new run from its weights (init_from)"
+                f"cannot resume the data in the middle: {'; '.join(told)}. {fix}, or start a new run from its weights "
+                "(init_from)"
             )
         self._batches = int(state_dict["batches"])
         if self.rank == 0:
