@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-fast test-twins lint
+.PHONY: help setup demo test test-fast test-twins test-slurm lint
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,10 @@ test-fast: lint  ## The same without the tests that launch processes or a browse
 
 test-twins: $(STAMP)  ## The long tests, left out of `make test`: twins of presets trained for minutes, variants
 	$(PYTEST) --dist load -m long $(PYTEST_ARGS)
+
+test-slurm: $(STAMP)  ## Jobs on a real SLURM cluster of two nodes on this machine (installs slurm-wlm and munge)
+	slurm/local_cluster.sh install
+	VTOK_NEED_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_slurm_cluster.py $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Lint, format and types
 	$(BIN)/ruff check .
