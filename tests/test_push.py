@@ -100,8 +100,8 @@ def test_a_failed_push_says_why_and_loses_nothing(exported, hub, monkeypatch):
         assert "secret" not in said and files(exported) == here
         assert hub.repositories["tester/full"].files == there
 
+    refused("the Hub refused with 400", blob=400)  # before one arrives, which is not asked for again
     refused("refused with 403: the token may not write there", commit=403)
-    refused("the Hub refused with 400", blob=400)
     refused("the Hub refused with 400", preupload=400)
     refused("no/such/name", "no/such/name")
     with running() as gone:

@@ -206,7 +206,7 @@ def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
     return model, data, settings
 
 
-def _loader(data: DataConfig, shards: str, *, clips: int | None, setting: str, tower: Any = None) -> Any:
+def window_loader(data: DataConfig, shards: str, *, clips: int | None, setting: str, tower: Any = None) -> Any:
     """Batches of the middle window and centre crop of each clip, the same for training and validation clips.
 
     tower: gives the model's frozen tower, whose features the shards may hold instead of videos.
@@ -268,15 +268,16 @@ def _check_previous(written: Path, evaluator: Evaluator) -> None:
         raise ValueError(f"{error}, with the same weights, or name another folder: --out DIR") from error
 
 
-def _device(options: argparse.Namespace) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+def device_of(asked: str) -> str:
+    """`auto` is a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def _budgets(options: argparse.Namespace, settings: EvalConfig) -> list[int]:
     return [int(part) for part in _names(options.budgets)] if options.budgets else settings.budgets
 
 
-def _objective_of(path: str) -> Any:
+def objective_of(path: str) -> Any:
     """The `objective:` node that a run or an export of a projector was trained with."""
     from vtok.loading import export_folder, is_run, read_training
 
@@ -297,7 +298,7 @@ def _main_projector(
     from vtok.answering import AnsweringEvaluator, print_answers
     from vtok.llm import PartsConfig, load_llm
 
-    objective, source = _objective_of(options.model), Path(options.model)
+    objective, source = objective_of(options.model), Path(options.model)
     full = options.full or objective.teacher
     if options.llm:
         objective.llm = replace(objective.llm, name=options.llm, revision="", sha256="")
@@ -317,7 +318,7 @@ def _main_projector(
         max_new_tokens=options.answers,
         parts=replace(parts, prompt=options.part_prompt) if options.part_prompt else parts,
         allocations=parse_allocations(options.allocations or ""),
-        device=_device(options),
+        device=device_of(options.device),
         seed=options.seed,
         progress=not options.no_progress,
     )
@@ -362,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         data = replace(data, val_batch_size=options.batch_size)
     clips = data.val_clips if options.clips is None else options.clips
     tower = (lambda: model.tower) if hasattr(model, "compress") else None
-    val = _loader(data, val_shards, clips=clips, setting="--shards", tower=tower)
+    val = window_loader(data, val_shards, clips=clips, setting="--shards", tower=tower)
     if getattr(model.config, "source", "") == "text":
         from vtok.repeating import main_repeating
 
@@ -372,13 +373,13 @@ def main(argv: list[str] | None = None) -> int:
     train = None
     if train_shards:
         try:
-            train = list(_loader(data, train_shards, clips=options.train_clips, setting="--train-shards"))
+            train = list(window_loader(data, train_shards, clips=options.train_clips, setting="--train-shards"))
         except ValueError as error:
             if options.train_shards:
                 raise
             log.warning("no training clips, so no dct, downsample and entropy coding: %s", error)
     lpips, fvd, fid = (_weights(name, options, settings) for name in ("lpips", "fvd", "fid"))
-    device, budgets = _device(options), _budgets(options, settings)
+    device, budgets = device_of(options.device), _budgets(options, settings)
     evaluator = Evaluator(
         model,
         val=val,

@@ -9,6 +9,8 @@ folder --AutoModel--> VtokModel       the folder's modeling_vtok.py, where vtok 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import glob
 import itertools
 import json
 import logging
@@ -45,11 +47,13 @@ from vtok.loading import (
     PRIOR_CONFIG,
     WEIGHTS,
     ExportError,
+    hub_errors,
     identify,
     load,
     load_any,
     load_run,
     read_config,
+    without_token,
 )
 from vtok.projecting import is_projector
 from vtok.projector_card import projector_card
@@ -130,18 +134,44 @@ def publish(
             log.warning("no static entropy model in the export: %s", why_not)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):  # by exports that were killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         write_export(
             model, config, part, entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not, vlm=named
         )
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(part, out)
+        _put_in_place(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _put_in_place(part: Path, out: Path) -> None:
+    """Gives a whole export its name; one of that name is there in whole until the moment it is replaced."""
+    for path in part.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if not out.exists():
+        os.replace(part, out)
+        return
+    swapped = _exchange(part, out)
+    if not swapped:  # a file system that cannot: between two renames there is none, and the old one stands beside it
+        old = out.with_name(f".{out.name}.old.part")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(part, out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether two paths exchanged their names, in one step (Linux, most file systems)."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def write_export(
@@ -254,8 +284,9 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
             commit = HfApi().model_info(name, revision=revision or None).sha
             path = Path(hf_hub_download(name, "config.json", revision=commit))
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except _refusals() as error:
-        raise ExportError(f"--vlm {vlm} is no folder here and could not be had from the Hub: {error}") from error
+    except hub_errors() as error:
+        why = without_token(str(error))
+        raise ExportError(f"--vlm {vlm} is no folder here and could not be had from the Hub: {why}") from error
     if facts.get("model_type") not in SEAMS:
         raise ExportError(f"--vlm {vlm} is of type {facts.get('model_type')!r}; tokens are put into {', '.join(SEAMS)}")
     width = facts.get("text_config", facts).get("hidden_size")
@@ -321,14 +352,6 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises for what it cannot do. The HTTP library under it, whose errors of the network pass
-    through it, has changed from version to version: its error is a base of the client's own."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, ValueError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
-
-
 def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Upload an export to the Hub repository `user/name` (made where it is missing); returns its address.
 
@@ -358,11 +381,11 @@ def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str 
         api.create_commit(repo, operations, commit_message=f"vtok export of {facts['model_id']}")
     except ExportError:
         raise
-    except (*_refusals(), RuntimeError) as error:
+    except (*hub_errors(), RuntimeError) as error:
         why = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of one file's upload
         raise ExportError(
-            f"--push {repo}: {_refusal(why)}. Nothing is lost: the export is complete in {folder}; give the same "
-            "command again"
+            f"--push {repo}: {without_token(_refusal(why))}. Nothing is lost: the export is complete in {folder}; give "
+            "the same command again, which sends what did not arrive"
         ) from error
     return str(url)
 

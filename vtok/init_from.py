@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,9 +78,7 @@ def begin_from(model: nn.Module, init_from: str, *, allow: Sequence[str] = ()) -
     Raises: ValueError naming tensors and fix where the source does not fit, where an exception is not needed, and where
         those given are not enough; ExportError for what cannot be loaded.
     """
-    name, _, revision = init_from.partition("@")
-    here = Path(init_from).is_dir()
-    source = load(init_from) if here else load(name, revision=revision or None)
+    source = load(init_from)
     told = f"{init_from} ({source.shipped.model_id})"
     try:
         return _begin(model, source, told=told, allow=allow)

@@ -477,6 +477,9 @@ def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
     print(text.rstrip())
     print(f"model: {shipped / 1e6:.2f} M parameters; trained here: {trained / 1e6:.2f} M")
     print(strategy.batch_line(config))
+    if config.optim.freeze or config.optim.train_only:
+        rests = [p.numel() for p in lit.model.parameters() if not p.requires_grad]
+        print(f"at rest (optim.freeze, optim.train_only): {len(rests)} tensors of the model, {sum(rests) / 1e6:.2f} M")
 
 
 def environment(config: RunConfig) -> dict[str, Any]:
