@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.zero_shards import MOMENTS, CheckpointError, check_shards, client_state, read_shards
+from vtok.zero_shards import MOMENTS, CheckpointError, check_shards, read_shards
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,10 @@ def consolidate(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: a file or, for a run with DeepSpeed, a folder of shards (of any world size).
     """
-    state = read(path, moments=False)["state_dict"]
+    return _whole(read(path, moments=False)["state_dict"])
+
+
+def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().clone().float() if v.is_floating_point() else v.detach().clone() for k, v in state.items()}
 
 
@@ -296,12 +299,9 @@ def model_weights(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
     Args:
         ema: False for the raw weights of the last step.
     """
-    path = Path(path)
-    state = {k.removeprefix("model."): v for k, v in consolidate(path).items() if k.startswith("model.")}
-    if ema:
-        whole = client_state(path) if path.is_dir() else _file(path)
-        state |= {name: value.float() for name, value in (whole.get("ema") or {}).items()}
-    return state
+    checkpoint = read(path, moments=False)
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    return _whole(state | ((checkpoint.get("ema") or {}) if ema else {}))
 
 
 # going on elsewhere
