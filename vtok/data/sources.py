@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import subprocess
 import tarfile
 import time
@@ -45,6 +44,7 @@ MEDIA = tuple(suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
 TEXTS = ("json", "txt")
 MAX_TEXT_BYTES = 8 << 20  # one of those
 MAX_MEDIA_BYTES = 4 << 30
+MAX_INDEX_BYTES = 256 << 20  # an index.json of millions of shards
 
 
 class BrokenSample(ValueError):
@@ -143,8 +143,8 @@ def _open_source(part: str, *, root: str, cache_dir: str, setting: str) -> list[
             return [Shard(url, _remote_name(url)) for url in expand_braces(part)]
         base = part.rstrip("/")
         try:
-            text = fetch(f"{base}/index.json", cache_dir, refresh=True).read_text()
-        except OSError as error:
+            text = fetch(f"{base}/index.json", cache_dir, refresh=True, most=MAX_INDEX_BYTES).read_text()
+        except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{setting}={part!r}: no index.json there ({error}); name the tars by a pattern"
             ) from error
@@ -153,7 +153,9 @@ def _open_source(part: str, *, root: str, cache_dir: str, setting: str) -> list[
     if os.path.isdir(where):
         index = Path(where, "index.json")
         if index.is_file():
-            found = _read_index(index.read_text(), where, setting)
+            if index.stat().st_size > MAX_INDEX_BYTES:
+                raise ValueError(f"{setting}: {index} has over {MAX_INDEX_BYTES} bytes, the limit of an index")
+            found = _read_index(index.read_bytes(), where, setting)
         else:
             found = [Shard(str(p), p.name) for p in sorted(Path(where).glob("*.tar"))]
         if not found:
@@ -181,11 +183,11 @@ def _remote_name(url: str) -> str:
     return words[-1] if words else hashlib.sha256(url.encode()).hexdigest()[:16] + ".tar"
 
 
-def _read_index(text: str, base: str, setting: str) -> list[Shard]:
+def _read_index(text: str | bytes, base: str, setting: str) -> list[Shard]:
     try:
         entries = json.loads(text)["shards"]
         found = [Shard(f"{base}/{e['name']}", str(e["name"]), int(e["samples"]), int(e["bytes"])) for e in entries]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{setting}: {base}/index.json is not an index of shards ({error!r})") from error
     bad = [shard.name for shard in found if shard.name in ("", ".", "..") or "/" in shard.name or "\\" in shard.name]
     if bad:
@@ -194,12 +196,19 @@ def _read_index(text: str, base: str, setting: str) -> list[Shard]:
 
 
 def fetch(
-    url: str, cache_dir: str | Path, *, num_bytes: int | None = None, refresh: bool = False, tries: int = 3
+    url: str,
+    cache_dir: str | Path,
+    *,
+    num_bytes: int | None = None,
+    most: int | None = None,
+    refresh: bool = False,
+    tries: int = 3,
 ) -> Path:
     """A local copy of an https: file or of what a pipe: command prints.
 
     Written aside and renamed, under a lock, so that processes sharing the folder fetch a shard once and never see half
-    of one. Nothing is ever removed from the cache. Raises OSError after `tries` failures, or for a wrong size.
+    of one. Nothing is ever removed from the cache. num_bytes: the size it must have. most: the size it may have. Raises
+    OSError after `tries` failures, or for a wrong size, as soon as more has come.
     """
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +222,7 @@ def fetch(
         for attempt in range(tries):
             try:
                 with open(aside, "wb") as out:
-                    _download(url, out)
+                    _download(url, out, most=most if num_bytes is None else num_bytes)
                 size = aside.stat().st_size
                 if num_bytes is not None and size != num_bytes:
                     raise OSError(f"{url} gave {size} bytes, index.json says {num_bytes}")
@@ -227,20 +236,34 @@ def fetch(
     raise AssertionError
 
 
-def _download(url: str, out: Any) -> None:
+def _download(url: str, out: Any, *, most: int | None) -> None:
     if url.startswith("pipe:"):
         # A session of its own: signals meant for the run (time limit, requeue) must not cut a shard short.
         with subprocess.Popen(url[5:], shell=True, stdout=subprocess.PIPE, start_new_session=True) as process:
             assert process.stdout is not None
-            shutil.copyfileobj(process.stdout, out, 1 << 20)
+            try:
+                _copy(process.stdout, out, url, most)
+            except OSError:
+                process.kill()
+                raise
         if process.returncode:
             raise OSError(f"the command ended with status {process.returncode}")
         return
     with urllib.request.urlopen(url, timeout=60) as reply:
-        shutil.copyfileobj(reply, out, 1 << 20)
+        _copy(reply, out, url, most)
         stated = reply.headers.get("Content-Length")
     if stated is not None and out.tell() != int(stated):
         raise OSError(f"received {out.tell()} of {stated} bytes")
+
+
+def _copy(source: Any, out: Any, url: str, most: int | None) -> None:
+    """All of `source`. Raises OSError past `most` bytes: a server that never ends would fill the disk."""
+    size = 0
+    while block := source.read(1 << 20):
+        size += len(block)
+        if most is not None and size > most:
+            raise OSError(f"{url} gives more than the {most} bytes it may have")
+        out.write(block)
 
 
 class Sample(NamedTuple):
@@ -371,7 +394,9 @@ class ShardReader:
         offset, size = sample.members[suffix]
         limit = MAX_TEXT_BYTES if suffix in TEXTS else MAX_MEDIA_BYTES
         if size > limit:
-            raise BrokenSample(f".{suffix} has {size} bytes, above the limit of {limit}")
+            raise BrokenSample(
+                f".{suffix} has {size} bytes, above the limit of {limit} for one member; cut the clip or text shorter"
+            )
         offset, size = offset + first, size - first if num_bytes is None else min(num_bytes, size - first)
         if sample.shard not in self._files:
             self._files[sample.shard] = os.open(self.path(sample.shard), os.O_RDONLY)

@@ -117,8 +117,10 @@ def check_sample(members: dict[str, bytes]) -> list[str]:
         missing = [name for name in FIELDS if name not in meta]
     except KeyError:
         return ["no json"]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         return [f"its json is not readable: {error}"]
+    if not isinstance(meta, dict):
+        return [f"its json holds a {type(meta).__name__}, not an object"]
     if not media and "txt" in members:
         return check_text(members["txt"], meta)
     problems = [f"its json lacks {', '.join(missing)}"] if missing else []
@@ -132,7 +134,9 @@ def check_sample(members: dict[str, bytes]) -> list[str]:
             if count == 1 and not missing and frame.shape[:2] != (meta["height"], meta["width"]):
                 problems.append(f"{frame.shape[1]}x{frame.shape[0]}, its json says {meta['width']}x{meta['height']}")
         duration_s = last_s + (1.0 / info.fps if info.fps else 0.0)
-        if not missing and abs(duration_s - meta["duration_s"]) > max(0.05, 0.01 * duration_s):
+        if not missing and not isinstance(meta["duration_s"], int | float):
+            problems.append(f"its json says duration_s={meta['duration_s']!r}, not a number")
+        elif not missing and abs(duration_s - meta["duration_s"]) > max(0.05, 0.01 * duration_s):
             problems.append(f"{duration_s:.3f} s long, its json says {meta['duration_s']}")
         for extension in sorted(name for name in members if name.rpartition(".")[2] == "npy"):
             try:
@@ -181,7 +185,7 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _source(members: dict[str, bytes]) -> str:
     try:
         return str(json.loads(members["json"])["source"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return ""
 
 
@@ -193,7 +197,7 @@ def _read_index(file: Path, problems: list[str]) -> list[dict[str, Any]]:
             if not all(isinstance(row[key], kind) for key, kind in wanted.items()) or "/" in row["name"]:
                 raise ValueError(f"bad row {row}")
         return rows
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(f"{file}: not a readable index: {error}")
         return []
 
@@ -206,6 +210,6 @@ def _read_split(folder: Path, problems: list[str]) -> dict[str, str]:
     try:
         values = json.loads(file.read_bytes())
         return {source: side for side in values if isinstance(values[side], list) for source in values[side]}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         problems.append(f"{file}: not readable: {error}")
         return {}
