@@ -34,11 +34,15 @@ _FLOW = ("flextok", "videoflextok", "flextok_pixel")
 DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
 TWINS = {name: f"{name}_tiny" for name in (*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE)}
 TWINS |= {"temporal/tdc": "temporal/tdc_tiny", "vqtoken/vqtoken": "vqtoken/tiny"}
-TWINS |= {"language/c3": "language/c3_tiny"}
+TWINS |= {f"language/{name}": f"language/{name}_tiny" for name in ("c3", "langdc_stage1", "langdc_stage2", "langdc")}
 TWINS |= {"reducer/stage0": "reducer/tiny", "reducer/pooling": "reducer/tiny_pooling"}
 FULL = list(TWINS)
 # what a run reads off the files of the small language models that presets name, by their config.json
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "hf:Qwen/Qwen2.5-0.5B": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
     "hf:Qwen/Qwen2.5-1.5B": dict(
         model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072, tie_word_embeddings=True,
@@ -112,7 +116,8 @@ _SIZES = {
         *("model.latent_channels", "optim.lr", "model.quantizer.entropy_warmup_steps"),  # held to rules below
     },
     **dict.fromkeys(("reducer", "temporal", "vqtoken"), _PROJECTOR),
-    "language": _PROJECTOR | {"model.lm.name", "model.lm.checkpoint"},
+    "language": _PROJECTOR
+    | {*(f"model.lm.{k}" for k in ("name", "dtype", "checkpoint", "layer")), "model.patches", "model.base.patches"},
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vtok import free_lengths
 from vtok.llm import Answered
 from vtok.metrics.cost import LMShape
 from vtok.metrics.language import by_kind, chance, exact_match, retained, token_f1
@@ -248,6 +249,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             out.append(f"At {tokens} {result['family']} leads: {gap} above the best reducer, {each['reducer']}.")
         else:
             out.append(f"At {tokens} a reducer wins: {each['reducer']} is {gap} above {result['family']}.")
+    out += free_lengths.sentences(result.get("lengths"))
     return out
 
 

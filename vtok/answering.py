@@ -31,8 +31,9 @@ from vtok.allocations import (
     told,
     true_shares,
 )
-from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus, video_of
+from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, paired, per_question, sentences, versus, video_of
 from vtok.families import reducer as reducing
+from vtok.free_lengths import Imposed, Observed, controlled, judged
 from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
 from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds, shape_of
 from vtok.progress import counting_bar
@@ -63,6 +64,7 @@ class AnsweringEvaluator:
         parts: ask the parts of every clip before the whole, in all rows but the blind one (`vtok.llm.parts`).
         allocations: totals, and the fewest tokens of a segment at each: these are then the budgets, and `shares`, ways
             to share them over segments (`vtok.allocations.SCORES`), rows beside the model's own.
+        facts: complexity and duration of videos (`vtok.free_lengths.read_facts`), which free lengths are held against.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class AnsweringEvaluator:
         parts: PartsConfig | None = None,
         allocations: Mapping[int, int] | None = None,
         shares: Sequence[str] = tuple(SCORES),
+        facts: Mapping[str, Mapping[str, float]] | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
         progress: bool = True,
@@ -111,6 +114,9 @@ class AnsweringEvaluator:
         self.names = list(dict.fromkeys([*ALWAYS, *reducers])) if full is not None else []
         self.seeds, self.seed, self.max_new_tokens = seeds, seed, max_new_tokens
         self.parts = parts if parts is not None and parts.count > 1 else None
+        # a model whose lengths are free is asked at these too; for one that reads prompts they are each question's own
+        free = getattr(model, "captioner", None) is not None and not model.reads_prompt
+        self.observed, self.facts = Observed(self.model) if free else None, facts
         try:
             self.shape, self.no_shape = shape_of(llm.model, llm.model.config.get_text_config()), ""
         except ValueError as error:  # the answers are worth having without
@@ -130,6 +136,7 @@ class AnsweringEvaluator:
                     batch.to(self.device).as_float() if batch.video is not None else batch.to(self.device), rows
                 )
                 self.bar.advance(task)
+            lengths = self._lengths(rows) if self.observed is not None else None
         if not any(row.answers for row in rows.values()):
             raise ValueError("no clip has a question with an answer (`qa` in its json): there is nothing to measure")
         ordered = self._ordered(list(rows.values()))
@@ -149,6 +156,7 @@ class AnsweringEvaluator:
                 "versus": versus(ordered, self.family, seed=self.seed, without=self.shares),
                 **self._margins(ordered),
                 "rows": self._finish(ordered),
+                "lengths": lengths,
                 "per_question": per_question(ordered),
             }
         )
@@ -172,6 +180,8 @@ class AnsweringEvaluator:
                 continue
             for method in ("", *self.shares):
                 self._share(row(method or self.family, budget), seen, method, budget)
+        if self.observed is not None:
+            self._ask(row(self.family, None), seen, self.observed, None)
         if self.full is None:
             return
         if self.full.config.tower != self.model.config.tower:
@@ -185,6 +195,21 @@ class AnsweringEvaluator:
                         row(name, budget).note("the shards hold features: frames cannot be made smaller")
                         continue
                     self._ask(row(name, budget), clip if name == "downsample" else seen, reduced, budget)
+
+    def _lengths(self, rows: dict[tuple[str, int | None], AnswerRow]) -> dict[str, Any] | None:
+        """Rows of the same total elsewhere, after the free lengths of all clips are known; what is said of them."""
+        assert self.observed is not None
+        free, found = self.observed.lengths, {}
+        if not free:
+            return None
+        for name, lengths in controlled(free, seed=self.seed).items():
+            model, row = Imposed(self.model, lengths), AnswerRow(name, None)
+            for batch in self.val:
+                clip = batch.to(self.device).as_float() if batch.video is not None else batch.to(self.device)
+                self._ask(row, self._seen(clip, self.model)[0], model, None)
+            rows[name, None] = row
+            found[name] = paired(rows[self.family, None], row, seed=self.seed)
+        return judged(free, found, self.facts, seed=self.seed)
 
     def _menu(self, model: Any, features: Any) -> list[int | None]:
         """The budgets of every row, settled by the first clips; all tokens for a model that takes no budget."""

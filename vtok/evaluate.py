@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     projector.add_argument("--part-answers", type=int, default=128, help="ids of the answer about a part (default 128)")
     shares = "totals, each shared over segments in several ways, e.g. 128:1,320:4"
     projector.add_argument("--allocations", metavar="TOTAL:MINIMUM,...", help=shares)
+    projector.add_argument("--facts", metavar="JSONL", help="videos' complexity and duration: what free lengths follow")
     projector.add_argument("--seeds", type=int, default=5, help="of reducers that draw (default 5)")
     parser.add_argument("--ratios", help="compressors of texts: words of the LLM a token (default 5,10,20,40)")
     parser.add_argument("--no-progress", action="store_true")
@@ -296,6 +297,7 @@ def _main_projector(
     """A projector before its language model: eval.json, report.html and the table."""
     from vtok.allocations import parse_allocations
     from vtok.answering import AnsweringEvaluator, print_answers
+    from vtok.free_lengths import read_facts
     from vtok.llm import PartsConfig, load_llm
 
     objective, source = objective_of(options.model), Path(options.model)
@@ -318,6 +320,7 @@ def _main_projector(
         max_new_tokens=options.answers,
         parts=replace(parts, prompt=options.part_prompt) if options.part_prompt else parts,
         allocations=parse_allocations(options.allocations or ""),
+        facts=read_facts(options.facts) if options.facts else None,
         device=device_of(options.device),
         seed=options.seed,
         progress=not options.no_progress,

@@ -298,10 +298,12 @@ class Model(SmallReader):
         return next(self.head.parameters()).device
 
     def budgets(self, features: Features | None) -> list[int | None]:
-        """Budgets to measure at, where none are asked: 1, 4, 16 ... and the most a clip of this length is given."""
+        """Budgets to measure at, where none are asked: 1, 4, 16 ... and the most a clip of this length is given; None,
+        as many as there is to tell, where captions are."""
         segments = 1 if features is None else -(-int(features.count().max()) // self.config.window)
         most = min(self.max_tokens, segments * self.config.most_of_segment)
-        return [*(4**i for i in range(16) if 4**i < most), most]
+        few: list[int | None] = [4**i for i in range(16) if 4**i < most]
+        return [*few[2:], None] if self.captioner is not None else [*few, most]
 
     def warm_start(self, source: nn.Module) -> str:
         """Begin with another model's weights, all of them: of this family, where one of texts leaves the eye of one of

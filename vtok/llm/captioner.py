@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vtok.layers.base_tokens import BaseConfig, BaseTokens
 from vtok.layers.latent_queries import LatentQueries
@@ -94,18 +95,19 @@ class Captioner(nn.Module):
         Args:
             limit: [B] int64, tokens of a clip at most, or [B, G], of each segment.
             captions: of each clip, entries as `Clip.captions` has them: targets, where the model is in training.
-            exact: [B, G] int64, words of each segment, exactly; None: as many as there is to tell.
+            exact: [B, up to G] int64, words of each segment, exactly; None: as many as there is to tell.
         """
         there, prompt = segments.there, self.prompt(reader, segments)
         targets = None
         if self.training and self.config.learn:
             targets = self.targets(reader, captions or [[]] * len(there), there.sum(1), segments.times)
         if exact is not None:
-            if exact.shape != there.shape or int(exact.to(there.device)[there].min()) < 1:
+            exact = pad(exact.to(there.device), (0, there.shape[1] - exact.shape[1]))
+            if exact.shape != there.shape or int(exact[there].min()) < 1:
                 raise ShapeError(
-                    f"exact is {list(exact.shape)}, expected {list(there.shape)}, 1 or more words a segment"
+                    f"exact has {list(exact.shape)} lengths or one below 1, the clips {list(there.shape)} segments"
                 )
-            exact = exact.to(there.device)[there]
+            exact = exact[there]
         written = self.write(reader, prompt, targets, exact)
         made, words = head(written.states), written.lengths
         if self.base is not None:
@@ -163,7 +165,9 @@ class Captioner(nn.Module):
                 return read
         held = next(reader.parameters())
         written = write(reader, prompt, stop=stop, most=most, counts=counts, anyone=lambda goes: _anyone(goes, held))
-        if not torch.is_grad_enabled():
+        parts = [part for part in (reader.lm, reader.adapters) if part is not None]
+        learns = prompt.embeds.requires_grad or any(p.requires_grad for part in parts for p in part.parameters())
+        if not (torch.is_grad_enabled() and learns):
             return written
         own_words = [row[:count] for row, count in zip(written.ids.tolist(), written.lengths.tolist())]
         return teach(reader, prompt, own_words, logits=False)  # the same states, with their gradients
