@@ -32,7 +32,7 @@ test-twins: $(STAMP)  ## The long tests, left out of `make test`: twins of prese
 
 test-slurm: $(STAMP)  ## Jobs on a real SLURM cluster of two nodes on this machine (installs slurm-wlm and munge)
 	slurm/local_cluster.sh install
-	VTOK_NEED_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_slurm_cluster.py $(PYTEST_ARGS)
+	VTOK_NEED_SLURM=1 $(PYTEST) tests/test_slurm*.py $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Lint, format and types
 	$(BIN)/ruff check .
