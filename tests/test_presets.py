@@ -35,6 +35,7 @@ DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
 TWINS = {name: f"{name}_tiny" for name in (*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE)}
 TWINS |= {"temporal/tdc": "temporal/tdc_tiny", "vqtoken/vqtoken": "vqtoken/tiny"}
 TWINS |= {f"language/{name}": f"language/{name}_tiny" for name in ("c3", "langdc_stage1", "langdc_stage2", "langdc")}
+TWINS |= {"language/tempo": "language/tempo_tiny"}
 TWINS |= {"reducer/stage0": "reducer/tiny", "reducer/pooling": "reducer/tiny_pooling"}
 FULL = list(TWINS)
 # what a run reads off the files of the small language models that presets name, by their config.json
@@ -48,6 +49,7 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072, tie_word_embeddings=True,
     ),
 }  # fmt: skip
+LANGUAGE_MODELS["hf:Qwen/Qwen2.5-1.5B-Instruct"] = LANGUAGE_MODELS["hf:Qwen/Qwen2.5-1.5B"]
 
 
 def test_every_preset_has_a_twin():
@@ -67,6 +69,7 @@ def test_full_presets_have_the_parameters_their_header_states(name):
         config.in_dim, config.embedding_dim, config.embedding_rms = int(widths[1]), int(widths[2]), 1.0
     if config.name == "language":
         config.lm.architecture = LANGUAGE_MODELS[config.lm.name]
+        config.judge.yes, config.judge.no = [1], [2]  # read off the tokenizer
     with torch.device("meta"):
         model = configuration.load_family(config.name).Model(config)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - float(stated[1])) < 0.06
@@ -117,7 +120,12 @@ _SIZES = {
     },
     **dict.fromkeys(("reducer", "temporal", "vqtoken"), _PROJECTOR),
     "language": _PROJECTOR
-    | {*(f"model.lm.{k}" for k in ("name", "dtype", "checkpoint", "layer")), "model.patches", "model.base.patches"},
+    | {
+        "model.window",
+        *(f"model.lm.{k}" for k in ("name", "dtype", "checkpoint", "layer")),
+        "model.patches",
+        "model.base.patches",
+    },
 }
 
 

@@ -107,6 +107,9 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
         parts = Skeletons(empty=run.empty_module, watch=watch.of)
         with parts.in_place():
             lit = build(config)
+            kept = [getattr(lit.objective, "llm", None), getattr(lit.model, "_reference", None)]
+            # the rest was read for its weights, which the model now holds
+            parts.llms = {key: llm for key, llm in parts.llms.items() if any(llm is each for each in kept)}
             run.empty_module(lit, torch.bfloat16 if config.trainer.precision == "bf16-true" else None)
             for llm in parts.llms.values():  # whose adapters are the objective's
                 run.empty_module(llm.model)
@@ -158,6 +161,8 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
 def _every_token(config: RunConfig) -> list[str]:
     """Switches off whatever draws fewer tokens in training; notes on it."""
     budgets, nested = (getattr(config.objective, name, None) for name in ("budgets", "nested"))
+    if getattr(config.objective, "prefixes", 0.0):
+        config.objective.prefixes = 0.0
     if budgets is not None and (budgets.law != "full" or budgets.values):
         most = 0 if 0 in budgets.values else max(budgets.values, default=budgets.max_tokens)
         budgets.law, budgets.values = "full", [most] if most else []
@@ -181,12 +186,16 @@ def _clip(config: RunConfig, model: Any, run: DryRun, answer_words: int) -> Clip
         heard = run.empty(batch, frames, audio.tokens, audio.in_dim)
         features[audio.name] = Features(heard, (1, audio.tokens), lengths=torch.full((batch,), frames))
     text = [" ".join(["word"] * answer_words)] * batch if projecting.is_projector(config) else None
+    qa = None
+    if text is not None and not config.objective.tasks.caption:  # it learns answers alone
+        qa = [[{"question": "word", "answer": text[0]}]] * batch
     return Clip(
         keys=[f"clip {row}" for row in range(batch)],
         video=video,
         lengths=torch.full((batch,), frames),
         times=(torch.arange(frames) / (data.fps or 8.0)).expand(batch, -1),
         text=text,
+        qa=qa,
         features=features or None,
     )
 

@@ -169,11 +169,12 @@ def published(name: str) -> Any | None:
 
 
 def _words() -> Any:
-    """A tokenizer with one id for every word."""
+    """A tokenizer with one id for every word, the same for all but those that answer."""
     import tokenizers
     import transformers
 
-    made: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<word>": 0, END: 1}, unk_token="<word>"))
+    words = {"<word>": 0, END: 1, "Yes": 2, "No": 3}
+    made: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<word>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
 

@@ -314,7 +314,7 @@ class Model(SmallReader):
         """
         given = source.state_dict()
         if type(source) is type(self):
-            parts = ("eye", "lm") if self.config.mode == source.config.mode else ("eye",)
+            parts = ("eye", "judge", "lm") if self.config.mode == source.config.mode else ("eye", "judge")
             new = [part for part in parts if getattr(self, part) is not None and getattr(source, part) is None]
             begun = take_all(self, given, new=[f"{part}." for part in new])
             told = ", ".join(f"model.{part}" for part in new)
