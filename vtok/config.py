@@ -52,6 +52,8 @@ class DataConfig:
     batch_size: int = 16  # clips per rank and step
     val_batch_size: int = 16
     num_workers: int = 2
+    pin_memory: bool | None = None  # page-locked batches, copied while the device computes; null: on CUDA
+    prefetch: bool = False  # CUDA: the next batch is copied to the device by a stream of its own during a step
     shuffle_buffer: int = 256  # samples; 0 keeps the order of the shards
     val_clips: int | None = None  # at most this many validation clips; None = all
     seed: int = 0  # of the order of samples, their windows and crops
@@ -66,6 +68,7 @@ class DataConfig:
 class OptimConfig:
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    fused: bool = True  # AdamW as one kernel over all tensors; false: tensor list by tensor list (foreach)
     weight_decay: float = 0.01  # matrices only: biases, norms, embeddings and one-dimensional tensors are not decayed
     warmup_steps: int = 100
     schedule: str = "cosine"  # cosine | constant | wsd (constant, then linear over the last fifth)
@@ -111,7 +114,9 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: str = "32-true"  # 32-true | bf16-mixed | bf16-true | 16-mixed
     accumulate: int = 1
-    compile: bool = False
+    compile: bool = False  # torch.compile of the model's parts (docs/performance.md)
+    channels_last: bool = False  # weights and videos of 3D convolutions with channels last in memory
+    async_checkpoint: bool = False  # checkpoints are written while training goes on; auto and ddp
     log_every: int = 20  # steps
     val_every: int = 0  # steps; 0 = at the end only
     sample_every: int = 0  # steps between sample videos; 0 = with validation
@@ -121,6 +126,7 @@ class TrainerConfig:
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     progress: bool = True
     tensorboard: bool = True
+    wandb: str = ""  # project of Weights & Biases (pip install 'vtok[wandb]'); "" = none
     statistics_clips: int = 256  # training clips for a model that begins from statistics (`fit_statistics`)
     find_unused_parameters: bool = True  # DDP: some parameters may get no gradient in a step; False is faster
     count_flops: bool = True  # operations of a few batches, for MFU; those run op by op (no compile, no flex)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
 from vtok.data.encode import write_video
+from vtok.tracking import WandbRun
 
 
 def plain(value: Any) -> Any:
@@ -46,6 +47,7 @@ class Curves:
         self, folder: Path | None, *, resumed: int | None = None, owed: bool = False, tensorboard: bool = True
     ) -> None:
         self.folder, self.board, self.file = folder, None, None
+        self.remote: WandbRun | None = None
         if folder is None:
             return
         path = folder / "metrics.jsonl"
@@ -58,9 +60,16 @@ class Curves:
             purge = 0 if resumed is None else resumed + 1
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=30)
 
+    def to_wandb(self, project: str, config: dict[str, Any]) -> None:
+        """From now on every line and sample goes to Weights & Biases too."""
+        if self.folder is not None:
+            self.remote = WandbRun(project, folder=self.folder, config=config)
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         if self.file is None:
             return
+        if self.remote is not None:
+            self.remote.write(step, values)
         self.file.write(json.dumps({"step": step, **{k: plain(v) for k, v in values.items()}}) + "\n")
         if self.board is not None:
             for key, value in values.items():
@@ -89,6 +98,8 @@ class Curves:
             even = torch.nn.functional.pad(grid, (0, 0, 0, width % 2, 0, height % 2), value=255)
             write_video(aside, even, fps=fps, crf=15, container="mp4")
         os.replace(aside, path)
+        if self.remote is not None:
+            self.remote.file(step, path)
         if self.board is not None:
             self._animate(step, grid, fps)
         return path
@@ -135,6 +146,9 @@ class Curves:
         if self.board is not None:
             self.board.close()
             self.board = None
+        if self.remote is not None:
+            self.remote.close()
+            self.remote = None
 
 
 def keep_until(path: Path, step: int, *, owed: bool = False) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vtok import checkpoints, strategy
 from vtok.config import RunConfig
 from vtok.curves import Bar
+from vtok.keys import channels_last, match_layout
 from vtok.metrics.distortion import clip_psnr
 from vtok.optim import freeze, parameter_groups, rate, total_norms
 from vtok.types import Clip, to_uint8
@@ -134,10 +135,20 @@ class LitCompressor(pl.LightningModule):
             self.model.load_state_dict(state)
 
     def on_fit_start(self) -> None:
+        if self.config.trainer.channels_last:
+            if not channels_last(self.model):
+                raise ValueError(
+                    f"trainer.channels_last=true: model.name={self.config.model.name} has no 3D convolutions here; "
+                    "set trainer.channels_last=false"
+                )
+            channels_last(self.objective)
         if self.config.trainer.compile:
             compile_parts(self.model)
 
     def on_train_start(self) -> None:
+        if not strategy.is_deepspeed(self.trainer.strategy):
+            for optimizer in self.trainer.optimizers:
+                match_layout(optimizer)  # of a checkpoint that was written with another one
         self._start_averages()
         if self.config.trainer.ledger:
             self._ledger = open(self.config.run_dir / f"ledger-{self.global_rank}.txt", "a", buffering=1)
@@ -154,7 +165,7 @@ class LitCompressor(pl.LightningModule):
         optim = self.config.optim
         groups = parameter_groups(self, optim)
         low, high = optim.betas
-        return strategy.RestingAdamW(groups, lr=optim.lr, betas=(low, high), fused=True)
+        return strategy.RestingAdamW(groups, lr=optim.lr, betas=(low, high), fused=optim.fused, foreach=not optim.fused)
 
     # one step
 
@@ -189,6 +200,8 @@ class LitCompressor(pl.LightningModule):
         clip = clip.as_float()
         if self.config.trainer.precision == "bf16-true" and clip.video is not None:
             clip.video = clip.video.bfloat16()
+        if self.config.trainer.channels_last and clip.video is not None:
+            clip.video = clip.video.contiguous(memory_format=torch.channels_last_3d)
         return clip
 
     def progress(self) -> float:
@@ -293,8 +306,12 @@ class LitCompressor(pl.LightningModule):
             checkpoint["optimizer_names"] = self._group_names()
         for name in self.frozen_names:
             checkpoint["state_dict"].pop(name, None)
+        if self.config.trainer.channels_last:  # files know no layout
+            state = checkpoint["state_dict"]
+            state.update({name: value.contiguous() for name, value in state.items()})
         if self.ema_state is not None:
-            checkpoint["ema"] = {n: v.detach().cpu().clone() for n, v in self.ema_state.items()}
+            state = {n: v.detach().cpu() for n, v in self.ema_state.items()}
+            checkpoint["ema"] = {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
         checkpoint["vtok"] = dict(
             self.extra_state, step=self.steps_done, micro=self.micro_done, bad_in_row=self.bad_in_row,
             bad_steps=self.bad_steps,

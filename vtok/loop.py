@@ -9,6 +9,7 @@ second: whoever was told, all save the same step and stop together.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from vtok import strategy
 from vtok.alarms import AlarmError, Alarms, codebook_line
+from vtok.background import Saver
 from vtok.config import RunConfig
 from vtok.curves import Bar, Curves
 from vtok.lit import LitCompressor, codebook_use
@@ -31,6 +33,8 @@ from vtok.progress import duration
 from vtok.telemetry import Telemetry, kind_of
 from vtok.types import Clip
 from vtok.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 SAMPLE_CLIPS = 4
 
@@ -60,6 +64,7 @@ class Conductor(pl.Callback):
         self.watchdog = Watchdog(config.run_dir / "stacks", minutes=config.trainer.stall_minutes)
         self.telemetry: Telemetry | None = None
         self.shown: Clip | None = None  # the validation clips whose pictures are saved
+        self.saver = Saver()
         self.handlers: dict[int, Any] = {}  # as they were before Lightning and this run set theirs
         if threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
@@ -112,6 +117,8 @@ class Conductor(pl.Callback):
             signal.signal(number, handler)
         self.handlers = {}
         self.watchdog.stop()
+        if problem := self.saver.wait():
+            log.error("%s", problem)
         if self.telemetry is not None:
             self.telemetry.flops.close()
         if self.bar is not None:
@@ -175,7 +182,7 @@ class Conductor(pl.Callback):
                     raise
                 stop, self.owed = self.interrupted, [look, show]
         if save or stop or halt or done or len(names) > 1:
-            self._save(trainer, lit, names)
+            self._save(trainer, lit, names, wait=bool(stop or halt or done))
         if halt:
             last = self.config.run_dir / "checkpoints" / "last.ckpt"
             raise AlarmError(f"stopped at step {step}, saved as {last}: {self.alarm}")
@@ -410,7 +417,7 @@ class Conductor(pl.Callback):
 
     # checkpoints
 
-    def _save(self, trainer: Any, lit: LitCompressor, names: list[str]) -> None:
+    def _save(self, trainer: Any, lit: LitCompressor, names: list[str], *, wait: bool = False) -> None:
         self.watchdog.moved("the writing of a checkpoint")
         self._fold(trainer, lit)
         self.curves.flush()
@@ -429,9 +436,8 @@ class Conductor(pl.Callback):
             "flops": self.telemetry.flops.state() if self.telemetry is not None else {},
         }
         inside = ("window", "codebook_counts", "alarms", "flops")
-        strategy.save(trainer, folder, names, about={k: v for k, v in lit.extra_state.items() if k not in inside})
-        if trainer.is_global_zero:
-            touch(self.config.run_dir)
+        about = {k: v for k, v in lit.extra_state.items() if k not in inside}
+        self.saver.save(trainer, folder, names, about=about, after=lambda: touch(self.config.run_dir), wait=wait)
         self.saved_at = time.perf_counter()
 
 

@@ -31,11 +31,13 @@ from lightning.pytorch.utilities import rank_zero_only
 import vtok
 from vtok import projecting, strategy
 from vtok.alarms import AlarmError
-from vtok.config import RunConfig, flatten, load, load_family, to_yaml
+from vtok.background import BackgroundCheckpointIO
+from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
 from vtok.curves import Curves
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.init_from import begin_from, check_allowed
+from vtok.keys import check_keys
 from vtok.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.lit_projector import LitProjector
 from vtok.loop import Conductor, ToldToStop, touch
@@ -49,6 +51,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 # What a resumed run may change under `data.`: everything else there decides which samples come, and in what order.
 FREE_DATA = (
     "val_shards", "val_batch_size", "val_clips", "root", "cache_dir", "max_bad_fraction", "max_pixels", "reorder",
+    "pin_memory", "prefetch",
 )  # fmt: skip
 FIXED = ("model.", "objective.", "data.", "seed", "init_from", "init_allow", "trainer.accumulate", "trainer.precision",
          "trainer.statistics_clips")  # fmt: skip
@@ -149,6 +152,7 @@ def check(config: RunConfig) -> None:
         )
     if stage and trainer.compile:
         raise ValueError("trainer.compile=true does not work with DeepSpeed's hooks; choose ddp, or compile=false")
+    check_keys(config)
     if not config.data.shards:
         raise ValueError("data.shards is empty: name the folder that `vtok shards` wrote (it holds index.json)")
     if trainer.sample_every and not config.data.val_shards:
@@ -219,9 +223,12 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     resumed = None if about is None else about["step"]
     owed = about is not None and about.get("owed", [False])[0]
     curves = Curves(run_dir if first else None, resumed=resumed, owed=owed, tensorboard=config.trainer.tensorboard)
+    if first and config.trainer.wandb:
+        curves.to_wandb(config.trainer.wandb, to_dict(config))
+    io = BackgroundCheckpointIO() if config.trainer.async_checkpoint else strategy.AtomicCheckpointIO()
     conductor = Conductor(config, curves)
     frozen_model = any(not p.requires_grad for p in lit.model.parameters())
-    plugins: list[Any] = [strategy.AtomicCheckpointIO()]
+    plugins: list[Any] = [io]
     if SLURMEnvironment.detect():
         # Lightning's own requeue saves inside the signal handler, which hangs, or saves a loader worker's step 0
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -470,7 +477,8 @@ def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
         starts = []
     shipped = sum(p.numel() for p in lit.model.parameters())
     trained = sum(p.numel() for p in lit.parameters() if p.requires_grad)
-    counts = {"parameters": shipped, "parameters_trained": trained, "max_tokens": getattr(lit.model, "max_tokens", None)}
+    counts: dict[str, Any] = {"parameters": shipped, "parameters_trained": trained}
+    counts["max_tokens"] = getattr(lit.model, "max_tokens", None)
     aside = config.run_dir / ".environment.json"
     aside.write_text(json.dumps({"starts": [*starts, {**environment(config), **counts}]}, indent=1))
     os.replace(aside, path)

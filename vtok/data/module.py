@@ -24,6 +24,7 @@ from vtok.data.buckets import check_parts, scaled_sizes
 from vtok.data.cursor import MOVED, another_order, carry_over
 from vtok.data.feature_index import FeatureShardError, feature_view
 from vtok.data.pipeline import TrainingStream, ValidationSet, make_loader
+from vtok.data.prefetch import ahead_of
 from vtok.data.sources import Shard, open_sources
 from vtok.data.view import View, view_of
 from vtok.types import Clip
@@ -144,7 +145,8 @@ class ClipDataModule(lightning.LightningDataModule):
             max_bad_fraction=config.max_bad_fraction,
             quarantine=self.quarantine,
         )
-        return make_loader(stream, num_workers=config.num_workers, pin_memory=self._pin())
+        loader = make_loader(stream, num_workers=config.num_workers, pin_memory=self._pin())
+        return ahead_of(loader, self._device(), wanted=config.prefetch)
 
     def _training_view(self) -> View:
         config = self.config
@@ -204,10 +206,14 @@ class ClipDataModule(lightning.LightningDataModule):
             )
         return self._validation
 
-    def _pin(self) -> bool:
+    def _device(self) -> torch.device:
         if self.trainer is None:
-            return torch.cuda.is_available()
-        return self.trainer.strategy.root_device.type == "cuda"
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return self.trainer.strategy.root_device
+
+    def _pin(self) -> bool:
+        asked = self.config.pin_memory
+        return self._device().type == "cuda" if asked is None else asked
 
     def _fixed(self) -> dict[str, Any]:
         config = self.config
