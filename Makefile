@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-fast test-twins test-slurm lint
+.PHONY: help setup demo test test-fast test-twins test-slurm soak lint
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-twins: $(STAMP)  ## The long tests, left out of `make test`: twins of prese
 test-slurm: $(STAMP)  ## Jobs on a real SLURM cluster of two nodes on this machine (installs slurm-wlm and munge)
 	slurm/local_cluster.sh install
 	VTOK_NEED_SLURM=1 $(PYTEST) tests/test_slurm*.py $(PYTEST_ARGS)
+
+soak: $(STAMP)  ## Kill, interrupt, damage and starve it, and count (20 minutes; SHORT=1: the few of each that CI does)
+	OMP_NUM_THREADS=1 $(BIN)/python -m soak $(if $(SHORT),--short) --out build/soak.md $(SOAK_ARGS)
 
 lint: $(STAMP)  ## Lint, format and types
 	$(BIN)/ruff check .

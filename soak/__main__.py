@@ -42,7 +42,8 @@ class Row:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser(short="--short" in argv).parse_args(argv)
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: sys.exit(128 + n))  # so that what was started is ended
@@ -171,10 +172,9 @@ def _commit() -> str:
     return (commit.stdout.strip() or "unknown") + (" with changes" if dirty.stdout.strip() else "")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, short: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m soak", description="Does vtok keep its word when things go wrong?")
     add = parser.add_argument
-    short = "--short" in sys.argv
     add("--short", action="store_true", help="everything once or a few times: a minute of two quiet cores")
     add("--minutes", type=float, default=2 if short else 20, help="begin nothing new after so many")
     add("--kills", type=int, default=4 if short else 20)

@@ -240,6 +240,11 @@ def dying(*arguments):
         data = value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\\n").encode()
         with open(path, "wb") as file:
             file.write(data)
+    def begin(self, path):
+        self.path = self._temporary = path
+    def leave(self, *_):
+        self._file.close()
+    s.TarWriter.__init__, s.TarWriter.__exit__ = begin, leave
     s.write_atomically = t.write_atomically = at_once
     return real(*arguments)
 
@@ -248,8 +253,14 @@ real = crashes.dying
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> corpora.Corpus:
-    return corpora.build(tmp_path_factory.mktemp("soak"))
+def short(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], corpora.Corpus]:
+    """The short form of `make soak`, and the corpus it was done to."""
+    folder = tmp_path_factory.mktemp("soak")
+    command = [sys.executable, "-m", "soak", "--short", "--minutes", "20", "--folder", str(folder), "--keep"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, cwd=ROOT)
+    (root,) = folder.iterdir()
+    return done, corpora.at(root)
 
 
 def _python(text: str, folder: Path, *arguments: object) -> str:
@@ -263,21 +274,28 @@ def _python(text: str, folder: Path, *arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_changed_inputs_are_refused_and_planted_bugs_are_found(corpus, tmp_path):
-    found = judge.tally(inputs.judged(corpus, 100, 0))
-    assert found.inputs >= 95 and set(found.by_kind) == set(inputs.KINDS)
-    assert not found.faults, [(v.case, v.outcome, v.text[:300]) for v in found.faults[:5]]
-    for what, (kind, plant) in PLANTS.items():
-        told = _python(JUDGE.format(plant=plant), tmp_path, corpus.root, kind, 14)
-        silent = int(told.split()[2])
-        assert silent > 0, f"{what} switched off, and no changed input was taken in silence: {told}"
+def test_the_short_form_finds_nothing_wrong(short, capsys):
+    done, _ = short
+    assert done.returncode == 0, done.stderr[-5000:] + done.stdout
+    assert "3 of 3 survived" in done.stdout and "wrong**" not in done.stdout
+    for kind in inputs.KINDS:
+        assert f"| changed: {kind} |" in done.stdout
+    for word in ("training", "packing", "tokenizing", "exporting"):
+        assert f"SIGKILL while {word} | 1 |" in done.stdout and f"an operation on files, {word} |" in done.stdout
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
 
 
 @pytest.mark.slow
-def test_a_missing_rename_is_found(corpus, tmp_path):
-    (tmp_path / "planted.py").write_text("from soak.crashes import dying\n")
-    times, corrupt = map(int, _python(CRASH, tmp_path, corpus.root, 8).split()[-2:])
-    assert times >= 6 and corrupt == 0
+@pytest.mark.parametrize("what", PLANTS)
+def test_a_planted_bug_is_found(short, tmp_path, what):
+    kind, plant = PLANTS[what]
+    told = _python(JUDGE.format(plant=plant), tmp_path, short[1].root, kind, 14)
+    assert int(told.split()[2]) > 0, f"{what} switched off, and no changed input was taken in silence: {told}"
+
+
+@pytest.mark.slow
+def test_a_missing_rename_is_found(short, tmp_path):
     (tmp_path / "planted.py").write_text(RENAME_OFF)
-    times, corrupt = map(int, _python(CRASH, tmp_path, corpus.root, 12).split()[-2:])
+    times, corrupt = map(int, _python(CRASH, tmp_path, short[1].root, 12).split()[-2:])
     assert times >= 8 and corrupt > 0, "written in place, and no kill left half a file behind"
