@@ -52,7 +52,8 @@ class Begun:
 
     def lines(self) -> list[str]:
         """For the log: one for the whole, one for each tensor that is not as it was and each key that changed."""
-        out = [f"init_from={self.source}: {self.done} ({self.taken} tensors as they were)"]
+        kept = f" ({self.taken} tensors as they were)" if self.taken else ""  # none by its name: `done` says which
+        out = [f"init_from={self.source}: {self.done}{kept}"]
         out += [f"  resized    {name}: {there} -> {here}" for name, (there, here) in self.resized.items()]
         out += [f"  begun anew {name}: {there or 'none'} -> {here}" for name, (there, here) in self.new.items()]
         out += [f"  left out   {name}: {there}" for name, there in self.left_out.items()]
@@ -97,6 +98,7 @@ def _begin(model: Any, source: Any, *, told: str, allow: Sequence[str]) -> Begun
         done = _take(old, source)
     begun = Begun(told, done, taken=0, changed=changed)
     _resize(model, old, begun, anew)
+    begun.taken = _shared(model, source)
     if hasattr(model, "go_on_as"):
         model.go_on_as(old)
     return begun
@@ -112,6 +114,7 @@ def _take(model: Any, source: Any) -> str:
 
 
 def _shared(model: nn.Module, source: nn.Module) -> int:
+    """How many tensors of the model are the source's of that name."""
     given = source.state_dict()
     return sum(n in given and torch.equal(v, given[n]) for n, v in model.state_dict().items())
 
@@ -128,7 +131,6 @@ def _resize(model: nn.Module, old: nn.Module, begun: Begun, anew: set[str]) -> N
         if name not in unlike and name not in anew and not name.startswith(apart):
             assert there is not None
             result[name] = there
-            begun.taken += 1
             continue
         stretched = None if there is None or name in anew or name.startswith(apart) else _resized(model, name, there)
         if stretched is None:
