@@ -37,9 +37,6 @@ vtok_run() {
     vtok_requeue "$status"
   elif [ "$status" = 138 ] || { [ "$status" = 143 ] && vtok_is_leaving; }; then
     vtok_requeue "$status" # a command that SIGUSR1 or SIGTERM ends as it stands, or a training that had not begun
-  elif [ "$status" != 0 ] && ! timeout 60 srun --overlap --ntasks-per-node=1 --input=none true; then
-    echo "vtok: a node does not answer: the job starts again without it, or once it is back"
-    vtok_requeue "$status"
   fi
   echo "vtok: job $job ended with status $status, $(date +%FT%T%z)"
   exit "$status"

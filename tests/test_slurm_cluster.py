@@ -61,8 +61,8 @@ def test_training_survives_what_a_cluster_does_to_it(cluster, tmp_path, monkeypa
 
     # one node with two processes, or two with one each: the same ranks, the same run
     one = send("whole", "--nodes", "1", "--sbatch-arg=--nodelist=node1", "--partition", "main")
-    job = send("cut", "trainer.devices=1", "trainer.num_nodes=2", "--nodes", "2", "--partition", "spare",
-               "--signal-before", "150")  # fmt: skip
+    two_nodes = ("trainer.devices=1", "trainer.num_nodes=2", "--nodes", "2")
+    job = send("cut", *two_nodes, "--partition", "spare", "--signal-before", "150")
     until(lambda: lines_of(cut) > 6, "the first steps")
     assert cluster.ranks(job) == {0: "node1", 1: "node2"} and cluster.ranks(one) == {0: "node1", 1: "node1"}
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
@@ -100,7 +100,7 @@ def test_training_survives_what_a_cluster_does_to_it(cluster, tmp_path, monkeypa
     until(lambda: cluster.ended(job), "the cancelled job's end")
     assert cluster.state(job) == "CANCELLED" and time.monotonic() - leaves_at < 30
     assert max(ledger(cut, 0)) == max(ledger(cut, 1)) == saved() - 1 < STEPS - 1
-    again = send("cut", "--nodes", "2")
+    again = send("cut", *two_nodes)
     until(lambda: cluster.ended(again), "the end")
     assert cluster.state(again) == "COMPLETED", log_text()[-3000:]
     until(lambda: cluster.ended(one), "the uncut run's end")

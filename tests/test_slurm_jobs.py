@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from local_slurm import LOCAL, NODE_TIMEOUT_S, ROOT, Cluster, running, until
+from test_resume import make_shards, write_config
 
+from vtok import strategy
+from vtok.config import load
 from vtok.data.encode import write_video
 
 pytestmark = pytest.mark.slow
@@ -52,6 +55,42 @@ def test_an_array_packs_what_one_process_packs(cluster, tmp_path):
     assert sum(name.endswith(".tar") for name in one) > 3 and clips.is_dir()
     assert one.keys() == many.keys()
     assert not [name for name in one if one[name] != many[name]]
+
+
+def train_a_sweep(cluster: Cluster, folder: Path) -> list[Path]:
+    """Two trainings of an array, each of two ranks; their run directories."""
+    trainer = {"val_every": 0, "checkpoint_every": 0}
+    config = write_config(folder, make_shards(folder / "shards"), processes=2, steps=4, slow_s=0.0, trainer=trainer)
+    sweep = folder / "sweep.yaml"
+    sweep.write_text(json.dumps({"grid": {"optim.lr": [0.001, 0.002]}, "name": "{name}-lr{optim.lr}"}))
+    words = ("name=some", "--array", sweep, "--gpus-per-node", "0", "--time", "20", "--partition", "main")
+    job = cluster.submit(config, *words, cwd=folder)
+    until(lambda: cluster.ended(job), "the sweep's end")
+    logs = "\n".join(path.read_text()[-2000:] for path in (folder / "some" / "slurm").rglob("*.out"))
+    assert cluster.call("scontrol", "show", "job", job, "--oneliner").count("JobState=COMPLETED") == 2, logs
+    return [folder / "some-lr0.001", folder / "some-lr0.002"]
+
+
+def test_a_sweep_trains_each_of_its_runs(cluster, tmp_path):
+    runs = train_a_sweep(cluster, tmp_path)
+    for run, rate in zip(runs, (0.001, 0.002)):
+        assert load(run / "config.yaml").optim.lr == rate
+        assert strategy.describe(run / "checkpoints" / "last.ckpt")["step"] == 4
+        assert [len((run / f"ledger-{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [4, 4]
+
+
+@pytest.mark.long
+def test_every_run_of_a_sweep_is_measured(cluster, tmp_path):
+    runs = train_a_sweep(cluster, tmp_path)
+    quick = ["--codecs", "none", "--controls", "mean_colour", "--no-report", "--processes", "1", "--device", "cpu"]
+    every = {"run": {"glob": str(tmp_path / "some-lr*")}}
+    content = {"command": "eval", "arguments": ["{run}", "--out", "{run}/eval", *quick], "grid": every}
+    (tmp_path / "scores.yaml").write_text(json.dumps(content))
+    words = ("--array", tmp_path / "scores.yaml", "--gpus-per-node", "0", "--time", "20", "--partition", "main")
+    job = cluster.submit(*words, cwd=tmp_path)
+    until(lambda: cluster.ended(job), "the scores")
+    logs = "\n".join(path.read_text()[-2000:] for path in (tmp_path / "runs" / "scores").rglob("*.out"))
+    assert all((run / "eval" / "eval.json").is_file() for run in runs), logs
 
 
 def run_script(
