@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -136,13 +136,27 @@ def _resident_peak_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-def launch(path: Path, overrides: list[str], steps: int) -> dict[str, Any] | str:
+def launch(path: Path, overrides: list[str], steps: int, *, cuda: bool) -> dict[str, Any] | str:
     """What `child` gives in a process of its own; the last line of its error where it fails."""
-    command = [sys.executable, __file__, "--child", "--config", str(path), "--steps", str(steps), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    # a fork has everything imported; CUDA does not live through one
+    context = multiprocessing.get_context("spawn" if cuda else "fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_report, args=(theirs, str(path), overrides, steps))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return "it was killed, or its device ran out of memory"
+    finally:
+        process.join()
+
+
+def _report(pipe: Any, path: str, overrides: list[str], steps: int) -> None:
+    try:
+        pipe.send(child(path, overrides, steps))
+    except Exception as error:
+        pipe.send((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def main() -> None:
@@ -151,14 +165,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a run, and as many before them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="rows by name, with commas; those they are compared with come too")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the preset, for every row")
     asked = parser.parse_args()
     if asked.steps < 5 or asked.repeats < 1:
         raise SystemExit(f"error: --steps {asked.steps} --repeats {asked.repeats}: at least 5 and 1")
-    if asked.child:
-        print(json.dumps(child(str(asked.config), asked.overrides, asked.steps)))
-        return
     cuda = torch.cuda.is_available()
     rows = rows_of(load(asked.config, asked.overrides), cuda=cuda)
     wanted = [name.strip() for name in asked.only.split(",") if name.strip()] or list(rows)
@@ -170,7 +180,7 @@ def main() -> None:
     for _ in range(asked.repeats):
         for name in wanted:
             if name not in failed:
-                result = launch(asked.config, [*asked.overrides, *rows[name][1]], asked.steps)
+                result = launch(asked.config, [*asked.overrides, *rows[name][1]], asked.steps, cuda=cuda)
                 if isinstance(result, str):
                     failed[name] = result
                 else:
