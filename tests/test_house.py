@@ -25,6 +25,7 @@ HUGGING = {
     "vtok.llm.small",
     "vtok.llm.seams",
     "vtok.vision.load",
+    "vtok.vision.audio_load",
     "vtok.vision.preprocess",
     "vtok.hf",
     "vtok.skeletons",

@@ -34,6 +34,7 @@ from vtok.allocations import (
 from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, paired, per_question, sentences, versus, video_of
 from vtok.families import reducer as reducing
 from vtok.free_lengths import Imposed, Observed, controlled, judged
+from vtok.layers.projector import with_features
 from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
 from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds, shape_of
 from vtok.progress import counting_bar
@@ -148,7 +149,8 @@ class AnsweringEvaluator:
                 "shards": shards,
                 "clips": clips,
                 "llm": self.llm.identity(),
-                "tower": self._tower(),
+                "tower": self._tower("_tower"),
+                "audio": self._tower("_ears"),
                 "parts": asdict(self.parts) if self.parts else None,
                 "tuned": tuned or None,
                 "environment": environment(self.device, seed=self.seed),
@@ -232,7 +234,7 @@ class AnsweringEvaluator:
         features = model.features(clip, **asked)
         if features is None:  # texts
             return clip, features
-        return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), features
+        return with_features(model, clip, features), features
 
     def _share(self, row: AnswerRow, clip: Clip, method: str, total: int) -> None:
         """A total of the model, shared over segments by one method."""

@@ -207,10 +207,12 @@ def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
     return model, data, settings
 
 
-def window_loader(data: DataConfig, shards: str, *, clips: int | None, setting: str, tower: Any = None) -> Any:
+def window_loader(
+    data: DataConfig, shards: str, *, clips: int | None, setting: str, tower: Any = None, audio: Any = None
+) -> Any:
     """Batches of the middle window and centre crop of each clip, the same for training and validation clips.
 
-    tower: gives the model's frozen tower, whose features the shards may hold instead of videos.
+    tower: gives the model's frozen tower, whose features the shards may hold instead of videos. audio: its audio tower.
     """
     from vtok.data.feature_index import feature_view
     from vtok.data.pipeline import ValidationSet, make_loader
@@ -220,7 +222,7 @@ def window_loader(data: DataConfig, shards: str, *, clips: int | None, setting: 
     where: dict[str, Any] = dict(root=data.root, cache_dir=data.cache_dir, setting=setting)
     held = ValidationSet(
         every_shard(shards, **where),
-        view=feature_view(view_of(data), shards, training=False, tower=tower, **where),
+        view=feature_view(view_of(data), shards, training=False, tower=tower, audio=audio, **where),
         batch_size=data.val_batch_size,
         val_clips=clips,
         cache_dir=data.cache_dir,
@@ -366,7 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         data = replace(data, val_batch_size=options.batch_size)
     clips = data.val_clips if options.clips is None else options.clips
     tower = (lambda: model.tower) if hasattr(model, "compress") else None
-    val = window_loader(data, val_shards, clips=clips, setting="--shards", tower=tower)
+    where: dict[str, Any] = dict(tower=tower, audio=lambda: getattr(model, "ears", None))
+    val = window_loader(data, val_shards, clips=clips, setting="--shards", **where)
     if getattr(model.config, "source", "") == "text":
         from vtok.repeating import main_repeating
 

@@ -1,12 +1,13 @@
-"""The clips of a shard through a frozen tower: short ones in calls they share, long ones piece after piece.
+"""The clips of a shard through frozen towers: short ones in calls they share, long ones piece after piece.
 
     sample -> frames at a rate, fitted to a size --+-- fewer than frames_per_call -> wait for others -> tower -+-> clip
                                                    +-- more -----> tower, piece after piece -------------------+
+    its sound, where an audio tower is to hear it -> chunk after chunk ----------------------------------------+
 
 Which clips share a call depends on the shard and the settings alone, so that the same shard gives the same bytes again.
 What is held of pixels is bounded by `frames_per_call`, whatever the length of the clips.
 
-Letters: B clips, T frames, S feature frames, H height, W width.
+Letters: B clips, T frames, S feature frames (vectors, of a sound), H height, W width, D width of a vector.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import torch
 from av.video.frame import VideoFrame
 from torch import Tensor
 
+from vtok.data.audio import SOUND, WavFile
 from vtok.data.decode import VideoReader
-from vtok.data.feature_index import FeatureSettings
-from vtok.data.feature_shards import Recording, check_size
+from vtok.data.feature_index import FeatureSettings, hearing_of
+from vtok.data.feature_shards import Recording, check_size, recorded_sound
 from vtok.data.sample import read_facts
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.strict import DecodeError
 from vtok.data.view import View, decode_view, fit
 from vtok.data.workers import Notify
 from vtok.types import Features
-from vtok.vision import Tower
+from vtok.vision import AudioTower, Tower
 
 
 class _Video(VideoReader):
@@ -64,6 +66,7 @@ class RecordedClip:
     seconds: list[float] = field(default_factory=list)
     frames: Tensor | None = None
     features: list[Features] = field(default_factory=list)
+    heard: Recording | None = None  # of its sound
 
     def recording(self, stride: int) -> Recording:
         first = self.features[0]
@@ -87,10 +90,10 @@ class RecordedClip:
 
 
 class Recorder:
-    """A tower on clips. Raises ValueError for settings it cannot follow."""
+    """A tower on clips, and an audio tower on their sound. Raises ValueError for settings it cannot follow."""
 
-    def __init__(self, tower: Tower, settings: FeatureSettings) -> None:
-        self.tower, self.settings = tower, settings
+    def __init__(self, tower: Tower, settings: FeatureSettings, *, audio: AudioTower | None = None) -> None:
+        self.tower, self.settings, self.audio = tower, settings, audio
         self.view = View(num_frames=settings.frames or 1, size=settings.size, fps=settings.fps, crop=settings.crop)
         # video towers see each window by itself, so a long clip may be cut between windows
         self.most = max(1, tower.config.frames_per_call // tower.window) * tower.window
@@ -151,7 +154,26 @@ class Recorder:
             else:
                 clip.frames = torch.stack(held)
             clip.facts = self._facts(video, clip.seconds)
+        if self.audio is not None and SOUND in sample.members:
+            clip.heard = self._hear(reader, sample, clip.facts)
         return clip
+
+    @torch.inference_mode()
+    def _hear(self, reader: ShardReader, sample: Sample, facts: dict[str, Any]) -> Recording | None:
+        """What the audio tower makes of a clip's sound: of all of it, or of the window that was recorded."""
+        assert self.audio is not None
+        tower, whole = self.audio, self.settings.frames is None
+
+        def read(first: int, num_bytes: int) -> bytes:
+            return reader.read(sample, SOUND, first=first, num_bytes=num_bytes)
+
+        file = WavFile(read, sample.members[SOUND][1], rate=tower.rate, chunk=tower.chunk)
+        begin, end = (0, file.total) if whole else (round(facts[key] * tower.rate) for key in ("start_s", "end_s"))
+        chunk = begin // tower.chunk
+        (vectors,) = tower.sequences([file.chunks(chunk, -(-end // tower.chunk)).to(tower.device)])
+        first, before = begin // tower.step, chunk * tower.chunk // tower.step
+        vectors = vectors.cpu()[first - before : -(-end // tower.step) - before]
+        return recorded_sound(vectors, hearing_of(tower), first=first) if len(vectors) else None
 
     def _facts(self, video: _Video, seconds: list[float]) -> dict[str, Any]:
         rate = self.settings.fps or video.fps or 1.0

@@ -1,4 +1,4 @@
-"""`vtok features`: shards of video into shards of a frozen tower's features: one pass, many compressors to train on it.
+"""`vtok features`: shards of video into shards of frozen towers' features: one pass, many compressors to train on it.
 
 Whole clips (or the middle window of each) at the frame rate, size and crop of the `data:` node that is to read them; in
 many processes and resumed after any kill, as `vtok.data.shard_work` does. What the result depends on stands in
@@ -11,8 +11,8 @@ import argparse
 import json
 import multiprocessing
 import time
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,23 @@ import torch
 
 from vtok.config import DataConfig, from_dict
 from vtok.data import shard_work
-from vtok.data.feature_index import KIND, SAME, FeatureSettings
+from vtok.data.feature_index import KIND, SAME, SAME_AUDIO, FeatureSettings, audio_facts, check_sound
 from vtok.data.health import TooManyBroken
 from vtok.data.pack import write_atomically
 from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
-from vtok.data.view import FEATURES
+from vtok.data.view import FEATURES, HEARD
 from vtok.data.workers import Notify
 from vtok.feature_recording import Recorder, Rejected, own_size, try_settings
-from vtok.vision import Tower, TowerConfig, load_tower
+from vtok.vision import AudioTower, AudioTowerConfig, Tower, TowerConfig, load_audio_tower, load_tower
 
 COUNTS = ("samples", "frames")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What stands in the output folder, and how fast this call was. outstanding: shards of other parts."""
+    """What stands in the output folder, and how fast this call was. outstanding: shards of other parts. heard: clips
+    with features of their sound."""
 
     samples: int
     frames: int
@@ -45,6 +46,7 @@ class Summary:
     rejected: list[dict[str, Any]]
     seconds: float
     done_now: dict[str, int]  # samples and frames that this call recorded
+    heard: int = 0
 
 
 def record_features(
@@ -52,6 +54,7 @@ def record_features(
     out: str | Path,
     *,
     tower: TowerConfig,
+    audio: AudioTowerConfig | None = None,
     fps: float | None = 8.0,
     size: tuple[int, int] | None = None,
     crop: str = "center",
@@ -71,6 +74,7 @@ def record_features(
     Args:
         shards: a folder with index.json, a whole packing (train/, val/ ...), or what `data.shards` may be.
         tower: as in the model's configuration; its dtype is that of the features, bfloat16 for half of the bytes.
+        audio: an audio tower, as in the model's configuration: what it makes of each clip's sound is recorded too.
         fps, crop, frames, attention, attention_from, keys: see `FeatureSettings`. size: (height, width); None: what the
             tower resizes frames to.
         workers: processes; None: one a core, on CUDA one a device; 0: this process. More than there are devices share.
@@ -85,21 +89,28 @@ def record_features(
         raise ValueError(f"max_bad_fraction={max_bad_fraction} is a share of the samples, 0 to 1")
     jobs = shard_work.plan(str(shards), cache_dir=cache_dir)
     devices = shard_work.devices_of(device)
-    for cached in (_tower, shard_work.health):  # of an earlier call in this process
+    for cached in (_tower, _audio_tower, shard_work.health):  # of an earlier call in this process
         cached.cache_clear()
     config = json.dumps(asdict(tower))
     loaded = _tower(config, "cpu")
     settings = FeatureSettings(fps, size or own_size(loaded), crop, frames, attention, attention_from, keys)
     try_settings(loaded, settings)
-    who = loaded.identity()
-    ledger = Ledger(out, jobs, claim="recording.json", counts=COUNTS, made="features")
+    who, claim = loaded.identity(), {}
+    hears = "" if audio is None else json.dumps(asdict(audio))
+    ears = _audio_tower(hears, "cpu")
+    if ears is not None:
+        firsts = {job.folder: [job.shard()] for job in reversed(jobs)}
+        check_sound(list(firsts.values()), of=str(shards), needs="--audio-tower", cache_dir=cache_dir)
+        claim = {f"audio.{name}": ears.identity()[name] for name in SAME_AUDIO}
+    counts = COUNTS if ears is None else (*COUNTS, "heard")
+    ledger = Ledger(out, jobs, claim="recording.json", counts=counts, made="features")
     numerics = {"frames_per_call": tower.frames_per_call, "torch": torch.__version__, "av": av.__version__}
     ledger.claim(
-        {**{f"tower.{name}": who[name] for name in SAME}, **asdict(settings)},
+        {**{f"tower.{name}": who[name] for name in SAME}, **asdict(settings), **claim},
         {**numerics, "device": device.partition(":")[0]},
     )
     now = ledger.run(
-        write_shard,
+        write_shard if ears is None else partial(write_shard, audio=(hears, ears.sha256)),
         lambda job: (job, out, config, loaded.sha256, settings, devices, max_bad_fraction),
         part=part,
         workers=shard_work.default_workers(device, devices) if workers is None else workers,
@@ -109,9 +120,10 @@ def record_features(
 
     def index(rows: list[dict[str, Any]]) -> dict[str, Any]:
         facts = {"stride": loaded.stride, "window": loaded.window, "embedding_dim": loaded.embedding_dim}
-        columns = (*COUNTS, "name", "bytes", "sha256")
+        columns = (*counts, "name", "bytes", "sha256")
         listed = [{key: row[key] for key in columns} for row in rows]
-        return {"kind": KIND, "tower": {**who, **facts}, "settings": asdict(settings), "shards": listed}
+        heard = {} if ears is None else {"audio": audio_facts(ears)}
+        return {"kind": KIND, "tower": {**who, **facts}, **heard, "settings": asdict(settings), "shards": listed}
 
     done = ledger.finish(index, limit=max_bad_fraction)
     return Summary(
@@ -130,6 +142,13 @@ def _tower(config: str, device: str) -> Tower:
     return load_tower(from_dict(TowerConfig, json.loads(config), where="tower")).to(device)
 
 
+@lru_cache(maxsize=1)
+def _audio_tower(config: str, device: str) -> AudioTower | None:
+    if not config:
+        return None
+    return load_audio_tower(from_dict(AudioTowerConfig, json.loads(config), where="audio")).to(device)
+
+
 def write_shard(
     job: Job,
     out: Path,
@@ -140,24 +159,29 @@ def write_shard(
     limit: float,
     lost: dict[str, str],
     notify: Notify,
+    *,
+    audio: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
     """Record one shard; returns its record.
 
     Args:
-        tower: its configuration as json. sha256: of its weights when recording began.
+        tower: its configuration as json. sha256: of its weights when recording began. audio: both of the audio tower,
+            "" for none.
         lost: {key: reason} of samples not to touch again. notify: called with each sample's key before it is touched.
     Raises: ValueError for other weights. TooManyBroken past the share of broken samples. OSError where the shard cannot
         be read or written.
     """
     number = (multiprocessing.current_process()._identity or (0,))[0]  # 1, 2 ... in worker processes
-    loaded = _tower(tower, devices[number % len(devices)])
-    if loaded.sha256 != sha256:
-        raise ValueError(f"{loaded.name} changed: its weights were {sha256} when recording began: {loaded.sha256} now")
-    recorder = Recorder(loaded, settings)
+    device = devices[number % len(devices)]
+    loaded, ears = _tower(tower, device), _audio_tower(audio[0], device)
+    for each, begun in ((loaded, sha256), (ears, audio[1])):
+        if each is not None and each.sha256 != begun:
+            raise ValueError(f"{each.name} changed: its weights were {begun} when recording began: {each.sha256} now")
+    recorder = Recorder(loaded, settings, audio=ears)
     health, threads = shard_work.health("vtok features", limit), torch.get_num_threads()
     reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=recorder.view.media)
     rejected: list[dict[str, Any]] = []
-    samples = frames = 0
+    samples = frames = heard = 0
     torch.set_num_threads(1)  # sums depend on the number of threads: the same features with any number of workers
     try:
         with TarWriter(job.tar(out)) as tar:
@@ -168,6 +192,9 @@ def write_shard(
                     continue
                 health.good()
                 tar.add(f"{key}.{FEATURES}", result.recording(recorder.tower.stride).to_bytes())
+                if result.heard is not None:
+                    tar.add(f"{key}.{HEARD}", result.heard.to_bytes())
+                    heard += 1
                 tar.add(f"{key}.json", (json.dumps(result.json) + "\n").encode())
                 samples, frames = samples + 1, frames + len(result.seconds)
             written = tar.close(keep=samples > 0)
@@ -177,6 +204,7 @@ def write_shard(
     finally:
         torch.set_num_threads(threads)
     record = {"name": job.name, "samples": samples, "frames": frames, **written, "rejected": rejected}
+    record |= {} if ears is None else {"heard": heard}
     write_atomically(job.record(out), record)
     return record
 
@@ -204,6 +232,12 @@ def main(argv: list[str]) -> int:
     add("--size", metavar="HxW", help="data.size (default: what the tower resizes frames to)")
     add("--crop", default="center", help="data.crop: center, or none (aspect not kept)")
     add("--frames", type=int, metavar="N", help="the middle window of N frames only, as validation (default: all)")
+    add("--audio-tower", default="", metavar="NAME", help="hear each clip's .wav too: hf:USER/REPO or a folder")
+    add("--audio-tokens", type=int, metavar="A", help="keep as few as A vectors of sound a frame (default: all)")
+    add("--audio-layer", type=int, default=-1, help="as --layer, of the audio tower")
+    add("--audio-dtype", help="of the audio tower and its features (default: --dtype)")
+    add("--audio-chunk", type=float, default=0.0, metavar="S", help="seconds heard at once (default: the tower's own)")
+    add("--audio-revision", default="", help="as --revision, of the audio tower")
     add("--attention", default="", metavar="L,L", help="blocks whose received attention is kept too")
     add("--attention-from", default="all", help="queries that count: all or cls")
     add("--keys", action="store_true", help="keep the attention keys of the layer too")
@@ -217,11 +251,14 @@ def main(argv: list[str]) -> int:
         revision=args.revision,
         size=None if args.tower_size is None else list(shard_work.parse_size(args.tower_size, "--tower-size")),
     )
+    fps = shard_work.parse_rate(args.fps)
+    audio = _audio_config(args, fps)
     done = record_features(
         args.shards,
         args.out,
         tower=tower,
-        fps=shard_work.parse_rate(args.fps),
+        audio=audio,
+        fps=fps,
         size=None if args.size is None else shard_work.parse_size(args.size),
         crop=args.crop,
         frames=args.frames,
@@ -239,8 +276,39 @@ def main(argv: list[str]) -> int:
     print(f"{args.out}: features of {done.samples} clips, {done.frames} frames in {done.shards} shards")
     print(f"  {clips} clips now, in {done.seconds:.1f} s: {clips / done.seconds:.1f} clips/s, ", end="")
     print(f"{frames / done.seconds:.1f} frames/s")
+    if audio is not None:
+        same = ("dtype", "layer", "chunk_s", "pool")
+        told = " ".join(f"model.audio.{key}={getattr(audio, key)}" for key in same)
+        print(f"  sound: {done.heard} clips have one; a model reads it with {told}")
     shard_work.print_rest(args.out, done.rejected, done.outstanding)
     return 0
+
+
+def _audio_config(args: argparse.Namespace, fps: float | None) -> AudioTowerConfig | None:
+    """The audio tower of the options, `pool` such that each frame keeps --audio-tokens vectors at least."""
+    if not args.audio_tower:
+        return None
+    config = AudioTowerConfig(
+        name=args.audio_tower,
+        layer=args.audio_layer,
+        dtype=args.audio_dtype or args.dtype,
+        chunk_s=args.audio_chunk,
+        revision=args.audio_revision,
+    )
+    if args.audio_tokens is None:
+        return config
+    if args.audio_tokens < 1 or fps is None:
+        raise ValueError(
+            f"--audio-tokens {args.audio_tokens} with --fps {args.fps}: give 1 or more, for frames at a rate"
+        )
+    tower = load_audio_tower(config)
+    pool = int(tower.rate / tower.step / (fps * args.audio_tokens) + 1e-9)
+    if pool < 1:
+        raise ValueError(
+            f"--audio-tokens {args.audio_tokens} at --fps {args.fps}: {config.name} gives "
+            f"{tower.rate / tower.step / fps:.3g} vectors a frame; ask for fewer, or leave it out to keep all"
+        )
+    return replace(config, tokens=args.audio_tokens, pool=pool)
 
 
 def _layers(text: str) -> tuple[int, ...]:

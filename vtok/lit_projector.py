@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from vtok import strategy
+from vtok.layers.projector import with_features
 from vtok.lit import LitCompressor
 from vtok.metrics.cost import Timed, clock_of, compress_flops
 from vtok.metrics.language import exact_match
@@ -29,7 +29,7 @@ class LitProjector(LitCompressor):
         self.menu = self.menu or tuple(asked or model.budgets(features))
         if features is None:  # texts
             return clip, self.menu
-        return replace(clip, features={**(clip.features or {}), model.config.tower.name: features}), self.menu
+        return with_features(model, clip, features), self.menu
 
     def measure(self, clip: Clip, index: int) -> dict[str, Any]:
         out, mean = super().measure(clip, index), {}

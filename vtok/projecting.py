@@ -16,17 +16,20 @@ def is_projector(config: RunConfig) -> bool:
 
 
 def complete(config: RunConfig) -> Any:
-    """Fill in the widths of the tower's features and of the LLM's words, and the scale of these, in `config.model`.
+    """Fill in the widths of the towers' features and of the LLM's words, and the scale of these, in `config.model`.
 
     Returns: the LLM, if it was loaded: whoever holds it spares the objective the second reading.
     Raises: ValueError where a width is stated and is another.
     """
     from vtok.llm import load_llm
-    from vtok.vision import load_tower
+    from vtok.vision import audio_width, load_tower
 
     model: Any = config.model
     if not model.in_dim and getattr(model, "source", "video") == "video":  # texts are seen by no tower
         model.in_dim = load_tower(model.tower).embedding_dim
+    audio: Any = getattr(model, "audio", None)
+    if audio is not None and audio.name and not audio.in_dim:
+        audio.in_dim = audio_width(audio)
     llm = None
     if not model.embedding_dim or not model.embedding_rms:
         llm = load_llm(config.objective.llm, shared=not config.objective.lora.rank)

@@ -204,7 +204,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
                 )
             return 0
     tower = (lambda: lit.model.tower) if projecting.is_projector(config) else None  # of shards of features
-    data = ClipDataModule(config.data, tower=tower) if data is None else data
+    audio = lambda: getattr(lit.model, "ears", None)  # noqa: E731
+    data = ClipDataModule(config.data, tower=tower, audio=audio) if data is None else data
     lit = build(config, fresh=about is None)
     if first:
         _write_run_files(config, lit)

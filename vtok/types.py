@@ -82,13 +82,32 @@ class Features:
         return torch.arange(self.patches.shape[1], device=self.patches.device) < self.count()[:, None]
 
 
+@dataclass
+class Sound:
+    """What is heard of each clip, mono, from a moment in or before its first frame on.
+
+    samples: [B, S] int16 at `rate` Hz, zeros past a clip's own. lengths: [B] int64 samples of each clip, 0 for one
+    without a sound track. spans: [B, T, 2] int64, samples between which each frame is on show; empty for padding.
+    """
+
+    samples: Tensor
+    lengths: Tensor
+    spans: Tensor
+    rate: int
+
+    def __post_init__(self) -> None:
+        _check("Sound.samples", self.samples, (None, None), "int")
+        _check("Sound.lengths", self.lengths, (self.samples.shape[0],), "int")
+        _check("Sound.spans", self.spans, (self.samples.shape[0], None, 2), "int")
+
+
 def _changed(value: Any, change: Callable[[Any], Any], *, lists: bool = False) -> Any:
-    """A Clip with `change` made to every tensor in it (and every list), those of its features included."""
+    """A Clip with `change` made to every tensor in it (and every list), those of its features and sound included."""
     if isinstance(value, Tensor) or (lists and isinstance(value, list)):
         return change(value)
     if isinstance(value, dict):
         return {key: _changed(item, change, lists=lists) for key, item in value.items()}
-    if isinstance(value, (Clip, Features)):
+    if isinstance(value, (Clip, Features, Sound)):
         kept = {f.name: _changed(getattr(value, f.name), change, lists=lists) for f in fields(value)}
         return type(value)(**kept)
     return value
@@ -105,6 +124,7 @@ class Clip:
     times: [B, T] seconds from the start of the clip.
     text, prompt, target, qa, features: what text compressors, projectors and their metrics read (`design`).
     captions: of each clip, [{start_s, end_s, text}] in its seconds, what is on show when.
+    sound: what is heard meanwhile, for those who hear.
     """
 
     keys: list[str]
@@ -117,6 +137,7 @@ class Clip:
     qa: list[Any] | None = None
     features: dict[str, Features] | None = None
     captions: list[Any] | None = None
+    sound: Sound | None = None
 
     def __post_init__(self) -> None:
         batch = len(self.keys)
@@ -133,6 +154,8 @@ class Clip:
             value = getattr(self, name)
             if value is not None and len(value) != batch:
                 raise ShapeError(f"Clip.{name} has {len(value)} entries for {batch} keys")
+        if self.sound is not None and len(self.sound.samples) != batch:
+            raise ShapeError(f"Clip.sound has {len(self.sound.samples)} entries for {batch} keys")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -167,6 +190,25 @@ class Clip:
 def to_uint8(video: Tensor) -> Tensor:
     """[-1, 1] floats as uint8 levels, rounded half to even and clipped: the one place where pixels are made."""
     return video.detach().float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def means_over(steps: Tensor, spans: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Means of a step function over stretches of time, each cut into `parts`: what is heard, or cached, meanwhile.
+
+    Args:
+        steps: [S, D], entry i holds from i to i + 1. spans: [T, 2], from where to where, in the same unit.
+    Returns: [T, parts, D], zeros where a part has no step in it; [T] float32, the share of each stretch that has.
+    """
+    begin, end = spans.double().unbind(-1)
+    at = torch.arange(parts + 1, device=spans.device, dtype=torch.float64) / parts
+    edges = (begin[:, None] + (end - begin)[:, None] * at).clamp(0, len(steps))  # [T, parts + 1]
+    total = torch.cat([steps.new_zeros(1, steps.shape[1]), steps, steps[-1:]]).double().cumsum(0)
+    whole = edges.floor().long()
+    sums = total[whole] + (total[(whole + 1).clamp(max=len(total) - 1)] - total[whole]) * (edges - whole)[..., None]
+    inside = edges.diff(dim=1)  # [T, parts]
+    means = sums.diff(dim=1) / inside.clamp(min=1e-9)[..., None]
+    share = (edges[:, -1] - edges[:, 0]) / (end - begin).clamp(min=1e-9)
+    return means.masked_fill(inside[..., None] <= 1e-9, 0).to(steps.dtype), share.float()
 
 
 def share(total: int, groups: int) -> list[int]:

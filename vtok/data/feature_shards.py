@@ -1,6 +1,7 @@
 """Shards of a frozen tower's features, as `vtok features` writes them: the format, and windows of them as of videos.
 
     <key>.features.safetensors   what the tower made of the clip's frames (`Recording`)
+    <key>.audio.safetensors      what an audio tower made of its sound, where it has one: a row for every step of time
     <key>.json                   the clip's own json, unchanged
     index.json                   shards, the tower's identity, what it saw: `vtok.data.feature_index`
 
@@ -10,9 +11,10 @@
     metadata     grid, stride, image, start_s, duration_s, end_s, fps, tolerance_s: json values
 
 A window is picked by time as from a video whose frames these are, and only its rows are read. So features recorded at
-the source's own frames, or at the rate of the source, give the very windows that training on pixels draws.
+the source's own frames, or at the rate of the source, give the very windows that training on pixels draws. What is
+heard during its frames is averaged from the rows of that time.
 
-Letters: B clips, T frames, S feature frames, N patches of a frame, D width.
+Letters: B clips, T frames, S feature frames, N patches of a frame, A audio tokens of a frame, D width.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from torch import Tensor
 
 from vtok.data.feature_index import AGAIN, FeatureShardError
 from vtok.data.sources import MAX_MEDIA_BYTES, BrokenSample
-from vtok.data.view import Cached, View
-from vtok.types import Features
+from vtok.data.view import Cached, Hearing, View
+from vtok.types import Features, means_over
 
 MAX_HEADER_BYTES = 1 << 20
 _TYPES = {
@@ -261,6 +263,39 @@ def _on_show(file: _File, times: Tensor) -> list[int]:
     """Numbers of the frames on show at `times`."""
     after = torch.searchsorted(file.seconds, times + file.tolerance_s, right=True)
     return (after - 1).clamp(min=0).tolist()
+
+
+def recorded_sound(vectors: Tensor, hearing: Hearing, *, first: int) -> Recording:
+    """The recording of a sound. vectors: [S, D], one for each `hearing.step` samples; first: the first one's number."""
+    numbers = torch.arange(first, first + len(vectors) + 1, dtype=torch.float64)
+    seconds = numbers * hearing.step / hearing.rate
+    begin, end = float(seconds[0]), float(seconds[-1])
+    facts: dict[str, Any] = {"image": False, "fps": hearing.rate / hearing.step, "tolerance_s": 0.0}
+    span: dict[str, Any] = {"start_s": begin, "duration_s": end - begin, "end_s": end}
+    return Recording(Features(vectors[None, :, None], (1, 1)), seconds[:-1], stride=1, **facts, **span)
+
+
+def heard_in_window(read: Read | None, num_bytes: int, hearing: Hearing, times: Tensor, spans: Tensor) -> Window:
+    """What an audio tower made of the sound during some frames.
+
+    Args:
+        read: (offset, bytes) of the file of a clip's sound, of `num_bytes`; None: it has none.
+        times: float64 [T]. spans: int64 [T, 2], samples between which each frame is on show.
+    Returns: features [1, T, A, D] as `vtok.vision.AudioTower` gives them. Raises: BrokenSample.
+    """
+    first, vectors = 0, torch.zeros(0, hearing.width, dtype=getattr(torch, hearing.dtype))
+    if read is not None:
+        file = _File(read, num_bytes)
+        patches, begin = file.entries["patches"], round(file.start_s * hearing.rate / hearing.step)
+        if (patches.dtype, patches.shape[1:]) != (vectors.dtype, (1, hearing.width)):
+            raise BrokenSample(f"the sound's features are {patches.dtype} of shape {list(patches.shape)}; {AGAIN}")
+        first = max(begin, int(spans.min()) // hearing.step)
+        stop = min(begin + file.count, -(-int(spans.max()) // hearing.step))
+        if first < stop:
+            vectors = file.features(range(first - begin, stop - begin)).patches[0, :, 0]
+    means, share = means_over(vectors, (spans.double() / hearing.step) - first, hearing.tokens)
+    found = Features(means[None], (1, hearing.tokens), times=times.float()[None], frame=share[None, :, None])
+    return Window(hearing.name, 1, found, times)
 
 
 def collate_features(windows: Sequence[Window], frames: int) -> Features:

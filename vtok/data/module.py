@@ -49,6 +49,7 @@ def fingerprint(sources: list[list[Shard]], view: View | None = None) -> str:
     facts: list[Any] = [[(shard.name, shard.samples, shard.num_bytes) for shard in source] for source in sources]
     if view is not None and view.cached is not None:
         facts.append(view.cached.identity)
+        facts += [] if view.hearing is None else [view.hearing.identity]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -59,6 +60,7 @@ class ClipDataModule(lightning.LightningDataModule):
         config: the `data:` node.
         tower: gives the model's frozen tower (with `name` and `identity()`); asked only where the shards hold features
             (`vtok features`), which must then be its own. None takes any tower's, under the name it was recorded with.
+        audio: gives the model's audio tower, where it hears; clips then bring sound, or its features.
         quarantine: file of broken samples, read again on resume; None: quarantine.jsonl in trainer.default_root_dir.
     Raises: ValueError for bad settings, at once; for shards that are not there, when a loader is asked for.
     """
@@ -69,10 +71,11 @@ class ClipDataModule(lightning.LightningDataModule):
         *,
         quarantine: str | Path | None = None,
         tower: Callable[[], Any] | None = None,
+        audio: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self._tower = tower
+        self._tower, self._audio = tower, audio
         self._views: dict[str, View] = {}
         self.view = view_of(config)
         self._quarantine = quarantine
@@ -166,6 +169,7 @@ class ClipDataModule(lightning.LightningDataModule):
                 shards,
                 training=training,
                 tower=self._tower,
+                audio=self._audio,
                 most_frames=max(config.part_frames) if training and config.part_frames else None,
                 root=config.root,
                 cache_dir=config.cache_dir,

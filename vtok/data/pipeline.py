@@ -9,7 +9,8 @@
 4. decode         a window of `num_frames` at `fps` with a random start; a clip that is shorter than the window comes
                   whole, with its length; an image is a 1-frame clip                    -> `vtok.data.view`
                   With data.map it is a window of the dense map in <key>.npy        -> `vtok.data.maps`
-                  In shards of a tower's features it is the same window of those, and there is no stage 5
+                  In shards of a tower's features it is the same window of those, and there is no stage 5;
+                  for a model that hears, the sound of the window comes too       -> `vtok.data.audio`
                                                                                     -> `vtok.data.feature_shards`
 5. resize, crop   crop of the target's aspect, antialiased resize, both on uint8; horizontal flip. With
                   data.size_scales the target of a batch is one of several sizes, drawn by the batch's number

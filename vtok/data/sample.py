@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtok.data.feature_shards import Window, collate_features, window_of_features
+from vtok.data.audio import SOUND, WavFile, frame_spans
+from vtok.data.feature_shards import Window, collate_features, heard_in_window, window_of_features
 from vtok.data.language import visible_questions
 from vtok.data.sources import BrokenSample, Sample, ShardReader
-from vtok.data.view import TEXT, View, decode_view, fit, map_view
-from vtok.types import Clip
+from vtok.data.view import HEARD, TEXT, Hearing, View, decode_view, fit, map_view
+from vtok.types import Clip, Sound
 
 
 class Item(NamedTuple):
@@ -30,6 +31,16 @@ class Item(NamedTuple):
     qa: list[Any] | None
     features: Window | None = None
     captions: list[Any] | None = None
+    heard: Window | None = None  # features of what is heard
+    sound: Heard | None = None
+
+
+class Heard(NamedTuple):
+    """samples: int16 [n] at `rate` Hz, from the beginning of a chunk on. spans: int64 [T, 2], of the frames in them."""
+
+    samples: Tensor
+    spans: Tensor
+    rate: int
 
 
 def read_facts(reader: ShardReader, sample: Sample) -> dict[str, Any]:
@@ -65,7 +76,8 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
     if view.cached is not None:
         read = functools.partial(_read_part, reader, sample, suffix)
         window = window_of_features(read, sample.members[suffix][1], view, rng)
-        return Item(key, None, window.times.float(), caption, visible_questions(qa, window.times), window, timed)
+        heard = None if view.hearing is None else _recorded_sound(reader, sample, view.hearing, window.times, view.fps)
+        return Item(key, None, window.times.float(), caption, visible_questions(qa, window.times), window, timed, heard)
     if view.map:
         fps = facts.get("fps")
         if fps is not None and not (type(fps) in (int, float) and math.isfinite(fps) and fps > 0):
@@ -74,7 +86,29 @@ def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.
         frames, times = map_view(read, sample.members[suffix][1], view, rng, fps=fps)
     else:
         frames, times = decode_view(reader.read(sample, suffix), view, rng)
-    return Item(key, fit(frames, view, rng), times.float(), caption, visible_questions(qa, times), captions=timed)
+    sound = None if view.hearing is None else _sound(reader, sample, view.hearing, times, view.fps)
+    video, told = fit(frames, view, rng), visible_questions(qa, times)
+    return Item(key, video, times.float(), caption, told, captions=timed, sound=sound)
+
+
+def _recorded_sound(reader: ShardReader, sample: Sample, hearing: Hearing, times: Tensor, fps: float | None) -> Window:
+    spans = frame_spans(times, fps=fps, rate=hearing.rate)
+    if HEARD not in sample.members:
+        return heard_in_window(None, 0, hearing, times, spans)
+    read = functools.partial(_read_part, reader, sample, HEARD)
+    return heard_in_window(read, sample.members[HEARD][1], hearing, times, spans)
+
+
+def _sound(reader: ShardReader, sample: Sample, hearing: Hearing, times: Tensor, fps: float | None) -> Heard:
+    """The chunks of a clip's sound in which the frames lie. Raises DecodeError, BrokenSample, OSError."""
+    spans = frame_spans(times, fps=fps, rate=hearing.rate)
+    if SOUND not in sample.members:
+        return Heard(torch.zeros(0, dtype=torch.int16), spans, hearing.rate)
+    read = functools.partial(_read_part, reader, sample, SOUND)
+    file = WavFile(read, sample.members[SOUND][1], rate=hearing.rate, chunk=hearing.chunk)
+    first = int(spans.min()) // hearing.chunk
+    samples = file.chunks(first, -(-int(spans.max()) // hearing.chunk))
+    return Heard(samples, spans - first * hearing.chunk, hearing.rate)
 
 
 def _read_part(reader: ShardReader, sample: Sample, suffix: str, first: int, num_bytes: int) -> bytes:
@@ -101,14 +135,27 @@ def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
         times[row, : counts[row]] = item.times
         times[row, counts[row] :] = item.times[-1]
     windows = [item.features for item in items if item.features is not None]
+    heard = [item.heard for item in items if item.heard is not None]
+    features = {each[0].tower: collate_features(each, most) for each in (windows, heard) if each}
+    sounds = [item.sound for item in items if item.sound is not None]
     return Clip(
         keys=[item.key for item in items],
         video=None if windows else _videos([(item.key, item.video) for item in items if item.video is not None], most),
         lengths=None if min(counts) == most else torch.tensor(counts),
         times=times,
         **told,
-        features={windows[0].tower: collate_features(windows, most)} if windows else None,
+        features=features or None,
+        sound=_sounds(sounds, most) if sounds else None,
     )
+
+
+def _sounds(sounds: Sequence[Heard], frames: int) -> Sound:
+    lengths = torch.tensor([len(each.samples) for each in sounds])
+    samples = torch.nn.utils.rnn.pad_sequence([each.samples for each in sounds], batch_first=True)
+    spans = torch.zeros(len(sounds), frames, 2, dtype=torch.int64)
+    for row, each in enumerate(sounds):
+        spans[row, : len(each.spans)] = each.spans
+    return Sound(samples, lengths, spans, sounds[0].rate)
 
 
 def _videos(keyed: Sequence[tuple[str, Tensor]], most: int) -> Tensor:

@@ -19,6 +19,7 @@ from vtok.data.maps import HEAD_BYTES, MapError, read_header, window_of_map
 from vtok.data.sources import MEDIA
 
 FEATURES = "features.safetensors"  # member of a sample that holds a tower's features
+HEARD = "audio.safetensors"  # member that holds an audio tower's, of clips with a sound
 TEXT = "txt"  # member that holds a text
 
 
@@ -35,6 +36,25 @@ class Cached:
 
 
 @dataclass(frozen=True)
+class Hearing:
+    """That what is heard during the frames is read too, for an audio tower, from <key>.wav or from its features.
+
+    name: of the tower, the key in `Clip.features`. tokens: of a frame. rate: Hz. chunk: samples that it hears at once,
+    counted from the clip's start. step: samples behind each of its vectors. width, dtype: of these. identity: what
+    they depend on.
+    """
+
+    name: str
+    tokens: int
+    rate: int
+    chunk: int
+    step: int
+    width: int
+    dtype: str
+    identity: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class View:
     """What the model sees of a clip. num_frames frames at `fps` (None: the source's own), (height, width) pixels.
 
@@ -43,6 +63,7 @@ class View:
     map: extension of the member that holds a dense map (`vtok.data.maps`); "" takes the video or image.
     texts: take the text alone, of any length, and no frames.
     cached: read features of the window instead (`vtok.data.feature_index.feature_view`).
+    hearing: read what is heard as well: the sound of the window, or features of it where `cached` are read.
     """
 
     num_frames: int = 16
@@ -55,6 +76,7 @@ class View:
     map: str = ""
     texts: bool = False
     cached: Cached | None = None
+    hearing: Hearing | None = None
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:

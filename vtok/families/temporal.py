@@ -20,6 +20,7 @@ Letters: B clips, T frames, N patches of a frame, P tokens of a batch, K tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ from vtok.layers.frames import (
 )
 from vtok.layers.memory_bridge import BridgeConfig, MemoryBridge
 from vtok.layers.pieces import Piece, arrange, gather_tokens, kept
-from vtok.layers.projector import ProjectorConfig, ProjectorModel
+from vtok.layers.projector import ProjectorConfig, ProjectorModel, load_ears
 from vtok.layers.resampler import Resampler
 from vtok.layers.segment_counts import cut_by_length, fixed_sizes, segments_between, windows_between
 from vtok.layers.segments import SegmentConfig, segment, windows
@@ -56,7 +57,7 @@ from vtok.layers.temporal_options import (
 )
 from vtok.llm import ObjectiveConfig, ProjectorObjective
 from vtok.types import Budget, Clip, Features, Tokens
-from vtok.vision import TowerConfig
+from vtok.vision import AudioTowerConfig, TowerConfig, names_an_audio_tower
 
 Objective = ProjectorObjective
 __all__ = ["Config", "Model", "Objective", "ObjectiveConfig"]
@@ -68,12 +69,11 @@ NORMS = ("none", "unit", "match")
 
 
 @dataclass
-class AudioConfig:
-    """Audio beside the video: cached features of the same stretch of the same clips under another name."""
+class AudioConfig(AudioTowerConfig):
+    """Audio beside the video, heard by a frozen tower; or cached features under any name, of the same stretch of the
+    same clips."""
 
-    name: str = ""  # of the audio tower in the clips' features; "" = no audio
-    in_dim: int = 0  # D of its features
-    tokens: int = 50  # of a video frame, averaged from what is heard meanwhile
+    in_dim: int = 0  # D of its features; 0 = filled in when a fresh model is built
 
 
 @dataclass
@@ -136,10 +136,10 @@ class Config(ProjectorConfig):
             raise ValueError(f"model.separator=true is of tdc, not of {self.compressor}")
         if self.compressor == "matryoshka" and self.summary.num_tokens:
             raise ValueError("model.summary with matryoshka: its budget chooses a level; summary.num_tokens=0")
-        if self.audio.name and (self.audio.in_dim < 1 or self.audio.tokens < 1):
+        if self.audio.name and self.audio.in_dim < 1 and not names_an_audio_tower(self.audio.name):
             raise ValueError(
-                f"model.audio.name={self.audio.name!r} needs in_dim, the width of its features ({self.audio.in_dim}), "
-                f"and tokens ({self.audio.tokens}) of at least 1"
+                f"model.audio.name={self.audio.name!r} is no folder and no hf:USER/REPO of a tower, so it needs in_dim, "
+                f"the width of the features that clips bring under that name ({self.audio.in_dim})"
             )
 
     @property
@@ -234,7 +234,8 @@ class WordSize(nn.Module):
 class Model(ProjectorModel):
     """max_tokens: the largest budget. nested: whether a smaller budget keeps some of the tokens of a larger one; by
     `Tokens.truncate` with an int where groups=clip, with the budgets of groups where groups=window. reads_prompt:
-    whether tokens are for one question.
+    whether tokens are for one question. ears: the audio tower, by reference as the tower is; None for a model that
+    hears nothing.
 
     A network's parameters are read inside its own forward alone, as an engine that shards them (ZeRO-3) needs it.
     """
@@ -246,7 +247,10 @@ class Model(ProjectorModel):
         self.reads_prompt = c.text
         width = c.former.width if c.compressor == "tdc" else c.dual_path.former.width
         self.words = ByteWords(width, most=c.text_words) if c.text else None
+        if c.audio.name and c.audio.in_dim < 1:
+            raise ValueError(f"model.audio.in_dim={c.audio.in_dim} must be above 0: it is the audio tower's")
         self.audio = nn.Linear(c.audio.in_dim, dim) if c.audio.name else None
+        self._ears: Any = None  # no module, as the tower is none
         self.compressor = _build(c, dim)
         s = c.summary
         self.summary = None
@@ -257,16 +261,25 @@ class Model(ProjectorModel):
         self.size = None if c.compressor == "matryoshka" else WordSize(c.output_norm, dim, c.embedding_rms)
 
     def beside(self, clip: Clip) -> dict[str, Features]:
-        """What `compress` is given of a clip beside its tower's features and its prompt."""
+        """What `compress` is given of a clip beside its tower's features and its prompt: features of what is heard,
+        which the clip brings, or which the audio tower makes of its sound."""
         name = self.config.audio.name
         if not name:
             return {}
-        if name not in (clip.features or {}):
+        found = (clip.features or {}).get(name)
+        if found is None and clip.sound is None:
             raise ValueError(
-                f"the clips bring no features of model.audio.name={name!r}, only of {sorted(clip.features or {})}: "
-                "make a cache of them, or train without audio"
+                f"the clips bring no features of model.audio.name={name!r}, only of {sorted(clip.features or {})}, and "
+                "no sound: read shards of videos made with `vtok shards --audio`, or features recorded of them with "
+                "`vtok features --audio-tower`, or train without audio"
             )
-        return {"audio": (clip.features or {})[name]}
+        return {"audio": self.ears.features(clip) if found is None else found}
+
+    @property
+    def ears(self) -> Any:
+        if self._ears is None and self.config.audio.name:
+            self._ears = load_ears(self.config.audio)
+        return self._ears
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         return self.compress(self.features(clip), budget=budget, prompt=clip.prompt, **self.beside(clip))
@@ -341,8 +354,9 @@ class Model(ProjectorModel):
         return self.compressor(frames, words, None if audio is None else self._heard(frames, audio))
 
     def _heard(self, frames: Frames, audio: Features) -> Tensor:
-        """[B, T, A, D]: what is heard during each frame, A means in time order. The audio features are those of the
-        same stretch as the video's frames, so the one's time is the other's."""
+        """[B, T, A, D]: what is heard during each frame, A means in time order, a learned vector where a clip has no
+        sound. The audio features are those of the same stretch as the video's frames, so the one's time is the other's.
+        """
         assert self.audio is not None
         tokens, count = self.config.audio.tokens, frames.patches.shape[1]
         heard = self.audio(audio.patches.to(self.audio.weight.dtype)).flatten(1, 2)  # [B, S, D]

@@ -187,12 +187,29 @@ class ProjectorModel(nn.Module):
         return f"the projector, {len(given)} tensors{what}"
 
 
+def with_features(model: Any, clip: Clip, features: Features) -> Clip:
+    """The clip with these features of a model's tower, and those that it is given beside them: made once, for all who
+    compress the clip."""
+    found = {model.config.tower.name: features}
+    beside = getattr(model, "beside", None)
+    for part, each in (beside(clip) if beside is not None else {}).items():
+        found[getattr(model.config, part).name] = each
+    return replace(clip, features={**(clip.features or {}), **found})
+
+
 def _load_tower(config: Any) -> Any:
+    return _vision(f"frames are seen by the tower {config.name!r}").load_tower(config)
+
+
+def load_ears(config: Any) -> Any:
+    """The audio tower of an `AudioTowerConfig` (`vtok.vision.AudioTower`)."""
+    return _vision(f"sound is heard by the tower {config.name!r}").load_audio_tower(config)
+
+
+def _vision(why: str) -> Any:
     try:
-        vision = importlib.import_module("vtok.vision")  # by name: an export's one file does without towers
+        return importlib.import_module("vtok.vision")  # by name: an export's one file does without towers
     except ImportError as error:
         raise ImportError(
-            f"frames are seen by the tower {config.name!r}, which vtok loads: pip install 'vtok[towers]', or give "
-            "features to `compress`"
+            f"{why}, which vtok loads: pip install 'vtok[towers]', or give features to `compress`"
         ) from error
-    return vision.load_tower(config)

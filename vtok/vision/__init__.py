@@ -14,11 +14,25 @@ an engine, a deep copy shares it, and a pickle holds its name and hash alone.
     preprocess.py  what is done to frames        bodies.py  the libraries behind one call
     load.py        names, folders, hashes        tower.py   Tower, TowerConfig
     resample.py    features on another grid
+    audio.py       AudioTower, AudioTowerConfig     audio_load.py  its names, folders, libraries
 """
 
+from vtok.vision.audio import AudioTower, AudioTowerConfig
+from vtok.vision.audio_load import audio_width, load_audio_tower, names_an_audio_tower
 from vtok.vision.load import load_tower
 from vtok.vision.preprocess import Preprocess
 from vtok.vision.resample import resample_features
 from vtok.vision.tower import Tower, TowerConfig
 
-__all__ = ["Preprocess", "Tower", "TowerConfig", "load_tower", "resample_features"]
+__all__ = [
+    "AudioTower",
+    "AudioTowerConfig",
+    "Preprocess",
+    "Tower",
+    "TowerConfig",
+    "audio_width",
+    "load_audio_tower",
+    "load_tower",
+    "names_an_audio_tower",
+    "resample_features",
+]
