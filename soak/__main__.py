@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     root = Path(tempfile.mkdtemp(prefix="vtok-soak-", dir=options.folder))
     began, rows = time.monotonic(), []
     try:
-        corpus = corpora.build(root)
+        corpus = corpora.at(options.corpus) if options.corpus else corpora.build(root)
         for row in measure(corpus, options, began):
             rows.append(row)
             print(f"[{time.monotonic() - began:5.0f} s] {_line(row)}", file=sys.stderr, flush=True)
@@ -114,13 +114,13 @@ def damaged(corpus: Corpus, count: int, seed: int) -> Iterator[Row]:
 
 def by_command(corpus: Corpus, seed: int) -> Row:
     """The same as a user sees it: an exit status and words, no traceback."""
-    model, run = str(corpus.export), "run"
+    model, run, video = str(corpus.export), "run", str(corpus.videos / "clip00.mp4")
     commands = {
         "vtok": lambda path: ["decode", model, str(path), "--out", str(path.with_suffix(".mkv"))],
         "shards, verified": lambda path: ["shards", "--verify", str(path), "--workers", "0", "--quiet"],
-        "export": lambda path: ["info", str(path)],
+        "export": lambda path: ["encode", str(path), video, "--out", str(path.parent / "a.vtok")],
         "config": lambda path: ["train", str(path), f"name={run}", f"out={path.parent}"],
-        "checkpoint": lambda path: ["export", str(path), "--out", str(path.parent / "export")],
+        "checkpoint": lambda path: ["export", str(path), "--which", "last", "--out", str(path.parent / "export")],
         "video": lambda path: ["encode", model, str(path), "--out", str(path.with_suffix(".vtok"))],
     }
     wrong, done = [], 0
@@ -185,6 +185,7 @@ def _parser(*, short: bool) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--out", type=Path, metavar="FILE", help="write the table there, too")
     add("--folder", type=Path, help="where to work (default: the system's folder of temporary files)")
+    add("--corpus", type=Path, metavar="DIR", help="take what an earlier call with --keep left, instead of making it")
     add("--keep", action="store_true", help="leave what was worked on")
     return parser
 

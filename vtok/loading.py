@@ -231,8 +231,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         kind = facts.get("model_type") if isinstance(facts, dict) else type(facts).__name__
         raise ExportError(f"{folder} is not a vtok export: its config.json is of type {kind!r}")
     version = facts.get("format")
-    if not isinstance(version, int) or version > FORMAT:
-        raise ExportError(f"{path} has format {version!r}, this vtok reads up to {FORMAT}: install a newer vtok")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ExportError(f"{path} has format {version!r}, this vtok reads 1 to {FORMAT}: install a newer vtok")
     kinds = {"family": str, "model": dict, "model_id": str, "weights_sha256": str}
     bad = [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind)]
     if bad:
