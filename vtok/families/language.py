@@ -216,7 +216,8 @@ class Model(SmallReader):
         Raises: ValueError for budgets out of range, clips without a text, and segments longer than the small model.
         """
         if self.eye is not None:
-            told = clip.captions or [[text] if text else [] for text in clip.text or [""] * len(clip)]
+            timed, texts = clip.captions or [[]] * len(clip), clip.text or [""] * len(clip)
+            told = [own or [text] * bool(text) for own, text in zip(timed, texts)]
             return self.compress(self.eye.features(clip), budget=budget, prompt=clip.prompt, captions=told)
         if clip.text is None:
             raise ValueError(
