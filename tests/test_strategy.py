@@ -19,8 +19,8 @@ def config(**trainer):
 
 
 def test_stages_are_read_from_the_name():
-    assert [strategy.stage_of(n) for n in strategy.STRATEGIES] == [0, 0, 1, 2, 3, 2, 3]
-    with pytest.raises(ValueError, match="trainer.strategy='zero'.*auto, ddp, deepspeed_1"):
+    assert [strategy.stage_of(n) for n in strategy.STRATEGIES] == [0, 0, 0, 1, 2, 3, 2, 3]
+    with pytest.raises(ValueError, match="trainer.strategy='zero'.*auto, ddp, fsdp, deepspeed_1"):
         strategy.stage_of("zero")
 
 

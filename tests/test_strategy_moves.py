@@ -71,6 +71,9 @@ MOVES = [
     ("1,auto,plain", "2,deepspeed_3"),
     ("2,deepspeed_2,plain", "2,deepspeed_3_offload"),
     ("1,deepspeed_3,plain", "2,ddp"),
+    ("2,fsdp,plain", "1,auto"),
+    ("2,fsdp,plain", "2,fsdp"),
+    ("1,auto,plain", "2,fsdp"),
 ]
 
 

@@ -107,7 +107,7 @@ class AlarmConfig:
 class TrainerConfig:
     max_steps: int = 1000
     max_minutes: float | None = None  # stop at a step boundary after this wall time; the schedule follows the clock
-    # auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3 | deepspeed_2_offload | deepspeed_3_offload
+    # auto | ddp | fsdp | deepspeed_1 | deepspeed_2 | deepspeed_3 | deepspeed_2_offload | deepspeed_3_offload
     strategy: str = "auto"
     accelerator: str = "auto"
     devices: int = 1

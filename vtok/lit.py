@@ -251,8 +251,10 @@ class LitCompressor(pl.LightningModule):
         groups = sorted(optimizer.param_groups, key=lambda group: group["part"])
         pairs = [(p, group["part"]) for group in groups for p in group["params"] if p.grad is not None]
         parameters = [p for p, _ in pairs]
-        norm, parts = total_norms([p.grad for p in parameters], [part for _, part in pairs])
-        value, *values = torch.stack([norm, *parts.values()]).tolist()  # the one synchronisation of a step
+        gradients = strategy.local([p.grad for p in parameters])
+        norm, parts = total_norms(gradients, [part for _, part in pairs])
+        norms = strategy.joint_norms(self.trainer.strategy, torch.stack([norm, *parts.values()]))
+        value, *values = norms.tolist()  # the one synchronisation of a step
         self.applied, self.grad_norm = math.isfinite(value), value
         self.part_norms = dict(zip(parts, values))
         limit = self.config.optim.clip_grad_norm
@@ -260,7 +262,10 @@ class LitCompressor(pl.LightningModule):
             for p in parameters:  # without gradients AdamW passes them by: weights, moments and counters all stay
                 p.grad = None
         elif limit and value > limit:
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+            if isinstance(self.trainer.strategy, strategy.Sharded):  # this rank's parts, by the norm of the whole
+                torch._foreach_mul_(gradients, limit / (value + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
+            else:
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
 
     def _average(self) -> None:
         if self._ema is None:

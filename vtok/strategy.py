@@ -1,9 +1,9 @@
 """How a run is spread over processes, and what its checkpoints look like on disk. The only room that touches DeepSpeed.
 
-trainer.strategy   auto | ddp | deepspeed_1 | deepspeed_2 | deepspeed_3, the last two with _offload (AdamW in the
-                   host's memory)                                            (CUDA with nccl, CPU with gloo)
-checkpoint         one file (auto, ddp) or one folder with a shard per rank (deepspeed_*): vtok/checkpoints.py; each
-                   strategy goes on from the checkpoints of every other, and of any number of processes
+trainer.strategy   auto | ddp | fsdp | deepspeed_1 | deepspeed_2 | deepspeed_3, the last two with _offload (AdamW in
+                   the host's memory)                                        (CUDA with nccl, CPU with gloo)
+checkpoint         one file (auto, ddp, fsdp) or one folder with a shard per rank (deepspeed_*): vtok/checkpoints.py;
+                   each strategy goes on from the checkpoints of every other, and of any number of processes
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vtok import checkpoints
 from vtok.checkpoints import consolidate as consolidate
@@ -33,7 +35,9 @@ from vtok.config import RunConfig
 from vtok.zero_shards import TAG as TAG
 from vtok.zero_shards import CheckpointError, fill
 
-STRATEGIES = ("auto", "ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
+STRATEGIES = (
+    "auto", "ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload",
+)  # fmt: skip
 
 
 def stage_of(name: str) -> int:
@@ -85,6 +89,8 @@ def build(config: RunConfig, *, frozen_model: bool) -> Strategy | str:
     if stage:
         return _deepspeed(config, stage, frozen_model)
     world = trainer.devices * trainer.num_nodes
+    if trainer.strategy == "fsdp":
+        return Sharded(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if trainer.strategy == "ddp" or world > 1:
         return DDPStrategy(find_unused_parameters=trainer.find_unused_parameters)
     return "auto"
@@ -169,6 +175,83 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
         engine.config["zero_force_ds_cpu_optimizer"] = False
     _merge(engine.config, config.trainer.deepspeed)
     return engine
+
+
+class Sharded(ModelParallelStrategy):
+    """PyTorch's own sharding (`fully_shard`): each rank holds its part of weights, gradients and moments between steps.
+
+    Model and objective are one unit, gathered whole for a step: parts of a family may be read by whoever likes, as
+    under DDP. What lies between the forward and the backward pass is not smaller than there; ZeRO-3 is for models whose
+    weights alone are too large. Checkpoints are one file, as those of DDP.
+    """
+
+    def setup(self, trainer: Any) -> None:  # the parent's, with the module sharded here and not by a hook of its own
+        assert self.model is not None and self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+        for method in ("training_step", "measure", "pictures", "answers"):  # what the run calls in place of `forward`
+            register_fsdp_forward_method(self.model, method)
+        self.barrier()
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Whole, on the first rank, numbered as any optimizer's."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper, or what it wraps
+        groups = optimizer.state_dict()["param_groups"]
+        state: dict[int, Any] = {}
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            if parameter in optimizer.state:
+                state[index] = {name: _gathered(value) for name, value in optimizer.state[parameter].items()}
+        return {"state": state if self.is_global_zero else {}, "param_groups": groups}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        verify(path)
+        whole = checkpoints.read(path)
+        module, moments = self.lightning_module, checkpoints.moments_of(whole) or {}
+        assert module is not None
+        state = whole.pop("state_dict")
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            module.load_state_dict({n: _scattered(v, parameters.get(n)) for n, v in state.items()})
+            optimizer = self.optimizers[0]
+            for name, kept in moments.items():
+                parameter = parameters[name]
+                steps = torch.tensor(float(kept["step"]))
+                optimizer.state[parameter] = {
+                    "step": steps.to(parameter.device) if optimizer.defaults["fused"] else steps,
+                    **{key: _scattered(kept[key].to(parameter.dtype), parameter) for key in checkpoints.MOMENTS},
+                }
+        return whole
+
+
+def _gathered(value: Any) -> Any:
+    """A tensor whole, in host memory."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def _scattered(value: Tensor, like: Any) -> Tensor:
+    """A whole tensor, which every rank has, split as `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def local(gradients: list[Tensor]) -> list[Tensor]:
+    """This rank's parts of gradients that are sharded; others as they are."""
+    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+
+
+def joint_norms(strategy: Any, norms: Tensor) -> Tensor:
+    """Euclidean norms of whole gradients from those of this rank's parts, where they are sharded."""
+    if not isinstance(strategy, Sharded):
+        return norms
+    squares = norms.double().square()
+    torch.distributed.all_reduce(squares)
+    return squares.sqrt().to(norms.dtype)
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -267,7 +350,10 @@ def call(trainer: Any, method: str, *args: Any) -> Any:
     strategy, module = trainer.strategy, trainer.lightning_module
     if is_deepspeed(strategy):
         return strategy._forward_redirection(strategy.model, module, method, *args)
-    return getattr(module, method)(*args)
+    result = getattr(module, method)(*args)
+    if isinstance(strategy, Sharded):  # after a forward pass alone the unit would stay whole
+        module.reshard()
+    return result
 
 
 @contextmanager

@@ -145,13 +145,14 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"optim.ema_decay={optim.ema_decay} must lie in [0, 1); 0 keeps no averaged weights")
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         raise ValueError(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
-    if stage == 3 and optim.ema_decay:
+    if (stage == 3 or trainer.strategy == "fsdp") and optim.ema_decay:
         raise ValueError(
-            f"optim.ema_decay={optim.ema_decay}: averaged weights are not kept under trainer.strategy=deepspeed_3, "
-            "where no rank holds whole weights; choose deepspeed_2, or optim.ema_decay=0"
+            f"optim.ema_decay={optim.ema_decay}: averaged weights are not kept under trainer.strategy="
+            f"{trainer.strategy}, where no rank holds whole weights; choose deepspeed_2, or optim.ema_decay=0"
         )
-    if stage and trainer.compile:
-        raise ValueError("trainer.compile=true does not work with DeepSpeed's hooks; choose ddp, or compile=false")
+    if (stage or trainer.strategy == "fsdp") and trainer.compile:
+        hooks = "DeepSpeed's hooks" if stage else "fsdp's hooks"
+        raise ValueError(f"trainer.compile=true does not work with {hooks}; choose ddp, or compile=false")
     check_keys(config)
     if not config.data.shards:
         raise ValueError("data.shards is empty: name the folder that `vtok shards` wrote (it holds index.json)")
