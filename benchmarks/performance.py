@@ -139,7 +139,7 @@ def _resident_peak_gib() -> float:
 def launch(path: Path, overrides: list[str], steps: int, *, cuda: bool) -> dict[str, Any] | str:
     """What `child` gives in a process of its own; the last line of its error where it fails."""
     # a fork has everything imported; CUDA does not live through one
-    context = multiprocessing.get_context("spawn" if cuda else "fork")
+    context: Any = multiprocessing.get_context("spawn" if cuda else "fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_report, args=(theirs, str(path), overrides, steps))
     process.start()
