@@ -182,7 +182,7 @@ def print_comparison(result: dict[str, Any], console: Console | None = None) -> 
         title=f"{result['before']['name']} -> {result['after']['name']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     with_ssim = any("ssim_after" in row for each in result["corpora"] for row in each["rows"])
-    for heading in ("corpus", "tokens", "before", "after", "difference", "95 %", *(["SSIM", "after"] * with_ssim)):
+    for heading in ("corpus", "tokens", "before", "after", "difference", "95 %", *(["SSIM"] * with_ssim)):
         table.add_column(heading, justify="left" if heading == "corpus" else "right", no_wrap=True)
 
     def number(value: float | None, *, sign: str = "") -> str:
@@ -194,7 +194,8 @@ def print_comparison(result: dict[str, Any], console: Console | None = None) -> 
             cells = [each["corpus"], f"{row['tokens_mean']:.0f}", number(row["before"]), number(row["after"])]
             cells += [number(row["difference"], sign="+"), bounds]
             if with_ssim:
-                cells += ["-" if row.get(k) is None else f"{row[k]:.3f}" for k in ("ssim_before", "ssim_after")]
+                both = [row.get(key) for key in ("ssim_before", "ssim_after")]
+                cells.append(" -> ".join("-" if value is None else f"{value:.3f}" for value in both))
             table.add_row(*cells)
         table.add_section()
     out = console or Console()
