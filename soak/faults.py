@@ -183,7 +183,9 @@ def wrong_world(corpus: Corpus) -> Outcome:
     arguments = [*train_arguments(corpus, out, steps=50), "trainer.devices=3"]
     command = launch.run(arguments, log)
     wrong = clear(command)
-    faults = [wrong] if wrong else [] if "trainer.devices" in command.output() else [f"it says: {command.tail(2)}"]
+    said = command.output()
+    both = "1 process(es)" in said and "3" in said  # the number that there was, and the number that there would be
+    faults = [wrong] if wrong else [] if both else [f"it says: {command.tail(2)}"]
     return Outcome("another number of processes on resume", "3 for a run of 1", faults)
 
 
