@@ -163,8 +163,7 @@ class Captioner(nn.Module):
             self.learned = learn(read, targets, stop=stop, most=most, head=self.length)
             if self.config.how == "teacher_forced":
                 return read
-        held = next(reader.parameters())
-        written = write(reader, prompt, stop=stop, most=most, counts=counts, anyone=lambda goes: _anyone(goes, held))
+        written = write(reader, prompt, stop=stop, most=most, counts=counts, anyone=lambda goes: _anyone(goes, reader))
         parts = [part for part in (reader.lm, reader.adapters) if part is not None]
         learns = prompt.embeds.requires_grad or any(p.requires_grad for part in parts for p in part.parameters())
         if not (torch.is_grad_enabled() and learns):
@@ -182,11 +181,13 @@ class Captioner(nn.Module):
         return None
 
 
-def _anyone(goes_on: bool, parameter: Tensor) -> bool:
+def _anyone(goes_on: bool, reader: nn.Module) -> bool:
     """Whether any rank writes another word, where the weights are split over ranks and all have to call at once."""
-    if not hasattr(parameter, "ds_id"):
+    held = next(reader.parameters())
+    # how DeepSpeed marks split parameters, and torch the modules whose parameters it has split (fully_shard)
+    if not hasattr(held, "ds_id") and not any(type(part).__name__.startswith("FSDP") for part in reader.modules()):
         return goes_on
-    flag = torch.tensor(int(goes_on), device=parameter.device)
+    flag = torch.tensor(int(goes_on), device=held.device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag)
 
