@@ -102,7 +102,8 @@ def _kind(model: Any, path: str) -> str:
 
 def _loader(data: DataConfig, shards: str, model: Any, kind: str, *, clips: int | None, setting: str) -> Any:
     tower = (lambda: model.tower) if kind == "projector" else None
-    return window_loader(data, shards, clips=clips, setting=setting, tower=tower)
+    ears = getattr(model, "ears", None)
+    return window_loader(data, shards, clips=clips, setting=setting, tower=tower, audio=lambda: ears)
 
 
 @dataclass
