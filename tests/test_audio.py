@@ -45,15 +45,15 @@ WAVES = dict(conv_dim=(8, 8), conv_kernel=(400, 4), conv_stride=(160, 2), num_co
 KINDS = ("whisper", "ast", "wav2vec2", "wavlm")
 
 
-def write_audio_tower(folder: Path, kind: str, seed: int = 0) -> str:
+def write_audio_tower(folder: Path, kind: str, **changes) -> str:
     """A small audio tower of random weights, as save_pretrained writes it."""
     t = transformers
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     if kind == "whisper":  # hears one second, 50 vectors
         facts = t.WhisperConfig(
             d_model=WIDTH, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
             encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=50, num_mel_bins=16, vocab_size=60,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **changes,
         )  # fmt: skip
         model, extractor = t.WhisperModel(facts), t.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     elif kind == "ast":  # 1.04 s, 10 vectors

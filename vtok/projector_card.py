@@ -41,12 +41,18 @@ def projector_card(
     """
     family, found = facts["family"], _evaluation(run_dir)
     small = getattr(config.model, "lm", None)  # the small language model that reads, of the family `language`
-    names = (config.objective.llm.name, config.model.tower.name, small.name if small else "")
-    llm, tower, reader = (hub_id(name) for name in names)
+    audio = getattr(config.model, "audio", None)
+    names = (
+        config.objective.llm.name,
+        config.model.tower.name,
+        small.name if small else "",
+        audio.name if audio else "",
+    )
+    llm, tower, reader, ears = (hub_id(name) for name in names)
     vlm = facts.get("vlm") or {}
     joined = vlm["name"] if vlm.get("revision") else None  # a folder is nothing to others
     front = ["library_name: transformers", f"license: {licence}", "pipeline_tag: feature-extraction"]
-    if bases := [name for name in (joined, llm, reader, tower) if name]:
+    if bases := [name for name in (joined, llm, reader, tower, ears) if name]:
         front += ["base_model:", *(f"- {name}" for name in bases)]
     if joined or llm:
         front.append("base_model_relation: adapter")
@@ -58,6 +64,7 @@ def projector_card(
         f"# {facts['model_id']}", "",
         f"A projector of vtok's `{family}` family, {parameters / 1e6:.2f} M parameters: it makes tokens of "
         + ("a text" if _of_texts(config) else "what a frozen vision tower saw of a video")
+        + (" and what a frozen audio tower heard meanwhile" if audio and audio.name else "")
         + ", and a frozen language model reads them in its place.", "",
         *_references(config, found),
         *_tokens(model, config),
@@ -109,6 +116,11 @@ def _references(config: RunConfig, found: dict[str, Any]) -> list[str]:
     rows = [("language model", llm, "llm", llm.dtype)]
     if tower.name:
         rows.append(("tower", tower, "tower", f"{layer}, {tower.dtype}"))
+    audio: Any = getattr(config.model, "audio", None)
+    if audio and audio.name:
+        block = "its last output" if audio.layer == -1 else f"block {audio.layer}"
+        pooled = f", {audio.pool} successive vectors averaged into one" if audio.pool > 1 else ""
+        rows.append(("audio tower", audio, "audio", f"{block}, {audio.dtype}{pooled}, {audio.tokens} tokens a frame"))
     if small:
         learns = {"all": "trained from there on, its weights are here", "lora": "read through adapters that are here"}
         rows.append(("small language model", small, "", learns.get(small.learn, f"as it is, {small.dtype}")))
@@ -184,12 +196,14 @@ def _use(model: Any, config: RunConfig, vlm: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
     out = [
         "## Use", "",
-        "From a video; the tower is fetched by its name:", "",
+        f"From a video{' with its sound' * _hears(c)}; {'towers are' if _hears(c) else 'the tower is'} fetched by "
+        f"{'their names' if _hears(c) else 'its name'}:", "",
         "```python",
         "import torch, vtok  # pip install 'vtok[towers]'",
         "model = vtok.load(PATH_OR_REPO)  # runs no code from here",
         f"video = torch.zeros(1, 3, {frames}, {height}, {width}, dtype=torch.uint8)",
-        f'clip = vtok.types.Clip(keys=["a"], video=video{QUESTION if reads else ""})',
+        *_sound(model, frames, config.data.fps),
+        f'clip = vtok.types.Clip(keys=["a"], video=video{", sound=sound" * _hears(c)}{QUESTION if reads else ""})',
         f"tokens = model.encode(clip{asked})",
         "tokens.embeddings, tokens.lengths  # [clips, tokens, width of the words], [clips]",
         "```", "",
@@ -232,12 +246,29 @@ def _use(model: Any, config: RunConfig, vlm: dict[str, Any]) -> list[str]:
 QUESTION = ', prompt=["What happens?"]'
 
 
+def _hears(c: Any) -> bool:
+    return bool(getattr(getattr(c, "audio", None), "name", ""))
+
+
+def _sound(model: Any, frames: int, fps: float | None) -> list[str]:
+    """Silence as long as the video, as lines of code, for a model that hears."""
+    if not _hears(model.config):
+        return []
+    return [
+        f"rate, seconds = model.ears.rate, {frames / (fps or 1.0):g}",
+        "samples = torch.zeros(1, round(seconds * rate), dtype=torch.int16)  # mono, from the first frame on",
+        f"edges = torch.linspace(0, samples.shape[1], {frames + 1}).long()",
+        "spans = torch.stack([edges[:-1], edges[1:]], -1)[None]  # of each frame, in samples",
+        "sound = vtok.types.Sound(samples, torch.tensor([samples.shape[1]]), spans, rate)",
+    ]
+
+
 def _from_patches(c: Any) -> bool:
     """Whether patches are all that `compress` needs of a video."""
     method = REDUCERS.get(getattr(c, "method", ""))
     if method and (method.layers or method.keys or method.frame):
         return False
-    return getattr(c, "method", "") != "downsample" and not getattr(getattr(c, "audio", None), "name", "")
+    return getattr(c, "method", "") != "downsample" and not _hears(c)
 
 
 def _fits(c: Any, frames: int, side: int) -> bool:
