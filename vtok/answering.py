@@ -163,9 +163,9 @@ class AnsweringEvaluator:
             }
         )
 
-    def _tower(self) -> dict[str, Any] | None:
+    def _tower(self, which: str) -> dict[str, Any] | None:
         """Which tower made the features; None where none was loaded: of texts, and of features read from shards."""
-        tower = getattr(self.model, "_tower", None)
+        tower = getattr(self.model, which, None)
         return tower.identity() if tower is not None else None
 
     # one batch, every method
