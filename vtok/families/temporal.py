@@ -138,8 +138,8 @@ class Config(ProjectorConfig):
             raise ValueError("model.summary with matryoshka: its budget chooses a level; summary.num_tokens=0")
         if self.audio.name and self.audio.in_dim < 1 and not names_an_audio_tower(self.audio.name):
             raise ValueError(
-                f"model.audio.name={self.audio.name!r} is no folder and no hf:USER/REPO of a tower, so it needs in_dim, "
-                f"the width of the features that clips bring under that name ({self.audio.in_dim})"
+                f"model.audio.name={self.audio.name!r} is no folder and no hf:USER/REPO of a tower, so it needs "
+                f"in_dim, the width of the features that clips bring under that name ({self.audio.in_dim})"
             )
 
     @property
