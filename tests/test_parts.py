@@ -13,7 +13,7 @@ from test_llm import Pooled, PooledConfig, clips, folders, one  # noqa: F401  (f
 from vtok.llm import LLMConfig, PartsConfig, ask, load_llm
 from vtok.llm.parts import ask_parts, split
 from vtok.llm.reading import generate, prompt_ids
-from vtok.types import Clip, Features
+from vtok.types import Clip, Features, Sound
 
 torch.set_num_threads(1)
 TEMPLATE = "<video>\nQuestion: {question}\nAnswer:"
@@ -31,7 +31,11 @@ def numbered(lengths: list[int], *, times: bool = True, fps: float = 8.0, audio:
         heard = torch.arange(most * audio).float().view(1, -1, 1, 1).expand(len(lengths), -1, 1, 3).clone()
         found["ears"] = Features(heard, (1, 1), lengths=counts * audio)
     video = torch.arange(most, dtype=torch.uint8).view(1, 1, -1, 1, 1).expand(len(lengths), 3, -1, 2, 2).clone()
-    return Clip([f"c{i}" for i in range(len(lengths))], video=video, lengths=counts, times=seconds, features=found)
+    begin = 10 * torch.arange(most).expand(len(lengths), -1)
+    spans = torch.stack([begin, begin + 10], -1)
+    sound = Sound(torch.zeros(len(lengths), 10 * most, dtype=torch.int16), 10 * counts, spans, rate=80)
+    keys = [f"c{i}" for i in range(len(lengths))]
+    return Clip(keys, video=video, lengths=counts, times=seconds, features=found, sound=sound)
 
 
 def frames(features: Features, row: int) -> list[int]:
@@ -48,7 +52,7 @@ def frames(features: Features, row: int) -> list[int]:
 )
 def test_every_frame_is_in_exactly_one_part(lengths, count, fps, times, audio):
     clip = numbered(lengths, fps=fps, times=times, audio=audio)
-    seen: dict[str, list[list[int]]] = {name: [[] for _ in lengths] for name in ("cached", "ears", "video")}
+    seen: dict[str, list[list[int]]] = {name: [[] for _ in lengths] for name in ("cached", "ears", "video", "sound")}
     sizes: list[list[int]] = [[] for _ in lengths]
     for part in split(clip, count, tower="cached"):
         assert part.clip.keys == [clip.keys[row] for row in part.rows]
@@ -57,13 +61,17 @@ def test_every_frame_is_in_exactly_one_part(lengths, count, fps, times, audio):
             for name in ("cached", "ears"):
                 seen[name][row] += frames(part.clip.features[name], at)
             seen["video"][row] += part.clip.video[at, 0, : int(part.clip.frames()[at]), 0, 0].tolist()
+            assert part.clip.sound is not None
+            spans = part.clip.sound.spans[at, : int(part.clip.frames()[at])]
+            assert (spans[:, 1] - spans[:, 0] == 10).all()
+            seen["sound"][row] += (spans[:, 0] // 10).tolist()
             sizes[row].append(int(part.clip.frames()[at]))
             if times and part.clip.times is not None:
                 inside = part.clip.times[at, : sizes[row][-1]]
                 slack = 1e-4 * (part.end_s[at] - part.start_s[at] + 1)
                 assert part.start_s[at] - slack <= float(inside.min()) <= float(inside.max()) < part.end_s[at] + slack
     for row, length in enumerate(lengths):
-        assert seen["cached"][row] == seen["video"][row] == list(range(length))
+        assert seen["cached"][row] == seen["video"][row] == seen["sound"][row] == list(range(length))
         assert seen["ears"][row] == list(range(length * audio))
         assert len(sizes[row]) == min(count, length) and max(sizes[row]) - min(sizes[row]) <= 1
 

@@ -422,7 +422,8 @@ def test_of_two_starts_that_find_one_stale_lock_the_later_gives_way(tmp_path, mo
     lock = tmp_path / "lock"
     stale = {"pid": 1 << 30, "host": training.socket.gethostname(), "started": "0", "slurm_job": None}
     lock.write_text(json.dumps(stale))
-    other = json.dumps({**stale, "pid": os.getpid(), "started": training.process_started(os.getpid()), "slurm_job": "7"})
+    ours = {"pid": os.getpid(), "started": training.process_started(os.getpid()), "slurm_job": "7"}
+    other = json.dumps({**stale, **ours})
     renames = iter([lambda: lock.write_text(other)])  # the other start is quicker: its lock is there before we rename
     rename = os.rename
     monkeypatch.setattr(training.os, "rename", lambda a, b: (next(renames, lambda: None)(), rename(a, b)))

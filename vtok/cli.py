@@ -12,7 +12,6 @@ COMMANDS = {
     "train": ("vtok.train:main", "train: CONFIG.yaml [key=value ...]"),
     "eval": ("vtok.evaluate:main", "measure a run or an export beside its controls and real codecs"),
     "compare": ("vtok.compare:main", "two models on the same held-out clips: BEFORE AFTER [--old SHARDS]"),
-    "compare": ("vtok.compare:main", "two models on the same held-out clips: BEFORE AFTER [--old SHARDS]"),
     "export": ("vtok.export:main_export", "one folder that loads anywhere: RUN --out DIR [--push USER/REPO]"),
     "encode": ("vtok.codec:main_encode", "MODEL VIDEO --out FILE.vtok"),
     "decode": ("vtok.codec:main_decode", "MODEL FILE.vtok --out VIDEO"),

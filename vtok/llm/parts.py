@@ -126,23 +126,27 @@ def _cuts(length: int, count: int, times: Tensor | None) -> list[int]:
 def _frames_of(clip: Clip, rows: Sequence[int], shares: Sequence[tuple[float, float]]) -> Clip:
     """The clips of these rows, each with the frames of its share (from, to) of the clip alone."""
     at = list(rows)
-    video, times, lengths = clip.video, clip.times, clip.lengths
+    video, times, lengths, sound = clip.video, clip.times, clip.lengths, clip.sound
     if video is not None:
         frames = [clip.frames().tolist()[row] for row in at]
         index, lengths = _index(frames, shares, "the video", device=video.device)
         video = _taken(video[at], index, axis=2)
         times = None if times is None else _taken(times[at], index.to(times.device), axis=1)
+        if sound is not None:
+            spans = _taken(sound.spans[at], index.to(sound.spans.device), axis=1)
+            sound = replace(sound, samples=sound.samples[at], lengths=sound.lengths[at], spans=spans)
     else:
+        sound = None
         lengths, times = None, None  # those of the features count
     features = None
     if clip.features is not None:
         features = {name: _features_of(value, at, shares, name) for name, value in clip.features.items()}
-    texts = {
+    texts: dict[str, Any] = {
         name: [value[row] for row in at] if (value := getattr(clip, name)) is not None else None
         for name in ("text", "prompt", "target", "qa")
     }
     keys = [clip.keys[row] for row in at]
-    return Clip(keys=keys, video=video, lengths=lengths, times=times, features=features, **texts)
+    return Clip(keys=keys, video=video, lengths=lengths, times=times, features=features, sound=sound, **texts)
 
 
 def _features_of(features: Features, rows: Sequence[int], shares: Sequence[tuple[float, float]], name: str) -> Features:
