@@ -176,7 +176,7 @@ def games(tmp_path_factory) -> Path:
 def lines(out: Path, asked: str) -> list[dict[str, Any]]:
     """What each step wrote, clocks and norms of parts (DDP's alone) left out."""
     rows = map(json.loads, (out / asked.replace(",", "-") / "metrics.jsonl").read_text().splitlines())
-    left_out = ("per_s", "wait", "time_s", "memory", "grad_norm_")
+    left_out = ("per_s", "wait", "time_s", "memory", "mfu", "grad_norm_")
     return [{k: v for k, v in row.items() if not any(c in k for c in left_out)} for row in rows if "train/loss" in row]
 
 
