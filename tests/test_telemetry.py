@@ -83,17 +83,19 @@ def test_what_activation_checkpointing_computes_again_is_not_counted():
     assert run(FlopCount(), Recomputed(model), x) == plain > 0
 
 
-def test_batches_of_a_kind_are_counted_at_powers_of_ten_and_the_mean_stands_for_the_others():
+def test_batches_are_counted_at_powers_of_two_and_the_mean_of_a_kind_stands_for_its_others():
     count, model = FlopCount(), nn.Linear(4, 4, bias=False)
     one = 2 * linear_flops(1, 4, 4)
-    found = [run(count, model, torch.randn(1 if i < 9 else 3, 4)) for i in range(12)]
-    assert found[:9] == [one] * 9 and found[9:] == [2 * one] * 3  # the tenth takes three times as much
-    assert count.known["a"] == [12, 2, 4 * one]
-    assert run(count, model, torch.randn(7, 4), "b") == 7 * one
+    found = [run(count, model, torch.randn(1 if i < 3 else 7, 4)) for i in range(7)]
+    assert found[:3] == [one] * 3 and found[3:] == [3 * one] * 4  # the fourth takes seven times as much
+    assert count.state() == {"batches": 7, "known": {"a": [3, 9 * one]}}
     again = FlopCount()
     again.restore(json.loads(json.dumps(count.state())))
-    assert again.of("a") == 2 * one and again.of("b") == 7 * one
-    assert again.of("never seen") == pytest.approx((4 * one + 7 * one) / 3)
+    assert run(again, model, torch.randn(7, 4), "b") == 7 * one  # the eighth
+    assert run(again, model, torch.randn(5, 4), "a") == 3 * one
+    assert again.of("never met") == 4 * one and again.batches == 9
+    again.restore({})
+    assert again.batches == 0 and math.isnan(again.of("a"))
 
 
 def test_counting_leaves_gradients_as_they_are_and_block_sparse_attention_as_it_was():
@@ -165,8 +167,8 @@ def test_a_run_is_the_same_bit_by_bit_whether_its_operations_are_counted(tmp_pat
     assert all(r["train/mfu"] > 0 and r["train/tflops_per_s"] > 0 for r in rows[0])
     assert all(r["train/mfu"] is None and r["train/tflops_per_s"] is None for r in rows[1])
     assert rows[0][0]["train/lr_model.inward"] == pytest.approx(0.1 * rows[0][0]["train/lr"])
-    kinds = test_train.checkpoint(counted)["vtok"]["flops"]
-    assert [entry[0] for entry in kinds.values()] == [8, 4]  # the discriminator begins at step 4
+    flops = test_train.checkpoint(counted)["vtok"]["flops"]
+    assert flops["batches"] == 12 and [entry[0] for entry in flops["known"].values()] == [4]  # 1, 2, 4, 8
 
 
 def test_a_peak_that_cannot_be_is_refused(tmp_path):

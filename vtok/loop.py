@@ -105,8 +105,8 @@ class Conductor(pl.Callback):
 
     def _telemetry(self, trainer: Any, lit: LitCompressor) -> Telemetry:
         run = self.config.trainer
-        enabled = run.count_flops and trainer.is_global_zero
-        return Telemetry(lit.model, lit.device, precision=run.precision, peak=run.peak_tflops, enabled=enabled)
+        # on every rank: a counted pass may round differently, and ranks should differ by their clips alone
+        return Telemetry(lit.model, lit.device, precision=run.precision, peak=run.peak_tflops, enabled=run.count_flops)
 
     def _on_signal(self, number: int, _: Any) -> None:
         self.signalled = number  # and nothing else: saving here would interrupt a collective half-way

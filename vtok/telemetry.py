@@ -1,6 +1,6 @@
 """What training takes while it runs: operations of a step, the share of the device's peak they reach (MFU), memory.
 
-    batch --FlopCount--> operations, counted once for each kind of batch --Telemetry.line--> a few numbers a line
+    batch --FlopCount--> operations, counted in a few batches --Telemetry.line--> a few numbers a line
 
 MFU is (operations a second) / (peak of the device at the run's precision), after Chowdhery et al. 2022 (PaLM),
 https://arxiv.org/abs/2204.02311: what activation checkpointing computes again does not count. Where the peak is not
@@ -22,7 +22,6 @@ from vtok.metrics.operations import Operations
 from vtok.types import Clip
 
 GIB = 2**30
-KINDS = 64  # of batches whose operations are counted; those of later kinds are taken to be the mean
 
 
 class Peak(NamedTuple):
@@ -80,19 +79,21 @@ class _Backward(Operations):
 
 
 class FlopCount:
-    """Operations of forward and backward pass by kind of batch, each counted while its 1st, 10th, 100th ... one runs.
+    """Operations of forward and backward pass by kind of batch, counted while the 1st, 2nd, 4th, 8th ... batch runs.
 
     A counted pass runs op by op: parts that are compiled are not while it lasts, and block-sparse attention is dense
-    (its operations count whole, masked or not). The mean stands for the others, so that what a step draws (nested
-    dropout, merging) is not taken from one draw.
+    (its operations count whole, masked or not). The mean of a kind stands for its others, so that what a step draws
+    (nested dropout, merging) is not taken from one draw; that of all kinds for one that was not met when counting.
 
-    `state` and `restore`: a resumed run counts at the same batches as one that was never stopped.
+    A counted pass may round otherwise, by 1e-7 in convolutions: every rank counts at the same batches, and with `state`
+    and `restore` a resumed run at those of one that was never stopped.
     """
 
     def __init__(self, model: nn.Module | None = None, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self.model = model
-        self.known: dict[str, list[float]] = {}  # kind: [batches seen, batches counted, operations of those]
+        self.batches = 0
+        self.known: dict[str, list[float]] = {}  # kind: [batches counted, operations of those]
         self._counter: Operations | None = None
         self._sparse: list[Any] = []
         self._kind = ""
@@ -104,11 +105,8 @@ class FlopCount:
             return
         self.close()
         self._kind = str(kind)
-        if self._kind not in self.known and len(self.known) >= KINDS:
-            return
-        entry = self.known.setdefault(self._kind, [0, 0, 0.0])
-        entry[0] += 1
-        if entry[0] == 10 ** entry[1]:
+        self.batches += 1
+        if self.batches & (self.batches - 1) == 0:
             parts = self.model.modules() if self.model is not None else ()
             self._sparse = [part for part in parts if getattr(part, "flex", None) is True]
             for part in self._sparse:
@@ -127,19 +125,17 @@ class FlopCount:
         """Operations of the batch that just ended; NaN where none are counted."""
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            entry = self.known[self._kind]
-            entry[1] += 1
-            entry[2] += self._ahead + self._counter.get_total_flops()
+            entry = self.known.setdefault(self._kind, [0, 0.0])
+            entry[0] += 1
+            entry[1] += self._ahead + self._counter.get_total_flops()
             self._counter = None
             self._whole()
         return self.of(self._kind)
 
     def of(self, kind: Hashable) -> float:
-        entries = [entry for entry in self.known.values() if entry[1]]
-        mine = self.known.get(str(kind))
-        if mine is not None and mine[1]:
-            return mine[2] / mine[1]
-        return sum(e[2] for e in entries) / sum(e[1] for e in entries) if entries else math.nan
+        entries = [self.known[str(kind)]] if str(kind) in self.known else self.known.values()
+        counted = sum(entry[0] for entry in entries)
+        return sum(entry[1] for entry in entries) / counted if counted else math.nan
 
     def close(self) -> None:
         """Ends a count that an error left open."""
@@ -153,11 +149,12 @@ class FlopCount:
             part.flex = True
         self._sparse = []
 
-    def state(self) -> dict[str, list[float]]:
-        return {kind: list(entry) for kind, entry in self.known.items()}
+    def state(self) -> dict[str, Any]:
+        return {"batches": self.batches, "known": {kind: list(entry) for kind, entry in self.known.items()}}
 
-    def restore(self, state: dict[str, list[float]]) -> None:
-        self.known = {kind: list(entry) for kind, entry in state.items()}
+    def restore(self, state: dict[str, Any]) -> None:
+        self.batches = state.get("batches", 0)
+        self.known = {kind: list(entry) for kind, entry in state.get("known", {}).items()}
 
 
 def kind_of(clip: Clip, idle: Any = ()) -> str:
@@ -193,7 +190,7 @@ class Telemetry:
 
     Args:
         peak: TFLOP/s of the device (trainer.peak_tflops); None looks its name up.
-        enabled: count operations (trainer.count_flops, on the first rank).
+        enabled: count operations (trainer.count_flops).
     """
 
     def __init__(
