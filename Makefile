@@ -32,7 +32,7 @@ test-twins: $(STAMP)  ## The long tests, left out of `make test`: twins of prese
 
 test-slurm: $(STAMP)  ## Jobs on a real SLURM cluster of two nodes on this machine (installs slurm-wlm and munge)
 	slurm/local_cluster.sh install
-	VTOK_NEED_SLURM=1 $(PYTEST) tests/test_slurm*.py $(PYTEST_ARGS)
+	VTOK_NEED_SLURM=1 $(PYTEST) -m "" tests/test_slurm*.py $(PYTEST_ARGS)
 
 soak: $(STAMP)  ## Kill, interrupt, damage and starve it, and count (20 minutes; SHORT=1: the few of each that CI does)
 	OMP_NUM_THREADS=1 $(BIN)/python -m soak $(if $(SHORT),--short) --out build/soak.md $(SOAK_ARGS)

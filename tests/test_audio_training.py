@@ -103,7 +103,7 @@ def right(out: Path) -> dict[int | None, float]:
     return {row["budget"]: row["accuracy"] for row in rows if row["method"] == "temporal"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_only_the_sound_tells_is_learned_measured_and_exported(lab, capsys, monkeypatch):
     """20 steps gave 100 % of held-out clips with 8 tokens; a model without ears stays at chance, one half."""
     shards, out = lab / "shards", lab / "export"

@@ -33,7 +33,7 @@ def settings(tmp_path_factory) -> list[str]:
     return [*SMALL, *names, "model.num_tokens=12", "model.lm.layer=1", "objective.tasks.caption=1.0"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["langdc_stage1", "langdc_stage2", "langdc"])
 def test_the_estimate_is_what_a_step_takes(settings, stage):
     pytest.importorskip("peft")

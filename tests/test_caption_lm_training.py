@@ -75,7 +75,7 @@ for how in ("generate", "teacher_forced", "parallel"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_ranks_of_short_and_long_captions_keep_step(tmp_path, stage):
     pytest.importorskip("deepspeed")
     tokenizer = small_tokenizer("llama")

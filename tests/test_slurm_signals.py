@@ -27,7 +27,7 @@ def signalled(patch: pytest.MonkeyPatch, number: int, *, step: int, batch: int) 
     patch.setattr(LitTokenizer, "measure", measured)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_validation_is_left_and_made_by_the_next_start(tmp_path, monkeypatch):
     trainer = {"val_every": 8, "checkpoint_every": 5, "log_every": 4}
     data = {"num_workers": 0, "val_batch_size": 4}

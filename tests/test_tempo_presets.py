@@ -34,7 +34,7 @@ def settings(tmp_path_factory) -> list[str]:
             "objective.budgets.law=full", "objective.budgets.min_tokens=1"]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_estimate_is_what_a_step_takes(settings):
     config = load(TINY, settings)
     assert config.model.ata.score == "yes_no" and config.objective.relevance == 1
@@ -46,7 +46,7 @@ def test_the_estimate_is_what_a_step_takes(settings):
     assert said.tokens_per_clip == 40, "three windows would hold 48: scores decide"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_estimates_of_clips_that_are_only_asked(settings):
     changed = [*settings, "objective.tasks.caption=0.0"]
     assert estimate(load(TINY, changed)).llm_flops > 0

@@ -63,7 +63,7 @@ for score in ("learned", "yes_no"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_short_and_long_videos_keep_step(tmp_path):
     pytest.importorskip("deepspeed")
     tokenizer = small_tokenizer("llama")
