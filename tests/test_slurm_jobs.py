@@ -113,10 +113,12 @@ def run_script(
 
 
 def test_the_script_asks_for_another_turn_only_when_it_should(cluster, tmp_path):
+    # srun's status tells of rank 0 only where that runs already
+    both = "up = __file__ + '.up'\nif rank == 0: open(up, 'w')\nwhile not os.path.exists(up): time.sleep(0.05)\n"
     stopped = "open(os.environ['VTOK_STOPPED'], 'w').write('138') if rank == 0 else None\n"
     cases = {  # (command, restarts, state and exit status at the end)
-        "fails": ("if rank == 1: sys.exit(1)\ntime.sleep(60)", 0, ("FAILED", "143:0")),  # 143: srun ended rank 0
-        "killed": ("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 0, ("FAILED", None)),
+        "fails": (f"{both}if rank == 1: sys.exit(1)\ntime.sleep(60)", 0, ("FAILED", "143:0")),  # 143: srun ended rank 0
+        "killed": (f"{both}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 0, ("FAILED", None)),
         "saved": (f"if start < 2:\n {stopped}", 2, ("COMPLETED", "0:0")),
         "unready": ("if start == 0: os.kill(os.getpid(), signal.SIGUSR1)", 1, ("COMPLETED", "0:0")),
         "for ever": (stopped, 3, ("FAILED", "138:0")),
