@@ -364,7 +364,7 @@ def test_a_run_ends_with_its_minutes_and_stays_ended(tmp_path, capsys):
 @pytest.mark.parametrize(
     "parts, words",
     [
-        ({"trainer": {"strategy": "fsdp"}}, "trainer.strategy='fsdp'.*deepspeed_3"),
+        ({"trainer": {"strategy": "horovod"}}, "trainer.strategy='horovod'.*deepspeed_3"),
         ({"trainer": {"precision": "8-bit"}}, "trainer.precision='8-bit'.*bf16-mixed"),
         ({"trainer": {"precision": "16-mixed"}}, "16-mixed needs a GPU"),
         ({"trainer": {"max_minutes": -1.0}}, "trainer.max_minutes=-1.0"),
