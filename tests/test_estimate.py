@@ -224,7 +224,13 @@ def test_memory_follows_the_strategy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "llm"), [("vqtoken/vqtoken", 494_032_768), ("temporal/tdc", 7_615_616_512)])
+@pytest.mark.parametrize(
+    ("preset", "llm"),
+    [
+        ("vqtoken/vqtoken", 494_032_768),
+        pytest.param("temporal/tdc", 7_615_616_512, marks=pytest.mark.long),
+    ],
+)
 def test_full_presets_are_judged_without_their_weights(preset, llm):
     path = ROOT / "configs" / f"{preset}.yaml"
     found = estimate(load(path, ["data.batch_size=1"]))

@@ -71,6 +71,7 @@ def train_a_sweep(cluster: Cluster, folder: Path) -> list[Path]:
     return [folder / "some-lr0.001", folder / "some-lr0.002"]
 
 
+@pytest.mark.long
 def test_a_sweep_trains_each_of_its_runs(cluster, tmp_path):
     runs = train_a_sweep(cluster, tmp_path)
     for run, rate in zip(runs, (0.001, 0.002)):
