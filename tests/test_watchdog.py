@@ -124,8 +124,9 @@ class Slow(test_train.Data):
 
 def test_a_run_names_what_it_waits_for(tmp_path):
     run = training.train(test_train.settings(tmp_path, trainer={"stall_minutes": FAST}), data=Slow())
-    (text,) = [p.read_text() for p in (run / "stacks").iterdir()]
-    assert "after step 3, in the wait for the next batch" in text and "Late" not in text and "__iter__" in text
+    every = [p.read_text() for p in (run / "stacks").iterdir()]  # a busy machine may stall elsewhere, too
+    found = [text for text in every if "after step 3, in the wait for the next batch" in text]
+    assert found and all("Late" not in text and "__iter__" in text for text in found)
     assert not [t for t in threading.enumerate() if t.name == "watchdog"]
 
 
