@@ -32,7 +32,9 @@ class Peak(NamedTuple):
     fp32: float | None  # not TF32: a run at 32-true whose convolutions use it can pass 100 %
 
 
-# Data sheets and white papers of the makers, the column without sparsity. Name of the device -> first row that fits.
+# Makers' data sheets and white papers, the column without sparsity. Name of the device -> first row that fits.
+# Looked up again: H100 and H200 SXM. The others were written down from memory of the sheet that is named: check yours,
+# or set trainer.peak_tflops.
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 PEAKS: tuple[tuple[str, Peak, str], ...] = (
     (r"\bB200\b", Peak(2250.0, 2250.0, None), "DGX B200 data sheet (72 PFLOP/s of FP8 for 8 devices)"),
