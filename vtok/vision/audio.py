@@ -12,16 +12,15 @@ Letters: B clips, T frames, A tokens of a frame, M chunks in one call, S vectors
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtok.types import Clip, Features, Sound, means_over
+from vtok.vision.held import Held
 from vtok.vision.tower import DTYPES
 
 
@@ -75,7 +74,7 @@ class Ear:
         raise NotImplementedError
 
 
-class AudioTower:
+class AudioTower(Held):
     """A frozen audio tower; no nn.Module, as `Tower` is none. `load_audio_tower` makes one.
 
     name, sha256, revision: where its weights came from. embedding_dim: D. tokens: A. rate: Hz of the sound it hears.
@@ -83,8 +82,8 @@ class AudioTower:
     """
 
     def __init__(self, config: AudioTowerConfig, ear: Ear, *, layer: int, sha256: str, revision: str = ""):
-        self.config, self.name, self.sha256, self.revision = config, config.name, sha256, revision
-        self._ear, self.layer = ear, layer
+        super().__init__(config, ear.model, layer=layer, facts=ear.facts, sha256=sha256, revision=revision)
+        self._ear = ear
         self.embedding_dim, self.rate, self.tokens = ear.embedding_dim, ear.rate, config.tokens
         self.step = ear.stride * config.pool
         longest = ear.longest or round(10.0 * ear.rate / ear.stride)
@@ -99,46 +98,15 @@ class AudioTower:
                 "or raise audio.chunk_s"
             )
         self.chunk = vectors // config.pool * self.step
-        ear.model.requires_grad_(False).eval()
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The library's own module."""
-        return self._ear.model
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._ear.model.parameters()).device
-
-    def to(self, device: torch.device | str) -> AudioTower:
-        self._ear.model.to(device)
-        return self
 
     def identity(self) -> dict[str, Any]:
-        """What features depend on, as plain values: two towers of one identity give the same vectors.
-
-        As of `Tower`; `preprocess` is a hash of the feature extractor, chunk counts samples, pool is the config's.
-        """
-        steps = json.dumps(self._ear.facts, sort_keys=True).encode()
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "sha256": self.sha256,
-            "layer": self.layer,
-            "dtype": self.config.dtype,
-            "preprocess": hashlib.sha256(steps).hexdigest()[:16],
-            "chunk": self.chunk,
-            "pool": self.config.pool,
-        }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AudioTower:
-        return self  # frozen: an averaged copy of its holder shares it
+        """As of every tower; chunk counts samples, pool is the config's: vectors depend on them, too."""
+        return {**super().identity(), "chunk": self.chunk, "pool": self.config.pool}
 
     def __reduce__(self) -> tuple[Any, ...]:
         from vtok.vision.audio_load import load_audio_tower
 
-        pinned = replace(self.config, sha256=self.sha256, revision=self.revision or self.config.revision)
-        return load_audio_tower, (pinned,)
+        return load_audio_tower, (self.pinned(),)
 
     def features(self, clip: Clip) -> Features:
         """The clip's cached features of this tower where it brings them, else those of its sound; see `forward`.

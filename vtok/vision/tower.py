@@ -6,10 +6,8 @@ width, S feature frames.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from vtok.types import Clip, Features, to_uint8
 from vtok.vision.bodies import Body, Received, Seen, block_index
+from vtok.vision.held import Held
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,57 +43,24 @@ class TowerConfig:
             raise ValueError(f"tower.size={self.size} is not (height, width) in pixels, such as [224, 224]")
 
 
-class Tower:
+class Tower(Held):
     """A frozen tower. `load_tower` makes one.
 
-    name, sha256, revision: where its weights came from, revision as the commit where it is known. stride: frames behind
-    one feature frame (1 for image towers). window: frames it sees at once. embedding_dim: D. preprocess: what it does
-    to frames.
+    stride: frames behind one feature frame (1 for image towers). window: frames it sees at once. embedding_dim: D.
+    preprocess: what it does to frames.
     """
 
     def __init__(self, config: TowerConfig, body: Body, *, sha256: str, revision: str = ""):
-        self.config, self.name, self.sha256, self.revision = config, config.name, sha256, revision
+        layer, facts = block_index(config.layer, body.depth, config.name), asdict(body.preprocess)
+        super().__init__(config, body.model, layer=layer, facts=facts, sha256=sha256, revision=revision)
         self._body = body
         self.preprocess, self.embedding_dim = body.preprocess, body.embedding_dim
         self.window, self.stride, self.depth = body.window, body.stride, body.depth
-        self.layer = block_index(config.layer, body.depth, config.name)
-        body.model.requires_grad_(False).eval()
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The library's own module."""
-        return self._body.model
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._body.model.parameters()).device
-
-    def to(self, device: torch.device | str) -> Tower:
-        self._body.model.to(device)
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """What features depend on, as plain values: two towers of one identity give the same features.
-
-        name, revision, sha256 of the weights, layer, dtype, and the hash of the preprocessing.
-        """
-        steps = json.dumps(asdict(self.preprocess), sort_keys=True).encode()
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "sha256": self.sha256,
-            "layer": self.layer,
-            "dtype": self.config.dtype,
-            "preprocess": hashlib.sha256(steps).hexdigest()[:16],
-        }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tower:
-        return self  # frozen: an averaged copy of its holder shares it
 
     def __reduce__(self) -> tuple[Any, ...]:
         from vtok.vision.load import load_tower
 
-        return load_tower, (replace(self.config, sha256=self.sha256, revision=self.revision or self.config.revision),)
+        return load_tower, (self.pinned(),)
 
     def feature_frames(self, frames: Tensor) -> Tensor:
         """Feature frames of clips with so many frames (the last one may be partly filled)."""
