@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vtok import codec
-from vtok.calibrate import against_search, print_rows
+from vtok.coding import codec
+from vtok.coding.calibrate import against_search, print_rows
+from vtok.coding.rate_control import Asked
 from vtok.data.inputs import collect
+from vtok.evaluation.rows import bootstrap
 from vtok.loading import load_any
-from vtok.rate_control import Asked
-from vtok.rows import bootstrap
 
 
 def psnr_db(model, coded: Path, originals: np.ndarray) -> float:

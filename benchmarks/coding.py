@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 import vtok
-from vtok.bitstream import Chunk, Header, Reader, Writer, file_key
+from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
+from vtok.coding.entropy import StaticModel
+from vtok.coding.prior import scan
+from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.sample import kept
+from vtok.coding.spending import PackedCoder, StaticCoder
 from vtok.data.token_reader import TokenSample, iter_token_samples
-from vtok.entropy import StaticModel
 from vtok.loading import Identity
-from vtok.prior import scan
-from vtok.prior_coding import PriorModel, PriorStream
-from vtok.sample import kept
-from vtok.spending import PackedCoder, StaticCoder
 
 
 @dataclass

@@ -3,8 +3,8 @@
     python benchmarks/families.py --family discrete [--only NAME] [--shards DIR] [--out DIR]
 
 Each preset is trained by `vtok train` in a process of its own (one thread), stages after those they begin with, and
-measured by `vtok.evaluator` on held-out clips beside both controls at the same bits. Without --shards it writes the
-procedural corpus of tests/test_tiny.py, with dense maps. A run that is there already (--out) is measured, not trained.
+measured by `vtok.evaluation.evaluator` on held-out clips beside both controls at the same bits. Without --shards it
+writes the procedural corpus of tests/test_tiny.py, with dense maps. A run that is there (--out) is measured only.
 
     tokens, bits/px   at all tokens; a token of several ids counts once
     PSNR              of the twin, dB; continuous latents and dense maps have no controls
@@ -39,13 +39,13 @@ from vtok.data.module import ClipDataModule
 from vtok.data.pipeline import ValidationSet, make_loader
 from vtok.data.sources import every_shard
 from vtok.data.view import view_of
-from vtok.evaluator import Evaluator
+from vtok.evaluation.evaluator import Evaluator
 from vtok.layers.i3d import I3DNet
 from vtok.layers.perceptual import LPIPS
 from vtok.layers.vgg import WIDTHS, VGG19Distance
 from vtok.loading import load_run
-from vtok.optim import parameter_groups
 from vtok.train import build
+from vtok.training.optim import parameter_groups
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the preset whose export a later stage begins with

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok import strategy
+from vtok.coding.entropy import factors_of, to_symbols
 from vtok.data.module import ClipDataModule
-from vtok.entropy import factors_of, to_symbols
 from vtok.loading import load_run
 from vtok.metrics.distortion import clip_psnr
+from vtok.training import strategy
 from vtok.types import Clip, to_uint8
 
 FORMS = ("float32", "autocast", "weights too")

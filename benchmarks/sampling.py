@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtok import codec
+from vtok.coding import codec
 from vtok.data.inputs import collect
 from vtok.loading import load_any
 from vtok.metrics.distortion import clip_psnr, clip_ssim, clip_tdiff_psnr

@@ -42,9 +42,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vtok.config import RunConfig, load, load_family
-from vtok.dry_run import DryRun, Watch
-from vtok.estimate import WEIGHTS
-from vtok.skeletons import Skeletons
+from vtok.info.dry_run import DryRun, Watch
+from vtok.info.estimate import WEIGHTS
+from vtok.info.skeletons import Skeletons
 from vtok.train import build, train
 from vtok.types import Clip
 

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 import vtok
-from vtok import codec
+from vtok.coding import codec
 from vtok.data.decode import VideoReader
 from vtok.data.encode import write_video
 from vtok.data.inputs import collect
-from vtok.evaluator import Evaluator
+from vtok.evaluation.evaluator import Evaluator
 from vtok.metrics.distortion import clip_psnr
 from vtok.types import Clip
 

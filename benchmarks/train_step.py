@@ -27,8 +27,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vtok.config import RunConfig, load
-from vtok.optim import parameter_groups
 from vtok.train import build, train
+from vtok.training.optim import parameter_groups
 from vtok.types import Clip
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vtok
+from vtok.coding.token_coding import decode_ids
 from vtok.data.encode import write_video
 from vtok.data.token_reader import iter_token_samples
 from vtok.data.token_shards import TokenLoader, TokenShards
-from vtok.token_coding import decode_ids
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("tokens", type=Path)

@@ -13,9 +13,9 @@ from typing import Any
 from soak import damage
 from soak.corpus import Corpus
 from soak.damage import DIFFER, REJECT, Case, Change
-from vtok import bitstream
-from vtok.entropy import take_varint, varint
-from vtok.stream_header import MAGIC, VERSION, Header, header_bytes
+from vtok.coding import bitstream
+from vtok.coding.entropy import take_varint, varint
+from vtok.coding.stream_header import MAGIC, VERSION, Header, header_bytes
 
 MANY = 1 << 40
 

@@ -16,11 +16,11 @@ import torch
 
 import vtok
 from soak.corpus import PACK, Corpus
-from vtok import checkpoints
 from vtok import config as vtok_config
-from vtok.bitstream import Reader
+from vtok.coding.bitstream import Reader
 from vtok.data.sources import scan
 from vtok.data.token_reader import IDS
+from vtok.training import checkpoints
 
 CLOCKS = ("per_s", "wait", "time_s", "seconds", "mfu", "memory", "tflops")  # of metrics.jsonl: not the same twice
 

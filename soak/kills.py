@@ -13,7 +13,7 @@ from pathlib import Path
 from soak import launch
 from soak.corpus import Corpus
 from soak.jobs import Count, Ended, Job, ledger
-from vtok import strategy
+from vtok.training import strategy
 
 PREEMPTED = 128 + signal.SIGUSR1  # exit status of a run that saved and ended because it was told to
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-PRELOAD = ["vtok.cli", "vtok.train", "vtok.tokenize", "vtok.export", "vtok.data.shards", "soak.launch"]
+PRELOAD = ["vtok.cli", "vtok.train", "vtok.coding.tokenize", "vtok.export", "vtok.data.shards", "soak.launch"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 

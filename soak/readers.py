@@ -15,8 +15,7 @@ import torch
 import vtok
 from soak.corpus import Corpus
 from vtok import config as vtok_config
-from vtok import strategy
-from vtok.codec import decode_frames
+from vtok.coding.codec import decode_frames
 from vtok.data.decode import iter_frames, probe
 from vtok.data.sample import load_sample
 from vtok.data.sources import BrokenSample, ShardReader, open_sources
@@ -24,6 +23,7 @@ from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
 from vtok.data.view import View
 from vtok.loading import identify, load_run
+from vtok.training import strategy
 
 
 class Refused(ValueError):

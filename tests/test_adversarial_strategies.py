@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from vtok import strategy
 from vtok.config import RunConfig, loads
 from vtok.train import train
+from vtok.training import strategy
 from vtok.types import Clip
 
 ROOT = Path(__file__).parent.parent

@@ -13,12 +13,12 @@ import pytest
 import test_train
 import torch
 
-from vtok import alarms, lit, strategy
 from vtok import train as training
-from vtok.alarms import Alarms, codebook_line, even_use
 from vtok.config import AlarmConfig, load
 from vtok.losses import codebook_report
-from vtok.optim import total_norms
+from vtok.training import alarms, lit, strategy
+from vtok.training.alarms import Alarms, codebook_line, even_use
+from vtok.training.optim import total_norms
 from vtok.types import Loss
 
 ROOT = Path(__file__).parent.parent

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_report import NASTY, PIXELS, Page, browser, moving_square  # noqa: F401  (browser is a fixture)
 
-from vtok.answer_report import write_answer_report
-from vtok.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus
+from vtok.evaluation.answer_report import write_answer_report
+from vtok.evaluation.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus
+from vtok.evaluation.rows import without_nan
 from vtok.llm import Answered
 from vtok.metrics.cost import LMShape
-from vtok.rows import without_nan
 
 KINDS = {"colour": ["red", "blue"], "order": ["first", "last", "both", "none"]}
 SHAPE = LMShape(linear=1000, head=100, layers=2, heads=4, kv_heads=2, head_dim=8)

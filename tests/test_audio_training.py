@@ -19,11 +19,11 @@ from test_llm import small_model, small_tokenizer
 
 import vtok
 from vtok import features as recording
-from vtok import strategy
 from vtok.config import loads
 from vtok.evaluate import main as evaluate
 from vtok.export import main_export
 from vtok.train import train
+from vtok.training import strategy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from tiny_tower import write_tower

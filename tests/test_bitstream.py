@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtok import bitstream, entropy
-from vtok.bitstream import Chunk, Header, Reader, Writer, file_key
-from vtok.entropy import StaticModel, packed_bytes
+from vtok.coding import bitstream, entropy
+from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
+from vtok.coding.entropy import StaticModel, packed_bytes
 from vtok.types import Tokens
 
 SHA = bytes(range(32))

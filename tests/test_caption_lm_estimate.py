@@ -11,7 +11,7 @@ from test_llm import small_model, small_tokenizer
 from tiny_tower import write_tower
 
 from vtok.config import load
-from vtok.estimate import estimate
+from vtok.info.estimate import estimate
 
 torch.set_num_threads(1)
 CONFIGS = ROOT / "configs" / "language"

@@ -14,12 +14,12 @@ import pytest
 import test_train
 import torch
 
-from vtok import checkpoints, strategy
 from vtok import train as training
-from vtok.checkpoints import CheckpointError
 from vtok.export import ExportError
 from vtok.loading import load_run
-from vtok.zero_shards import TAG, check_shards, load_shard, read_shards
+from vtok.training import checkpoints, strategy
+from vtok.training.checkpoints import CheckpointError
+from vtok.training.zero_shards import TAG, check_shards, load_shard, read_shards
 
 NAMES = ("last.ckpt", "previous.ckpt", "best.ckpt")
 
@@ -113,7 +113,8 @@ def test_a_flipped_bit_is_an_error_that_names_the_file_and_the_way_back(tmp_path
     if sharded:
         damaged = damaged / TAG / "shard_1.pt"
     flip(damaged)
-    told = rf"{damaged} is damaged: .*previous.ckpt \(step 1\) is whole: .*python -m vtok.checkpoints .*--use previous"
+    told = rf"{damaged} is damaged: .*previous.ckpt \(step 1\) is whole: .*python -m vtok.training.checkpoints "
+    told += ".*--use previous"
     with pytest.raises(CheckpointError, match=told):
         checkpoints.verify(folder / "last.ckpt")
     flip(damaged)
@@ -207,7 +208,7 @@ def test_a_damaged_run_says_so_goes_back_and_ends_as_it_would_have(tmp_path):
         training.train(config("run", 6), data=test_train.Data())
     with pytest.raises(ExportError, match="last.ckpt is damaged"):
         load_run(run)
-    command = [sys.executable, "-m", "vtok.checkpoints", str(run)]
+    command = [sys.executable, "-m", "vtok.training.checkpoints", str(run)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert told.returncode == 1 and "last.ckpt      DAMAGED" in told.stdout and "whole, step 2" in told.stdout
     checkpoints.main([str(run), "--use", "previous"])

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import vtok
-from vtok import bitstream, codec
 from vtok import export as shipping
-from vtok.bitstream import Reader
+from vtok.coding import bitstream, codec
+from vtok.coding.bitstream import Reader
 from vtok.data.decode import DecodeError, iter_frames, probe
 from vtok.data.encode import write_video
 from vtok.export import fit_entropy
+from vtok.info import describe
 from vtok.loading import Identity, identify
 from vtok.types import Clip, to_uint8
 
@@ -245,12 +246,12 @@ def test_commands_from_run_and_export(tmp_path, capsys):
         assert np.array_equal(read(tmp_path / "out.mkv"), direct(vtok.load(out), moving(11), budget=2))
     capsys.readouterr()
     for path, words in ((run, "last.ckpt"), (out, "weights_sha256"), (tmp_path / "x.vtok", "11 frames of 22x18")):
-        shipping.main_info([str(path)])
+        describe.main([str(path)])
         assert words in capsys.readouterr().out
-    shipping.main_info([str(run / "config.yaml")])
+    describe.main([str(run / "config.yaml"), "--yaml"])
     assert "num_frames: 4" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no run directory, export"):
-        shipping.main_info([str(source)])
+        describe.main([str(source)])
 
 
 def test_size_option():
@@ -266,7 +267,8 @@ def test_size_option():
 MEMORY = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from vtok import codec, load
+from vtok import load
+from vtok.coding import codec
 model = load(sys.argv[2])
 if sys.argv[1] == "encode":
     codec.encode_file(model, sys.argv[3], sys.argv[4])

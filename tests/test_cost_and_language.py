@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vtok.evaluation.rows import bootstrap
 from vtok.metrics.cost import shape_of
 from vtok.metrics.language import by_kind, chance, exact_match, retained, token_f1
-from vtok.rows import bootstrap
 
 transformers = pytest.importorskip("transformers")
 

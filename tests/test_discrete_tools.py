@@ -8,9 +8,9 @@ import torch
 from test_contract import CONV, clip
 from test_discrete import learn, make, moving
 
-from vtok import codec
+from vtok.coding import codec
 from vtok.data.encode import write_video
-from vtok.evaluator import Evaluator
+from vtok.evaluation.evaluator import Evaluator
 from vtok.layers.conv3d import ConvConfig
 from vtok.metrics.distortion import clip_psnr
 from vtok.types import Clip, to_uint8

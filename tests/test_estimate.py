@@ -22,10 +22,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from vtok import train
 from vtok.cli import main
 from vtok.config import load
-from vtok.dry_run import DryRun, measure
-from vtok.estimate import ANSWER_WORDS, Estimate, _memory, estimate, table
+from vtok.info.dry_run import DryRun, measure
+from vtok.info.estimate import ANSWER_WORDS, Estimate, _memory, estimate, table
+from vtok.info.skeletons import Skeletons, published
 from vtok.metrics.operations import Operations
-from vtok.skeletons import Skeletons, published
 from vtok.types import Clip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +209,7 @@ def test_memory_follows_the_strategy():
     lit = train.build(load(ROOT / "configs" / "flexible" / "debug.yaml"))
     learned, nothing = list(lit.parameters()), Skeletons(empty=lambda x: x, watch=lambda _, f: f)
     split = {}
-    for strategy in ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3"):
+    for strategy in ("ddp", "fsdp", *(f"deepspeed_{x}" for x in ("1", "2", "3", "2_offload", "3_offload"))):
         changes = [f"trainer.strategy={strategy}", "trainer.devices=4", "trainer.precision=bf16-mixed"]
         config = load(ROOT / "configs" / "flexible" / "debug.yaml", changes)
         split[strategy] = SimpleNamespace(**_memory(config, lit, nothing, learned))
@@ -221,6 +221,14 @@ def test_memory_follows_the_strategy():
         assert found.optimizer_bytes == -(-12 * count // 4)
         assert found.gradient_bytes == (-(-2 * count // 4) if stage > 1 else 2 * count)
         assert found.weights_bytes == (-(-2 * count // 4) if stage > 2 else 2 * count)
+    assert split["fsdp"].weights_bytes == -(-4 * count // 4) + 4 * count  # its part, and the whole for a step
+    assert split["fsdp"].optimizer_bytes == -(-8 * count // 4)
+    for stage in (2, 3):  # what left the device is in the host's memory, nothing is lost on the way
+        found, kept = split[f"deepspeed_{stage}_offload"], split[f"deepspeed_{stage}"]
+        assert found.optimizer_bytes == found.gradient_bytes == 0 and kept.host_bytes == 0
+        assert found.weights_bytes == (0 if stage == 3 else kept.weights_bytes)
+        moved = kept.optimizer_bytes + kept.gradient_bytes + kept.weights_bytes - found.weights_bytes
+        assert found.host_bytes == moved
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from vtok.evaluate import print_table, showcase
-from vtok.evaluator import Evaluator, default_budgets
+from vtok.evaluation.evaluator import Evaluator, default_budgets
+from vtok.evaluation.rows import bootstrap, without_nan
 from vtok.families.flexible import Config, Model
 from vtok.metrics.distortion import clip_psnr
-from vtok.rows import bootstrap, without_nan
 from vtok.types import Clip, to_uint8
 
 BUDGETS = [1, 4, 8]

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 import vtok
 from vtok import config as vtok_config
 from vtok import export as shipping
-from vtok.bundle import BundleError, bundle
 from vtok.data.encode import write_video
 from vtok.loading import ExportError, load_run, model_id, weights_sha256
+from vtok.shipping.bundle import BundleError, bundle
 from vtok.types import Clip
 
 TINY = {

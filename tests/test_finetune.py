@@ -18,9 +18,9 @@ from test_init_from import ship
 from test_projector import lab, settings, stage0  # noqa: F401
 
 from vtok import cli
-from vtok.compare import compare, main, print_comparison
 from vtok.config import loads, to_yaml
 from vtok.data import shards, synthetic
+from vtok.evaluation.compare import compare, main, print_comparison
 from vtok.export import main_export, read_config
 from vtok.train import _write_run_files, build, train
 

@@ -10,14 +10,14 @@ import torch
 import transformers
 from test_contract import CONV, FLOW, LATENTS, build_model, clip, video
 
-from vtok import codec
 from vtok.budget import NestedConfig
+from vtok.coding import codec
+from vtok.coding.rate_control import Asked
 from vtok.data.encode import write_video
 from vtok.families import discrete, flow
 from vtok.layers.conv3d import ConvConfig
 from vtok.layers.flow import SamplerConfig
 from vtok.quantize import QuantizerConfig
-from vtok.rate_control import Asked
 from vtok.types import Clip, to_uint8
 from vtok.vision import TowerConfig
 

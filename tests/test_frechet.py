@@ -17,14 +17,14 @@ from vtok import config as vtok_config
 from vtok import evaluate
 from vtok.data import shards, synthetic
 from vtok.evaluate import print_table
-from vtok.evaluator import Evaluator
+from vtok.evaluation.evaluator import Evaluator
+from vtok.evaluation.report import write_report
+from vtok.evaluation.rows import check_same_weights
 from vtok.export import write_export
 from vtok.families.flexible import Config, Model
 from vtok.metrics.frechet import FeatureCache, FeatureNet, FrechetDistance, frechet_distance
 from vtok.metrics.i3d import I3D, load_i3d
 from vtok.metrics.inception import Inception, load_inception, resize_tf1
-from vtok.report import write_report
-from vtok.rows import check_same_weights
 from vtok.types import Clip
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,10 +11,9 @@ from test_caption_lm import config, speaking
 from test_language_family import videos
 from test_llm import small_model, small_tokenizer
 
-from vtok.answer_report import write_answer_report
-from vtok.answering import AnsweringEvaluator
-from vtok.families.language import build
-from vtok.free_lengths import (
+from vtok.evaluation.answer_report import write_answer_report
+from vtok.evaluation.answering import AnsweringEvaluator
+from vtok.evaluation.free_lengths import (
     FIXED,
     SHUFFLED,
     Imposed,
@@ -26,6 +25,7 @@ from vtok.free_lengths import (
     read_facts,
     sentences,
 )
+from vtok.families.language import build
 from vtok.llm import LLMConfig, load_llm
 from vtok.types import Clip
 

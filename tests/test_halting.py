@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_rate_control import DCT, fitted, lengths_in, uneven, video  # noqa: F401
 
-from vtok import codec
-from vtok.calibrate import Video, against_search, measure, usual_levels
 from vtok.cli import main as vtok_main
+from vtok.coding import codec
+from vtok.coding.calibrate import Video, against_search, measure, usual_levels
+from vtok.coding.rate_control import Asked
 from vtok.data import shards, synthetic
 from vtok.families import flexible
 from vtok.layers.halting import (
@@ -23,7 +24,6 @@ from vtok.layers.halting import (
     shortest,
 )
 from vtok.loading import load
-from vtok.rate_control import Asked
 from vtok.types import Clip
 
 

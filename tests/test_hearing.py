@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_llm import folders  # noqa: F401  (a fixture)
 
-from vtok.answering import AnsweringEvaluator
 from vtok.data.feature_shards import Recording
 from vtok.data.pipeline import ValidationSet
 from vtok.data.sources import Shard
 from vtok.data.view import Cached, View
+from vtok.evaluation.answering import AnsweringEvaluator
 from vtok.families import reducer, temporal
 from vtok.layers.dynamic_context import FormerConfig, StaticConfig
 from vtok.layers.segments import SegmentConfig

@@ -16,9 +16,9 @@ from test_projector_card import SMALL, TOWER, make_projector
 import vtok
 from vtok import config as configuration
 from vtok.config import load_family, loads, to_dict
-from vtok.init_from import EXCEPTIONS, begin_from, check_allowed
 from vtok.loading import FORMAT, PREFIX, WEIGHTS, identify, load_run
 from vtok.train import build, check
+from vtok.training.init_from import EXCEPTIONS, begin_from, check_allowed
 
 torch.set_num_threads(1)
 

@@ -379,4 +379,6 @@ def test_repeating_is_measured_word_after_word(folders):
     assert few["repeated_nll"] != many["repeated_nll"] and all(0 <= x <= 1 for x in many["repeated_accuracy"])
     said = reads.generate(model, texts(TEXTS), budget=2, max_new_tokens=5)
     assert len(said) == 3
+    reads.config.max_answer = 10 * reads.llm.max_length  # as many as are to be said are asked for, not all that may be
+    assert [text[: len(each)] for text, each in zip(reads.generate(model, texts(TEXTS), budget=2), said)] == said
     assert reads.measure(build(config(folders["llama"], source="video")), texts(TEXTS)) == {}

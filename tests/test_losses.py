@@ -13,12 +13,13 @@ import test_train
 import torch
 from torch import nn
 
-from vtok import losses, strategy
+from vtok import losses
 from vtok.layers.discriminator import PatchDiscriminator2d, PatchDiscriminator3d, TransformerDiscriminator
 from vtok.layers.stylegan import StyleGANDiscriminator
 from vtok.losses import Adversarial, AdversarialConfig, LogVariance, codebook_report
 from vtok.losses.codebook import MOST_BINS, bins_of
 from vtok.losses.pixels import draw_frames
+from vtok.training import strategy
 
 ROOT = Path(__file__).parent.parent
 SIZE = (32, 32)

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vtok import config, keys, strategy, tracking
+from vtok import config
 from vtok import train as training
-from vtok.background import BackgroundCheckpointIO, on_host
 from vtok.data.prefetch import DevicePrefetch, tensors
+from vtok.training import keys, strategy, tracking
+from vtok.training.background import BackgroundCheckpointIO, on_host
 from vtok.types import Clip, Features
 
 ROOT = Path(__file__).parent.parent

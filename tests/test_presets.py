@@ -19,8 +19,8 @@ from vtok.layers.begin import patch_of_token
 from vtok.layers.prior import PriorConfig
 from vtok.layers.projector import ProjectorConfig
 from vtok.layers.sampling import draw
-from vtok.optim import freeze
 from vtok.quantize import QuantizerConfig
+from vtok.training.optim import freeze
 from vtok.types import Clip
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -33,7 +33,8 @@ _DISCRETE = ("vidtok_fsq_488", "vidtok_fsq_488_stage2", "vidtok_kl_488", "magvit
 _FLOW = ("flextok", "videoflextok", "flextok_pixel")
 DISCRETE = [f"discrete/{name}" for name in _DISCRETE]
 TWINS = {name: f"{name}_tiny" for name in (*(f"flexible/{name}" for name in _FLEXIBLE + _FLOW), *DISCRETE)}
-TWINS |= {"temporal/tdc": "temporal/tdc_tiny", "vqtoken/vqtoken": "vqtoken/tiny"}
+TWINS |= {"temporal/tdc": "temporal/tdc_tiny"}
+TWINS |= {"vqtoken/vqtoken": "vqtoken/tiny", "vqtoken/paper": "vqtoken/paper_tiny"}
 TWINS |= {f"language/{name}": f"language/{name}_tiny" for name in ("c3", "langdc_stage1", "langdc_stage2", "langdc")}
 TWINS |= {"language/tempo": "language/tempo_tiny"}
 TWINS |= {"reducer/stage0": "reducer/tiny", "reducer/pooling": "reducer/tiny_pooling"}

@@ -21,19 +21,19 @@ from test_prior_coding import (
 )
 
 import vtok
-from vtok import bitstream, codec
 from vtok import export as shipping
-from vtok import prior as prior_room
-from vtok import tokenize as tokenizing
-from vtok.bitstream import Chunk, Reader, Writer, file_key
-from vtok.card import with_prior
+from vtok.coding import bitstream, codec
+from vtok.coding import prior as prior_room
+from vtok.coding import tokenize as tokenizing
+from vtok.coding.bitstream import Chunk, Reader, Writer, file_key
+from vtok.coding.prior import Training, row_of, stack, tokens_of_ids, train_prior
+from vtok.coding.sample import condition_words, draw_ids
 from vtok.config import loads
 from vtok.data.token_reader import SampleFacts, iter_token_samples
 from vtok.families import flexible
 from vtok.layers.token_prior import START, TokenRows
 from vtok.loading import ExportError, Identity, identify, load_prior
-from vtok.prior import Training, row_of, stack, tokens_of_ids, train_prior
-from vtok.sample import condition_words, draw_ids
+from vtok.shipping.card import with_prior
 from vtok.types import Clip
 
 
@@ -315,8 +315,8 @@ def test_clips_of_any_length_and_tokens_on_a_grid(family, tmp_path):
     from test_export import make_run
     from test_tokenize import corpus
 
+    from vtok.coding.sample import sample
     from vtok.data.encode import write_video
-    from vtok.sample import sample
 
     export = shipping.export(make_run(tmp_path / "run", family=family), tmp_path / "export", entropy=False)
     corpus(tmp_path / "shards", shards=1)
@@ -425,9 +425,9 @@ def test_the_sample_command(shipped, tmp_path, capsys):
 
 
 def test_eval_counts_bits_under_the_prior_and_the_report_shows_draws(shipped, home, tmp_path):
-    from vtok.evaluator import Evaluator
-    from vtok.report import write_report
-    from vtok.sample import draw_samples
+    from vtok.coding.sample import draw_samples
+    from vtok.evaluation.evaluator import Evaluator
+    from vtok.evaluation.report import write_report
 
     model = vtok.load(shipped[0])
     clips = [

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtok import bitstream, prior_coding
-from vtok.bitstream import Chunk, Header, Reader, Writer, file_key
-from vtok.entropy import StaticModel
+from vtok.coding import bitstream, prior_coding
+from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
+from vtok.coding.entropy import StaticModel
+from vtok.coding.prior import prefix_of, row_of, stack, tokens_of_ids
+from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.sample import draw_ids
 from vtok.layers import exact
 from vtok.layers.token_prior import TokenPrior, TokenPriorConfig, coded_factors
-from vtok.prior import prefix_of, row_of, stack, tokens_of_ids
-from vtok.prior_coding import PriorModel, PriorStream
-from vtok.sample import draw_ids
 
 SHA = bytes(range(32))
 SHAPE = dict(width=16, depth=2, num_heads=2, head_width=8, context_groups=2, dropout=0.0)
@@ -321,7 +321,7 @@ def test_arithmetic_that_slips_past_the_probe_is_noticed(monkeypatch):
 PROBE = """
 import sys; sys.path.insert(0, "tests")
 from test_prior_coding import PRIOR, random_ids
-from vtok.prior_coding import PriorStream
+from vtok.coding.prior_coding import PriorStream
 print(PRIOR.fingerprint.hex(), PriorStream(PRIOR).encode(random_ids([40, 40, 40]), [40, 40, 40]).hex())
 """
 

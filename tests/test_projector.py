@@ -15,16 +15,16 @@ from test_contract import PROJECTORS
 from test_llm import small_model, small_tokenizer
 
 import vtok
-from vtok import strategy
-from vtok.answering import AnsweringEvaluator, video_of
 from vtok.config import loads
 from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
+from vtok.evaluation.answering import AnsweringEvaluator, video_of
 from vtok.export import main_export
-from vtok.lit_projector import LitProjector, _scores
 from vtok.llm import Answered, LLMConfig, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train
+from vtok.training import strategy
+from vtok.training.lit_projector import LitProjector, _scores
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from tiny_tower import write_tower

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from vtok import config as vtok_config
 from vtok import export as shipping
 from vtok.loading import load_run
-from vtok.projector_card import FULL_TABLE, hub_id, projector_card
+from vtok.shipping.projector_card import FULL_TABLE, hub_id, projector_card
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from tiny_tower import write_tower
@@ -109,7 +109,7 @@ def test_the_card_says_what_it_reads_makes_and_is_worth(tmp_path):
 
 
 def test_every_column_is_one_that_eval_writes():
-    sources = [path.read_text() for path in Path(shipping.__file__).parent.glob("answer*.py")]
+    sources = [path.read_text() for path in (Path(shipping.__file__).parent / "evaluation").glob("answer*.py")]
     written = {node.value for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
     assert set(FULL_TABLE) | {"by_type", "chance"} <= written
 

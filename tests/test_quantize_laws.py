@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtok.bundle import bundle
-from vtok.entropy import factors_of, to_symbols
+from vtok.coding.entropy import factors_of, to_symbols
 from vtok.quantize import QuantizerConfig, build_quantizer, vector
 from vtok.quantize.config import KEYS
+from vtok.shipping.bundle import bundle
 
 CASES = {
     "fsq": dict(levels=[8, 5, 4]),

@@ -5,16 +5,16 @@ import pytest
 import torch
 from test_codec import BLOCKS, make_model, moving
 
-from vtok import codec
-from vtok.bitstream import Reader
+from vtok.coding import codec
+from vtok.coding.bitstream import Reader
+from vtok.coding.prior_coding import PriorModel
+from vtok.coding.rate_control import Asked
+from vtok.coding.trial import Trial, groups_of, mse_of, squared_error
 from vtok.data.encode import write_video
 from vtok.export import fit_entropy
 from vtok.families import flexible
 from vtok.layers.token_prior import TokenPrior, TokenPriorConfig
 from vtok.loading import Identity, identify
-from vtok.prior_coding import PriorModel
-from vtok.rate_control import Asked
-from vtok.trial import Trial, groups_of, mse_of, squared_error
 from vtok.types import Clip
 
 DCT = dict(

@@ -12,18 +12,18 @@ import torch
 from test_llm import small_model
 
 import vtok
-from vtok import strategy
 from vtok.config import loads
 from vtok.data.text_shards import pack_texts
 from vtok.evaluate import main as evaluate
+from vtok.evaluation.repeating import RepeatingEvaluator, print_repeats
 from vtok.export import main_export
 from vtok.families.language import Config, SmallLM, build
 from vtok.llm import LLMConfig, load_llm
 from vtok.llm.words import words_as_tokens
 from vtok.loading import load_run
 from vtok.metrics.text import by_place, correct_prefix, sequence_f1
-from vtok.repeating import RepeatingEvaluator, print_repeats
 from vtok.train import train
+from vtok.training import strategy
 from vtok.types import Clip
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))

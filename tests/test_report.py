@@ -26,9 +26,9 @@ import numpy as np
 import pytest
 import torch
 
-from vtok.charts import Level, Series, bars, chart, linear_ticks, log_ticks
-from vtok.report import write_report
-from vtok.sprites import sprite, sprite_columns
+from vtok.evaluation.charts import Level, Series, bars, chart, linear_ticks, log_ticks
+from vtok.evaluation.report import write_report
+from vtok.evaluation.sprites import sprite, sprite_columns
 
 BUDGETS = (1, 4, 16)
 NASTY = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>&\u2028 {{js}} \"quoted\""
@@ -534,7 +534,7 @@ def test_captions_cannot_run_code(tmp_path, browser):
 
 def test_bits_beside_codecs(tmp_path):
     """BD-rate where curves overlap, matched bits by budget, a floor, and what was not reached."""
-    from vtok.rows import against_codec
+    from vtok.evaluation.rows import against_codec
 
     curve = [(1000.0, 20.0), (2000.0, 23.0), (4000.0, 26.0)]
     ours = [(1, 100.0, 12.5), (4, 800.0, 21.5), (16, 1600.0, 24.5), (64, 3200.0, 27.5)]

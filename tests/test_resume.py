@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtok import strategy
 from vtok.data.encode import write_video
+from vtok.training import strategy
 
 ROOT = Path(__file__).parent.parent
 SHARDS, SAMPLES = 5, 8

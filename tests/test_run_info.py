@@ -13,7 +13,7 @@ import test_train
 from vtok import train as training
 from vtok.cli import main
 from vtok.config import to_yaml
-from vtok.run_info import summary, text
+from vtok.info.run_info import summary, text
 
 
 class Asking(test_train.Data):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from vtok import codec
+from vtok.coding import codec
 from vtok.config import DataConfig
 from vtok.data import shards
 from vtok.data.decode import VideoReader, decode_window
 from vtok.data.encode import write_video
 from vtok.data.pipeline import validation_batches
 from vtok.data.view import view_of
-from vtok.evaluator import Evaluator
+from vtok.evaluation.evaluator import Evaluator
 from vtok.families.flexible import Config, Model
 from vtok.metrics.distortion import clip_psnr
 from vtok.types import Clip, to_uint8

@@ -18,7 +18,8 @@ from test_export import make_run
 import vtok
 from vtok import config as vtok_config
 from vtok import export as shipping
-from vtok import stream_header
+from vtok.coding import stream_header
+from vtok.coding.tokenize import trained_data
 from vtok.data import sources, strict
 from vtok.data.decode import iter_frames
 from vtok.data.sources import BrokenSample, ShardReader, open_sources, scan
@@ -26,7 +27,6 @@ from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
 from vtok.evaluate import load_model
 from vtok.loading import MAX_CONFIG, read_training
-from vtok.tokenize import trained_data
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = [
@@ -45,8 +45,8 @@ METHODS = {"extractall", "extract"}  # of tar and zip archives: members are read
 # of one's own runs only, as docs/security.md says.
 ALLOWED = {
     "vtok/data/sources.py": {"shell=True"},
-    "vtok/strategy.py": {"torch.load"},
-    "vtok/checkpoints.py": {"torch.load"},
+    "vtok/training/strategy.py": {"torch.load"},
+    "vtok/training/checkpoints.py": {"torch.load"},
 }
 
 
@@ -234,7 +234,7 @@ def test_no_reader_of_weights_unpickles(tmp_path):
     from vtok.layers.weights import read_weights
     from vtok.loading import load_run
     from vtok.metrics import frechet
-    from vtok.strategy import AtomicCheckpointIO, describe
+    from vtok.training.strategy import AtomicCheckpointIO, describe
 
     path = tmp_path / "weights.pth"
     torch.save({"x": Bomb(tmp_path / "exploded")}, path)
@@ -360,8 +360,8 @@ def test_headers_of_vtok_files_are_limited():
     facts = {"model_id": "m", "key": bytes(8), "fps": Fraction(1), "codebook_sizes": (2,)}
     with pytest.raises(ValueError, match=f"above the limit of {stream_header.MAX_FRAME_PIXELS}; encode at a smaller"):
         stream_header.Header(size=(1 << 20, 1 << 20), **facts)
-    from vtok import bitstream
-    from vtok.entropy import varint
+    from vtok.coding import bitstream
+    from vtok.coding.entropy import varint
 
     claims = stream_header.MAGIC + bytes([stream_header.VERSION]) + varint(bitstream.MAX_HEADER + 1)
     with pytest.raises(bitstream.DamagedFile, match="its header claims 65537 bytes"):
@@ -370,7 +370,7 @@ def test_headers_of_vtok_files_are_limited():
 
 def test_every_limit_of_the_page_is_the_code_s():
     text = (ROOT / "docs" / "security.md").read_text()
-    from vtok import bitstream
+    from vtok.coding import bitstream
 
     assert strict.MAX_FRAME_PIXELS == stream_header.MAX_FRAME_PIXELS == 1 << 28 and "2^28 (16384 x 16384)" in text
     assert vtok_config.DataConfig().max_pixels == stream_header.MAX_STEP_PIXELS == 1 << 31

@@ -16,7 +16,7 @@ import pytest
 from local_slurm import LOCAL, Cluster, running, until
 from test_resume import assert_same_end, ledger, lines_of, make_shards, write_config
 
-from vtok import strategy
+from vtok.training import strategy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "slurm"))
 import submit  # noqa: E402

@@ -12,9 +12,9 @@ import torch
 from local_slurm import LOCAL, NODE_TIMEOUT_S, ROOT, Cluster, running, until
 from test_resume import make_shards, write_config
 
-from vtok import strategy
 from vtok.config import load
 from vtok.data.encode import write_video
+from vtok.training import strategy
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from test_resume import assert_same_end, curves, make_shards, write_config
 
-from vtok import strategy
 from vtok.config import load
-from vtok.lit import LitTokenizer
 from vtok.train import train
+from vtok.training import strategy
+from vtok.training.lit import LitTokenizer
 
 
 def signalled(patch: pytest.MonkeyPatch, number: int, *, step: int, batch: int) -> None:

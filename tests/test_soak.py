@@ -233,7 +233,7 @@ from soak import crashes
 
 def dying(*arguments):
     import json
-    from vtok import tokenize as t
+    from vtok.coding import tokenize as t
     from vtok.data import shard_work as s
     def at_once(path, value):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from einops import rearrange, repeat
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from vtok.bundle import bundle
 from vtok.layers import windows
 from vtok.layers.rotary import rotate, rotation, rotation_2d
 from vtok.layers.spacetime import (
@@ -25,6 +24,7 @@ from vtok.layers.spacetime import (
     TemporalAttention,
 )
 from vtok.layers.windows import alibi_slopes, causal_window_attend, window_spans
+from vtok.shipping.bundle import bundle
 
 STRIDES = [(4, 8, 8), (8, 8, 8), (4, 16, 16), (8, 16, 16), (1, 8, 8), (2, 8, 8)]
 LATENT = 5

@@ -10,8 +10,8 @@ import torch
 from launching import ROOT
 from torch import nn
 
-from vtok import checkpoints, strategy
 from vtok.config import loads
+from vtok.training import checkpoints, strategy
 
 
 def config(**trainer):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from launching import ROOT, launch
 
-from vtok import checkpoints
 from vtok.loading import load_run
+from vtok.training import checkpoints
 
 SCRIPT = '''
 import os, sys

@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from vtok import train as training
-from vtok.telemetry import PEAKS, FlopCount, Telemetry, host_memory_gib, kind_of, peak_tflops
+from vtok.training.telemetry import PEAKS, FlopCount, Telemetry, host_memory_gib, kind_of, peak_tflops
 from vtok.types import Clip
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from test_language_family import config, folders, videos  # noqa: F401
 
-from vtok.allocations import SCORES, Noted, allocated, answer_tokens, parse_allocations, told, true_shares
-from vtok.answering import AnsweringEvaluator, print_answers
 from vtok.budget import AtaConfig
+from vtok.evaluation.allocations import SCORES, Noted, allocated, answer_tokens, parse_allocations, told, true_shares
+from vtok.evaluation.answer_report import write_answer_report
+from vtok.evaluation.answering import AnsweringEvaluator, print_answers
 from vtok.families.language import Model, build
 from vtok.llm import LLMConfig, load_llm
 from vtok.types import Clip
@@ -69,7 +71,7 @@ def test_truth_gives_what_it_can_to_the_answer(folders):  # noqa: F811
 
 @pytest.mark.parametrize("question", [True, False])
 @torch.no_grad()
-def test_rows_of_every_way_and_their_margins(folders, question, capsys):  # noqa: F811
+def test_rows_of_every_way_and_their_margins(folders, question, tmp_path, capsys):  # noqa: F811
     model, llm = tempo(folders["llama"], "learned" if question else "similarity", question=question)
     clip = needles()
     clip.qa[1][1]["end_s"] = None
@@ -99,6 +101,9 @@ def test_rows_of_every_way_and_their_margins(folders, question, capsys):  # noqa
     shown = " ".join(capsys.readouterr().out.split())
     assert "20 tokens, 1 a segment at least: language against even" in shown and len(told(result)) == 8
     json.dumps(result, allow_nan=False)
+    write_answer_report(result, [], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(html.escape(sentence) in page for sentence in told(result))
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from test_tokenize import FRAMES, corpus, pixels
 
 import vtok
 from vtok import export as shipping
-from vtok import tokenize as tokenizing
+from vtok.coding import tokenize as tokenizing
+from vtok.coding.token_coding import decode_sample
+from vtok.coding.tokenize import tokenize
 from vtok.data.token_reader import SampleFacts, TokenizerIdentity, iter_token_samples
 from vtok.data.token_shards import TokenLoader, TokenShards
-from vtok.token_coding import decode_sample
-from vtok.tokenize import tokenize
 from vtok.types import Clip, to_uint8
 
 

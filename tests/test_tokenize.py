@@ -24,7 +24,9 @@ from test_export import make_run
 
 import vtok
 from vtok import export as shipping
-from vtok import tokenize as tokenizing
+from vtok.coding import tokenize as tokenizing
+from vtok.coding.token_coding import Encoder, Settings, decode_ids, decode_sample, piece_facts, tokens_of
+from vtok.coding.tokenize import tokenize
 from vtok.data.maps import map_bytes
 from vtok.data.sources import ShardReader, open_sources
 from vtok.data.token_reader import (
@@ -35,8 +37,6 @@ from vtok.data.token_reader import (
 )
 from vtok.data.token_shards import TokenShards
 from vtok.loading import identify
-from vtok.token_coding import Encoder, Settings, decode_ids, decode_sample, piece_facts, tokens_of
-from vtok.tokenize import tokenize
 from vtok.types import Clip, to_uint8
 
 FRAMES = (24, 4, 9, 1, 30, 6, 13)  # of the clips, in turn: shorter and longer than the model's 4 and a batch's 8
@@ -85,7 +85,7 @@ def frames_of(key: str) -> int:
 
 def pixels(key: str, size=(16, 16)) -> np.ndarray:
     """uint8 [T, *size, 3]: what validation sees of a clip, all of its frames."""
-    from vtok.codec import resize_crop
+    from vtok.coding.codec import resize_crop
     from vtok.data.decode import iter_frames
 
     s, i = (int(n) for n in key[1:].split("_"))
@@ -300,7 +300,7 @@ def test_an_output_of_other_settings_is_refused(home, tmp_path):
 
 KILLED = """
 import sys, torch
-from vtok import tokenize as tokenizing
+from vtok.coding import tokenize as tokenizing
 if __name__ == "__main__":
     tokenizing.tokenize(sys.argv[1], sys.argv[2], model=sys.argv[3], workers=int(sys.argv[4]), progress=False)
 """

@@ -17,13 +17,13 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from vtok import curves, lit, loop, strategy
-from vtok import optim as optim_room
 from vtok import train as training
 from vtok.config import OptimConfig, load, loads
-from vtok.curves import contact_sheet, keep_until
 from vtok.metrics.distortion import clip_psnr
 from vtok.progress import duration
+from vtok.training import curves, lit, loop, strategy
+from vtok.training import optim as optim_room
+from vtok.training.curves import contact_sheet, keep_until
 from vtok.types import Clip, to_uint8
 
 BATCH = 4
@@ -48,10 +48,12 @@ class Stream(IterableDataset):
 
 
 class Data(pl.LightningDataModule):
-    """The interface of ClipDataModule; sends itself `signal_at` (batch number: signal) as a cluster would."""
+    """The interface of ClipDataModule; sends itself `signal_at` (batch number: signal) as a cluster would. torn: its
+    validation batches are of a kind that nothing can be made of."""
 
-    def __init__(self, *, signal_at: dict[int, int] | None = None) -> None:
+    def __init__(self, *, signal_at: dict[int, int] | None = None, torn: bool = False) -> None:
         super().__init__()
+        self.torn = torn
         self.done, self.signal_at = 0, signal_at or {}
 
     def state_dict(self):
@@ -70,6 +72,8 @@ class Data(pl.LightningDataModule):
         return DataLoader(Stream(self.done), batch_size=None)
 
     def val_dataloader(self):
+        if self.torn:
+            return [Clip(keys=["a"], video=torch.zeros(1, 5, 4, 16, 16, dtype=torch.uint8))]
         return DataLoader(Stream(10**6, 2), batch_size=None)
 
 
@@ -259,6 +263,21 @@ def test_a_signal_saves_at_the_step_boundary_and_the_next_start_goes_on_bitwise(
     capsys.readouterr()
     training.train(config, data=Data())
     assert "is complete: 8 steps" in capsys.readouterr().out
+
+
+def test_a_validation_that_fails_costs_no_step(tmp_path):
+    parts = {"trainer": {"val_every": 3, "ledger": True}}
+    whole = training.train(settings(tmp_path, name="whole", **parts), data=Data())
+    config = settings(tmp_path, name="cut", **parts)
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as failed:
+        training.train(config, data=Data(torn=True))
+    assert strategy.describe(last)["step"] == 3 and str(last) in failed.value.__notes__[0]
+    cut = training.train(config, data=Data())
+    a, b = checkpoint(whole), checkpoint(cut)
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+    assert (whole / "ledger-0.txt").read_text() == (cut / "ledger-0.txt").read_text()
+    assert metrics(whole, timeless=True) == metrics(cut, timeless=True)  # what was owed was validated
 
 
 def test_a_non_finite_step_changes_nothing_and_names_its_clips(tmp_path):

@@ -470,7 +470,7 @@ def test_a_frozen_language_model_teaches_it(form, language):
     assert not list(objective.parameters()) and all(p.grad is None for p in objective.llm.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["vqtoken", "tiny"])
+@pytest.mark.parametrize("name", ["vqtoken", "tiny", "paper", "paper_tiny"])
 def test_presets_build_what_they_say(name):
     from pathlib import Path
 
@@ -482,8 +482,9 @@ def test_presets_build_what_they_say(name):
     model.in_dim, model.embedding_dim, model.embedding_rms = 1152, 896, 0.02
     with torch.device("meta"):
         made = Model(model)
-    assert made.max_tokens == {"vqtoken": 32, "tiny": 16}[name]
-    assert made.places.config.map_size[0] == config.data.num_frames
-    if name == "vqtoken":
+    assert made.max_tokens == {"vqtoken": 256, "tiny": 64, "paper": 32, "paper_tiny": 16}[name]
+    if made.places.config.kind == "label_map":
+        assert made.places.config.map_size[0] == config.data.num_frames
+    if "tiny" not in name:
         count = sum(p.numel() for p in made.parameters()) / 1e6
         assert f"# Parameters: {count:.1f} M (in_dim 1152, embedding_dim 896)" in path.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import test_train
 from torch.utils.data import DataLoader, IterableDataset
 
 from vtok import train as training
-from vtok.watchdog import Watchdog
+from vtok.training.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 FAST = 0.01  # minutes
@@ -55,7 +55,7 @@ def test_a_stall_writes_threads_and_workers_and_the_run_goes_on(tmp_path, caplog
     threading.Thread(target=planted_hang, args=(release,), name="uploader", daemon=True).start()
     helper = subprocess.Popen(["sleep", "60"])  # a child that the signal would end
     try:
-        with caplog.at_level(logging.WARNING, "vtok.watchdog"):
+        with caplog.at_level(logging.WARNING, "vtok.training.watchdog"):
             dog.start(rank=3, step=41)
             dog.moved("the wait for the next batch", step=42)
             path = tmp_path / "stacks" / "rank-3-1.txt"
@@ -102,7 +102,7 @@ def test_minutes_0_watches_nothing_and_a_folder_that_cannot_be_written_ends_noth
     off.stop()
     (tmp_path / "file").touch()
     dog = Watchdog(tmp_path / "file", minutes=0.002)
-    with caplog.at_level(logging.ERROR, "vtok.watchdog"):
+    with caplog.at_level(logging.ERROR, "vtok.training.watchdog"):
         dog.start(rank=0, step=7)
         wait_for(lambda: any("stands still at step 7; its stacks:" in r.message for r in caplog.records))
     dog.stop()

@@ -1,6 +1,6 @@
 """`vtok eval RUN_OR_EXPORT`: measures on the run's own data settings, writes eval.json and report.html, prints a table.
 
-What is measured, and how, is `vtok.evaluator`.
+What is measured, and how, is `vtok.evaluation.evaluator`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rich.table import Table
 
 from vtok.config import DataConfig, EvalConfig, from_dict, load_family
 from vtok.config import load as load_config
-from vtok.evaluator import Evaluator, durations
+from vtok.evaluation.evaluator import Evaluator, durations
+from vtok.evaluation.rows import check_same_weights
 from vtok.layers.perceptual import file_sha256, load_lpips
 from vtok.metrics.codecs import CODECS
 from vtok.metrics.controls import CONTROLS
 from vtok.metrics.i3d import load_i3d
 from vtok.metrics.inception import load_inception
-from vtok.rows import check_same_weights
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ def showcase(evaluator: Evaluator, result: dict[str, Any], *, fps: float | None,
 
 def _samples(model: Any, path: str, *, seed: int) -> list[dict[int, Any]]:
     """Samples of the export's prior at several lengths, for the report; [] where it has none."""
+    from vtok.coding.sample import draw_samples
     from vtok.loading import export_folder, prior_of, read_prior_facts
-    from vtok.sample import draw_samples
 
     if prior_of(model) is None:
         return []
@@ -297,9 +297,9 @@ def _main_projector(
     options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str, fps: float | None
 ) -> int:
     """A projector before its language model: eval.json, report.html and the table."""
-    from vtok.allocations import parse_allocations
-    from vtok.answering import AnsweringEvaluator, print_answers
-    from vtok.free_lengths import read_facts
+    from vtok.evaluation.allocations import parse_allocations
+    from vtok.evaluation.answering import AnsweringEvaluator, print_answers
+    from vtok.evaluation.free_lengths import read_facts
     from vtok.llm import PartsConfig, load_llm
 
     objective, source = objective_of(options.model), Path(options.model)
@@ -332,7 +332,7 @@ def _main_projector(
     print_answers(result)
     print(f"table   {out / 'eval.json'}")
     if not options.no_report:
-        from vtok.answer_report import write_answer_report
+        from vtok.evaluation.answer_report import write_answer_report
 
         clips = evaluator.show(result, fps=fps)
         print(f"report  {write_answer_report(result, clips, out / 'report.html', history=_history(source))}")
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     where: dict[str, Any] = dict(tower=tower, audio=lambda: getattr(model, "ears", None))
     val = window_loader(data, val_shards, clips=clips, setting="--shards", **where)
     if getattr(model.config, "source", "") == "text":
-        from vtok.repeating import main_repeating
+        from vtok.evaluation.repeating import main_repeating
 
         return main_repeating(options, model, val, settings, shards=val_shards)
     if not hasattr(model, "decode"):
@@ -413,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     print_table(result)
     print(f"table   {out / 'eval.json'}")
     if not options.no_report:
-        from vtok.report import write_report
+        from vtok.evaluation.report import write_report
 
         clips = showcase(evaluator, result, fps=data.fps)
         samples = _samples(model, options.model, seed=options.seed)

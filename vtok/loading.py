@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vtok import checkpoints
+from vtok.coding.entropy import StaticModel
+from vtok.coding.prior_coding import PriorModel
 from vtok.config import RunConfig, from_dict, load_family, read_plain, to_dict
 from vtok.config import load as load_config
-from vtok.entropy import StaticModel
 from vtok.layers.token_prior import TokenPriorConfig
-from vtok.prior_coding import PriorModel
+from vtok.training import checkpoints
 
 log = logging.getLogger(__name__)
 

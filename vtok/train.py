@@ -29,19 +29,20 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 import vtok
-from vtok import projecting, strategy
-from vtok.alarms import AlarmError
-from vtok.background import BackgroundCheckpointIO
+from vtok import projecting
 from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
-from vtok.curves import Curves
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
-from vtok.init_from import begin_from, check_allowed
-from vtok.keys import check_keys
-from vtok.lit import LitCompressor, LitTokenizer, NonFiniteError
-from vtok.lit_projector import LitProjector
-from vtok.loop import Conductor, ToldToStop, touch
-from vtok.optim import SCHEDULES
+from vtok.training import strategy
+from vtok.training.alarms import AlarmError
+from vtok.training.background import BackgroundCheckpointIO
+from vtok.training.curves import Curves
+from vtok.training.init_from import begin_from, check_allowed
+from vtok.training.keys import check_keys
+from vtok.training.lit import LitCompressor, LitTokenizer, NonFiniteError
+from vtok.training.lit_projector import LitProjector
+from vtok.training.loop import Conductor, ToldToStop, touch
+from vtok.training.optim import SCHEDULES
 from vtok.types import ShapeError
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, FileNotFoundError, NonFiniteError, AlarmError) as error:
         if not _explains(error):
             raise
-        raise SystemExit(f"error: {error}") from None
+        notes = getattr(error, "__notes__", [])
+        raise SystemExit("\n".join([f"error: {error}", *notes])) from None
     except TooManyBroken as error:
         raise SystemExit(f"error: {_own_words(error)}") from None
 

@@ -8,7 +8,7 @@ import html
 import json
 from pathlib import Path
 
-from vtok.charts import Series, chart
+from vtok.evaluation.charts import Series, chart
 
 HERE = Path(__file__).parent
 COLOURS = {0: "#00815f", 1: "#d55e00", 2: "#0072b2", 3: "#7a808c"}

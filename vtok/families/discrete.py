@@ -298,7 +298,7 @@ class Model(GridTokenizer):
         return "all weights of the source"
 
     def go_on_as(self, other: Model) -> None:
-        """What `warm_start` settled for `other` beside its weights holds here too (`vtok.init_from`)."""
+        """What `warm_start` settled for `other` beside its weights holds here too (`vtok.training.init_from`)."""
         self._fit, self._wait, self._sources = other._fit, other._wait, other._sources
 
     @torch.no_grad()

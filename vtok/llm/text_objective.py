@@ -136,7 +136,8 @@ class TextObjective(ProjectorObjective):
         """The LLM's greedy answers; where the clips are texts and no prompts are given, it is to repeat them."""
         if prompts is None and getattr(model.config, "source", "") == TEXT:
             prompts = [self.config.tasks.reconstruction_prompts[0]] * len(clip)
-            keywords.setdefault("max_new_tokens", self.config.max_answer)
+            words = max(count_words(self.llm, clip.text or []), default=0)  # what is missed is seen from a few more
+            keywords.setdefault("max_new_tokens", min(words + 8, self.config.max_answer))
         return super().generate(model, clip, prompts=prompts, **keywords)
 
 

@@ -1,0 +1,1 @@
+"""What stands in an export beside the weights: its one Python file, its cards, its transformers classes."""
