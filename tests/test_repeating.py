@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import vtok
 from vtok.config import loads
 from vtok.data.text_shards import pack_texts
 from vtok.evaluate import main as evaluate
+from vtok.evaluation.repeat_report import told, write_repeat_report
 from vtok.evaluation.repeating import RepeatingEvaluator, print_repeats
 from vtok.export import main_export
 from vtok.families.language import Config, SmallLM, build
@@ -78,15 +80,16 @@ class Words(torch.nn.Module):
         return words_as_tokens(self.llm, clip.text).truncate(budget[:, None])
 
 
-def test_the_table_measures_every_method_at_as_many_tokens(lab):
+def test_the_table_measures_every_method_at_as_many_tokens(lab, tmp_path):
     llm = load_llm(LLMConfig(name=str(lab / "llm")))
     rows = [story(0, i) for i in range(5)]
     clip = Clip([row["key"] for row in rows], text=[row["text"] for row in rows], qa=[row["qa"] for row in rows])
     prompts = dict(repeat="<video>\nRepeat the text:", question="<video>\nQuestion: {question}\nAnswer:")
-    found = RepeatingEvaluator(
+    evaluator = RepeatingEvaluator(
         Words(llm), llm, val=[clip.rows(slice(0, 3)), clip.rows(slice(3, 5))], ratios=[4, 8], most_words=6,
         progress=False, **prompts,
-    ).run(model="words")  # fmt: skip
+    )  # fmt: skip
+    found = evaluator.run(model="words")
     table = {(row["method"], row["ratio"]): row for row in found["rows"]}
     assert set(table) == {("blind", None), ("words", 1.0)} | {
         (method, ratio) for method in ("language", "truncation", "mean_pool") for ratio in (4.0, 8.0)
@@ -102,6 +105,18 @@ def test_the_table_measures_every_method_at_as_many_tokens(lab):
         if ratio and ratio > 1:
             assert found["words_mean"] / row["tokens_mean"] == pytest.approx(ratio, rel=0.1)
     assert table["blind", None]["tokens_mean"] == 0
+    for each in found["versus"]:  # against itself by another name, and against sums of runs of words
+        ours, other = table["language", each["ratio"]], table[each["against"], each["ratio"]]
+        assert each["difference"] == pytest.approx(ours["token_f1"] - other["token_f1"]) and each["texts"] == 5
+        assert each["against"] == "mean_pool" or (each["difference_ci"] == [0, 0] and each["winner"] is None)
+    assert [(x["ratio"], x["against"]) for x in found["versus"]] == [
+        (ratio, method) for ratio in (4.0, 8.0) for method in ("truncation", "mean_pool")
+    ]
+    assert [x["key"] for x in evaluator.examples] == list(clip.keys) and len(told(found)) == 2
+    assert all(len(x["said"]) == len(table) for x in evaluator.examples)
+    page = write_repeat_report(found, evaluator.examples, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(html.escape(sentence) in page for sentence in told(found)) and page.count('<svg class="chart') == 4 + 2
+    assert all(html.escape(text) in page for text in clip.text)
     print_repeats(found)
     with pytest.raises(ValueError, match="words a token, 1 or more"):
         RepeatingEvaluator(Words(llm), llm, val=[], repeat="", ratios=[0.5])
@@ -154,6 +169,7 @@ def test_a_run_of_texts_validates_resumes_ships_and_is_measured(lab, tmp_path, c
         found = json.loads((tmp_path / source.name / "eval.json").read_text())
         assert {(row["method"], row["ratio"]) for row in found["rows"]} >= {("language", 4.0), ("mean_pool", 8.0)}
         assert found["llm"]["sha256"] == before
+        assert (tmp_path / source.name / "report.html").is_file()
     assert "begin..end" in capsys.readouterr().out
     assert hashlib.sha256((lab / "llm" / "model.safetensors").read_bytes()).hexdigest() == before
 

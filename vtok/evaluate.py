@@ -339,6 +339,38 @@ def _main_projector(
     return 0
 
 
+def _main_texts(options: argparse.Namespace, model: Any, val: Any, *, shards: str) -> int:
+    """A compressor of texts before its language model: eval.json, report.html and the table."""
+    from vtok.evaluation.repeating import RATIOS, RepeatingEvaluator, print_repeats
+    from vtok.llm import load_llm
+
+    objective, source = objective_of(options.model), Path(options.model)
+    if options.llm:
+        objective.llm = replace(objective.llm, name=options.llm, revision="", sha256="")
+    evaluator = RepeatingEvaluator(
+        model,
+        load_llm(objective.llm),
+        val=val,
+        repeat=objective.tasks.reconstruction_prompts[0],
+        question=objective.tasks.qa_prompts[0] if objective.tasks.qa_prompts else "",
+        ratios=[float(part) for part in options.ratios.split(",")] if options.ratios else RATIOS,
+        most_words=options.answers,
+        device=device_of(options.device),
+        seed=options.seed,
+        progress=not options.no_progress,
+    )
+    result = evaluator.run(model=source.name, shards=shards)
+    out = _write_table(options, source, result)
+    print_repeats(result)
+    print(f"table   {out / 'eval.json'}")
+    if not options.no_report:
+        from vtok.evaluation.repeat_report import write_repeat_report
+
+        history = _history(source)
+        print(f"report  {write_repeat_report(result, evaluator.examples, out / 'report.html', history=history)}")
+    return 0
+
+
 def _folder(options: argparse.Namespace, source: Path) -> Path:
     from vtok.loading import is_run
 
@@ -371,9 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     where: dict[str, Any] = dict(tower=tower, audio=lambda: getattr(model, "ears", None))
     val = window_loader(data, val_shards, clips=clips, setting="--shards", **where)
     if getattr(model.config, "source", "") == "text":
-        from vtok.evaluation.repeating import main_repeating
-
-        return main_repeating(options, model, val, settings, shards=val_shards)
+        return _main_texts(options, model, val, shards=val_shards)
     if not hasattr(model, "decode"):
         return _main_projector(options, model, val, settings, shards=val_shards, fps=data.fps)
     train = None

@@ -12,12 +12,9 @@ intervals of a bootstrap over texts. What is undefined is null, and the row's `n
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vtok.config import EvalConfig, from_dict, load_family
-from vtok.config import load as load_config
 from vtok.evaluation.rows import SCHEMA, bootstrap, environment, without_nan
-from vtok.llm import FrozenLLM, ask, generate, load_llm, read
+from vtok.llm import FrozenLLM, ask, generate, read
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
 from vtok.metrics.text import by_place, correct_prefix, sequence_f1
@@ -38,6 +33,8 @@ from vtok.types import Budget, Clip, Tokens
 
 RATIOS = (5.0, 10.0, 20.0, 40.0)
 PLACES = 10  # stretches of a text, whose accuracies are told one by one
+CONTROLS = ("truncation", "mean_pool")
+EXAMPLES = 6  # texts that are shown with what was said again
 
 
 @dataclass
@@ -76,6 +73,8 @@ class RepeatingEvaluator:
         model: compresses `Clip.text`, in eval mode. llm: the frozen language model it was trained for.
         val: batches of texts, read once. repeat, question: the prompts, with "<video>" and "{question}".
         ratios: words a token. most_words: of what is said again; 0 = as many as the text has, and a few.
+    Attributes:
+        examples: of the last run, the first texts with what every method said again.
     """
 
     def __init__(
@@ -100,11 +99,12 @@ class RepeatingEvaluator:
         self.val, self.repeat, self.question = val, repeat, question
         self.ratios, self.most_words, self.seed = sorted(set(ratios)), most_words, seed
         self.bar = counting_bar(show=progress)
+        self.examples: list[dict[str, Any]] = []
 
     def run(self, *, model: str = "", shards: str = "") -> dict[str, Any]:
         """Every row of every method. model, shards: what the table says they are."""
         rows: dict[tuple[str, float | None], RepeatRow] = {}
-        texts, words = 0, 0
+        texts, words, self.examples = 0, 0, []
         with self.bar, torch.inference_mode():
             total = len(self.val) if hasattr(self.val, "__len__") else None  # type: ignore[arg-type]
             task = self.bar.add_task("texts", total=total)
@@ -127,29 +127,37 @@ class RepeatingEvaluator:
                 "llm": self.llm.identity(),
                 "environment": environment(self.device, seed=self.seed),
                 "rows": [self._finish(row) for row in rows.values()],
+                "versus": self._versus(rows),
             }
         )
 
     def _batch(self, clip: Clip, rows: dict[tuple[str, float | None], RepeatRow]) -> None:
-        def row(method: str, ratio: float | None) -> RepeatRow:
-            return rows.setdefault((method, ratio), RepeatRow(method, ratio))
-
         texts = clip.text or []
+        room = EXAMPLES - len(self.examples)
+        new = [{"key": key, "text": text, "said": []} for key, text in zip(clip.keys[:room], texts)]
+        self.examples += new
+
+        def add(method: str, ratio: float | None, tokens: Tokens | None) -> RepeatRow:
+            row = rows.setdefault((method, ratio), RepeatRow(method, ratio))
+            for example, said in zip(new, self._one(row, clip, tokens)):
+                example["said"].append({"method": method, "ratio": ratio, "text": said})
+            return row
+
         words = words_as_tokens(self.llm, texts)
-        self._one(row("blind", None), clip, None)
-        self._one(row("words", 1.0), clip, words)
+        add("blind", None, None)
+        add("words", 1.0, words)
         for ratio in self.ratios:
             asked = tokens_at_ratio(words.lengths.tolist(), ratio, most=self.model.max_tokens)
             tokens = self.model.encode(Clip(clip.keys, text=texts), budget=asked)
             counts = tokens.lengths.to(words.lengths.device)
-            own = row(self.family, ratio)
+            own = add(self.family, ratio, tokens)
             if bool((tokens.lengths.cpu() < asked).any()) and not own.notes:
                 own.notes.append("some texts would have more tokens at this ratio than the model gives")
-            self._one(own, clip, tokens)
-            self._one(row("truncation", ratio), clip, first_words(words, counts))
-            self._one(row("mean_pool", ratio), clip, mean_words(words, counts))
+            add("truncation", ratio, first_words(words, counts))
+            add("mean_pool", ratio, mean_words(words, counts))
 
-    def _one(self, row: RepeatRow, clip: Clip, tokens: Tokens | None) -> None:
+    def _one(self, row: RepeatRow, clip: Clip, tokens: Tokens | None) -> list[str]:
+        """Measures a batch; what was said again."""
         texts, prompts = clip.text or [], [self.repeat] * len(clip)
         row.tokens += tokens.lengths.tolist() if tokens is not None else [0.0] * len(clip)
         seen = read(self.llm, prompts, texts, tokens)
@@ -170,6 +178,21 @@ class RepeatingEvaluator:
             made = _Made(tokens) if tokens is not None else None
             answered = ask(self.llm, Clip(clip.keys, qa=clip.qa), made, template=self.question)
             row.right += [float(each.right) for each in answered if each.right is not None]
+        return said
+
+    def _versus(self, rows: dict[tuple[str, float | None], RepeatRow]) -> list[dict[str, Any]]:
+        """At each ratio, F1 of what is said again, the compressor's minus each control's, paired text by text."""
+        out = []
+        for ratio in self.ratios:
+            ours = rows[self.family, ratio]
+            for method in CONTROLS:
+                other = rows[method, ratio]
+                gap = torch.tensor(ours.f1, dtype=torch.float64) - torch.tensor(other.f1, dtype=torch.float64)
+                bounds = bootstrap(gap, seed=self.seed)
+                lead = None if bounds is None else self.family if bounds[0] > 0 else method if bounds[1] < 0 else None
+                entry = {"ratio": ratio, "against": method, "difference": float(gap.mean()), "difference_ci": bounds}
+                out.append({**entry, "texts": len(gap), "winner": lead})
+        return out
 
     def _finish(self, row: RepeatRow) -> dict[str, Any]:
         places = (row.places[0] / row.places[1]).tolist()
@@ -226,39 +249,3 @@ def print_repeats(result: dict[str, Any], console: Console | None = None) -> Non
 
 def _per_cent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def main_repeating(options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str) -> int:
-    """`vtok eval` of a compressor of texts: eval.json and the table."""
-    from vtok.loading import export_folder, is_run, read_training
-
-    source = Path(options.model)
-    if is_run(source):
-        objective = load_config(source / "config.yaml").objective
-    else:
-        folder = export_folder(options.model)
-        node, where = read_training(folder), f"{folder / 'training.yaml'}: objective"
-        kind = load_family(model.config.name, trusted=False).Objective.Config
-        objective = from_dict(kind, node.get("objective") or {}, where=where, trusted=False)
-    if options.llm:
-        objective.llm.name, objective.llm.revision, objective.llm.sha256 = options.llm, "", ""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    evaluator = RepeatingEvaluator(
-        model,
-        load_llm(objective.llm),
-        val=val,
-        repeat=objective.tasks.reconstruction_prompts[0],
-        question=objective.tasks.qa_prompts[0] if objective.tasks.qa_prompts else "",
-        ratios=[float(part) for part in options.ratios.split(",")] if options.ratios else RATIOS,
-        most_words=options.answers,
-        device=device,
-        seed=options.seed,
-        progress=not options.no_progress,
-    )
-    result = evaluator.run(model=source.name, shards=shards)
-    out = options.out or (source / "eval" if is_run(source) else Path("eval"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print_repeats(result)
-    print(f"table   {out / 'eval.json'}")
-    return 0
