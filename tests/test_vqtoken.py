@@ -26,13 +26,16 @@ FORMS: dict[str, dict] = {
     "blocks": dict(scope="blocks", block_frames=2, order="time"),
     "stream": dict(scope="stream", block_frames=2),
     "continue": dict(scope="stream", block_frames=2, restart=False, metric="euclidean"),
+    "weighted": dict(weighting="learned"),
+    "weighted-stream": dict(weighting="learned", scope="stream", block_frames=2, order="time"),
+    "weighted-vq": dict(weighting="learned", codebook=QuantizerConfig(levels=[3, 3])),
     "variance": dict(adaptive=AdaptiveConfig(criterion="variance", share=0.6)),
     "elbow": dict(adaptive=AdaptiveConfig(criterion="elbow", min_tokens=2), scope="blocks", block_frames=3),
     "silhouette": dict(adaptive=AdaptiveConfig(criterion="silhouette")),
     "fsq": dict(codebook=QuantizerConfig(levels=[3, 3])),
     "vq": dict(codebook=QuantizerConfig(name="vq", codebook_size=12, dim=4, ema_decay=0.0, kmeans_init=False)),
 }
-ADAPTIVE = {"variance", "elbow", "silhouette", "fsq", "vq"}
+ADAPTIVE = {"variance", "elbow", "silhouette", "fsq", "vq", "weighted-vq"}
 
 
 def build(form: str = "plain", **changes) -> Model:
@@ -158,6 +161,28 @@ def test_budgets_of_blocks():
         model.compress(features(2, 6), budget=7)
     with pytest.raises(ValueError, match="budget=7 is out of range"):
         build().compress(features(), budget=7)
+
+
+def test_learned_weights_begin_even_and_say_what_a_mean_is_of():
+    plain, seen = build(num_tokens=2), features(2, 4)
+    model = build("weighted", num_tokens=2)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.nn.init.zeros_(model.weigh.weight), torch.nn.init.zeros_(model.weigh.bias)
+        even, expected = model.compress(seen), plain.compress(seen)
+        torch.testing.assert_close(even.embeddings, expected.embeddings)
+        model.places.leave.weight.zero_(), model.places.leave.bias.zero_()  # contents alone
+        torch.nn.init.normal_(model.weigh.weight, std=3.0)
+        tokens, projected = model.compress(seen), model.project(seen).patches.flatten(1, 2)
+    weight = 2 * model.weigh(projected / RMS).sigmoid()
+    for row in range(2):
+        for token in range(2):
+            own = tokens.source[row] == token
+            x, w = projected[row, own], weight[row, own]
+            mean, size = (x * w).sum(0) / w.sum(), (x.square().mean(1).sqrt() * w[:, 0]).sum() / w.sum()
+            told = mean * size / mean.square().mean().sqrt()
+            torch.testing.assert_close(tokens.embeddings[row, token], told, atol=1e-5, rtol=1e-4)
+    assert torch.equal(tokens.positions, even.positions) and torch.equal(tokens.mass, even.mass)
 
 
 def test_every_patch_its_own_token():
@@ -319,7 +344,7 @@ def test_tokens_know_where_and_when(kind, mixer):
         assert float(gap) > 1e-3
 
 
-@pytest.mark.parametrize("form", ["stream", "continue"])
+@pytest.mark.parametrize("form", ["stream", "continue", "weighted-stream"])
 @pytest.mark.parametrize("pieces", [[7], [1] * 7, [3, 4], [2, 2, 3]])
 def test_streamed_equals_offline(form, pieces):
     model, seen = build(form), features(2, 7)

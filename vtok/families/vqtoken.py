@@ -15,6 +15,8 @@ VQToken (Zhang et al. 2025, https://arxiv.org/abs/2503.16980). What differs here
   through a decoder layer. Clusters are numbered by mass, largest first, so its output, too, does not depend on what
   numbers k-means gave.
 - A token is as long as its members are on average (root mean square): the LLM is frozen and knows words of that size.
+- `weighting: learned` lets a patch count for more or less in the means of its cluster, of contents and of places: of
+  few clusters, one holds what moves with the ground behind it. Not of the paper; positions stay plain means.
 - Seeds of k-means are `seed`'s: the same clip gives the same tokens, alone or in a batch.
 
 A budget is the number of clusters, made anew for it: tokens of a smaller budget are no part of those of a larger one
@@ -92,6 +94,9 @@ class Config(ProjectorConfig):
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     codebook: QuantizerConfig | None = None  # a learned codebook instead of k-means: patches with one id are a cluster
     places: PlaceConfig = field(default_factory=PlaceConfig)
+    weighting: str = (
+        "uniform"  # of the members in a cluster's means: uniform | learned (0 to 2, from a linear map of each)
+    )
     order: str = "mass"  # of the tokens in a group: mass (largest first) | time (by the mean of their members' times)
 
     def __post_init__(self) -> None:
@@ -100,6 +105,7 @@ class Config(ProjectorConfig):
             ("space", ("projected", "tower")),
             ("metric", METRICS),
             ("init", INITS),
+            ("weighting", ("uniform", "learned")),
             ("order", ("mass", "time")),
         ):
             if getattr(self, key) not in choices:
@@ -151,9 +157,10 @@ class Config(ProjectorConfig):
 class _Sets:
     """Clusters, as sums over members, and the clips they are of.
 
-    sums [S, K, D + 1 + P] of embeddings, their sizes, their places. mass, first [S, K]. frames [S]. live [B, G]: which
-    blocks of `cut` frames of the clips the sets are. count [B], frames of each clip. times [B, G, 2] or None. labels
-    [S, n], None where patches are gone. indices [S, K], codes.
+    sums [S, K, D + 1 + P] of embeddings, their sizes, their places (with learned weights four columns more:
+    `Model._values`). mass, first [S, K]. frames [S]. live [B, G]: which blocks of `cut` frames of the clips the sets
+    are. count [B], frames of each clip. times [B, G, 2] or None. labels [S, n], None where patches are gone. indices
+    [S, K], codes.
     """
 
     sums: Tensor
@@ -180,6 +187,10 @@ class Model(ProjectorModel):
         c = config
         self.max_tokens = c.num_tokens
         self.places = PlaceMap(c.places, dim=c.embedding_dim, num_tokens=c.num_tokens, rms=c.embedding_rms)
+        self.weigh = nn.Linear(c.embedding_dim, 1) if c.weighting == "learned" else None
+        if self.weigh is not None:  # it begins as the plain mean
+            nn.init.zeros_(self.weigh.weight)
+            nn.init.zeros_(self.weigh.bias)
         self.quantizer = self.to_code = self.from_code = None
         self._quantizer_loss: Tensor | None = None
         if c.codebook is not None:
@@ -251,10 +262,17 @@ class Model(ProjectorModel):
         return {"generator": generator} | {key: getattr(c, key) for key in keys}
 
     def _values(self, patches: Tensor, frames: Tensor, grid: tuple[int, int], *, start: int = 0) -> Tensor:
-        """patches [S, n, D] of frames from `start` -> [S, n, D + 1 + P]: embedding, its root mean square, its place."""
+        """patches [S, n, D] of frames from `start` -> [S, n, D + 1 + P]: embedding, its root mean square, its place.
+
+        Where weights are learned, these times the patch's weight, then t, y, x, and the weight: [S, n, D + P + 5].
+        """
         x = patches.float()
         places = self.places.payload(frames, x.shape[1] // (grid[0] * grid[1]), grid, start=start)
-        return torch.cat([x, (x.square().mean(-1, keepdim=True) + TINY).sqrt(), places], -1)
+        values = torch.cat([x, (x.square().mean(-1, keepdim=True) + TINY).sqrt(), places], -1)
+        if self.weigh is None:
+            return values
+        weight = 2 * self.weigh((x / self.config.embedding_rms).to(self.weigh.weight.dtype)).float().sigmoid()
+        return torch.cat([values * weight, places[..., :3], weight], -1)
 
     def _cluster(self, patches: Tensor, keys: Tensor, frames: Tensor, share: Tensor, **of_clips: Any) -> _Sets:
         """patches, keys [S, n, D], frames, share [S] -> their clusters, at most `share` of each."""
@@ -273,7 +291,8 @@ class Model(ProjectorModel):
             kept = indices.gather(1, labels.clamp_min(0))[..., None]
             # in value the code of the cluster, in gradient the quantizer's own way to the patch
             codes = out.embeddings + (self.quantizer.lookup(kept).to(out.embeddings) - out.embeddings).detach()
-            values = torch.cat([codes.float(), values[..., patches.shape[2] :]], -1)
+            codes = codes.float() if self.weigh is None else codes.float() * values[..., -1:]
+            values = torch.cat([codes, values[..., patches.shape[2] :]], -1)
         elif c.adaptive.criterion == "none":
             labels = kmeans(keys, most, mass=real, **self._settings()).labels
         else:
@@ -321,11 +340,14 @@ class Model(ProjectorModel):
 
     def _tokens(self, sets: _Sets, *, frames: int) -> Tokens:
         """Clusters as tokens of clips of `frames` frames (padded), largest first or in the order of time."""
-        c, dim = self.config, sets.sums.shape[2] - 1 - self.places.columns
+        c, columns, more = self.config, self.places.columns, 0 if self.weigh is None else 4
+        dim = sets.sums.shape[2] - 1 - columns - more
         order = ranked(sets.mass, sets.first)
         mass = sets.mass.gather(1, order)
-        means = sets.sums.gather(1, order[..., None].expand_as(sets.sums)) / mass.clamp_min(1)[..., None]
-        content, size, places = means[..., :dim], means[..., dim : dim + 1], means[..., dim + 1 :]
+        sums = sets.sums.gather(1, order[..., None].expand_as(sets.sums))
+        means = sums / (mass.clamp_min(1)[..., None] if self.weigh is None else sums[..., -1:].clamp_min(TINY))
+        content, size, places = means[..., : dim + 1 + columns].split([dim, 1, columns], 2)
+        where = places[..., :3] if self.weigh is None else sums[..., -4:-1] / mass.clamp_min(1)[..., None]
         labels = _renamed(sets.labels, order)
         maps = None if labels is None else labels.unflatten(1, (-1, *sets.grid))
         if self.from_code is not None:
@@ -335,13 +357,13 @@ class Model(ProjectorModel):
         indices = None if sets.indices is None else sets.indices.gather(1, order)
         rank = torch.arange(mass.shape[1], device=mass.device).expand_as(mass)
         if c.order == "time":
-            order = places[..., 0].masked_fill(mass <= 0, torch.inf).argsort(dim=1, stable=True)
-            told, places = (x.gather(1, order[..., None].expand_as(x)) for x in (told, places))
+            order = where[..., 0].masked_fill(mass <= 0, torch.inf).argsort(dim=1, stable=True)
+            told, where = (x.gather(1, order[..., None].expand_as(x)) for x in (told, where))
             mass, rank, labels = mass.gather(1, order), order, _renamed(labels, order)
             indices = None if indices is None else indices.gather(1, order)
         clip, block = sets.live.nonzero(as_tuple=True)
-        t = (places[..., 0] + (block * sets.cut)[:, None]) / sets.count[clip][:, None]
-        positions = torch.stack([t, places[..., 1], places[..., 2]], -1)
+        t = (where[..., 0] + (block * sets.cut)[:, None]) / sets.count[clip][:, None]
+        positions = torch.stack([t, where[..., 1], where[..., 2]], -1)
         (batch, groups), slots = sets.live.shape, mass.shape[1]
 
         def spread(x: Tensor) -> Tensor:
