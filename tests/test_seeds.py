@@ -1,0 +1,58 @@
+"""The table of benchmarks/seeds.py: what it averages, and what it refuses."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from seeds import leads, merge, report  # noqa: E402
+
+KEYS = ["a__0", "a__1", "b", "c"]
+ONE = {
+    "family": "vqtoken",
+    "model": "one",
+    "per_question": {
+        "keys": KEYS,
+        "ids": ["0"] * 4,
+        "types": ["x"] * 4,
+        "right": {
+            "blind": {"0": [0, 0, 0, 1]},
+            "vqtoken": {"4": [1, 1, 1, 0], "16": [1, 1, 1, 1]},
+            "pooling": {"4": [1, 0, 1, 0], "16": [0, 0, 0, 0.4]},
+            "tome": {"4": [1, 1, 1, 1]},
+        },
+    },
+}
+
+
+def other(**changes):
+    table = copy.deepcopy(ONE)
+    table["per_question"]["right"] |= changes
+    return table | {"model": "two"}
+
+
+def test_answers_of_several_runs_are_averaged_question_by_question():
+    second = other(vqtoken={"4": [1, 0, 0, 0], "16": [1, 1, 1, 1]}, tome={})
+    found = merge([ONE, second])
+    assert ("tome", "4") not in found and found["vqtoken", "4"] == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    (four, sixteen) = leads(found, "vqtoken", KEYS)
+    assert (four["against"], four["difference"]) == ("pooling", pytest.approx((0 + 0.5 - 0.5 + 0) / 4))
+    assert sixteen["difference"] == pytest.approx(0.9) and sixteen["difference_ci"][0] > 0
+    assert four["difference_ci"][0] < 0 < four["difference_ci"][1]
+    assert "| **vqtoken** | 4 | 50.0 |" in report([ONE, second]) and "75.0, 25.0 |" in report([ONE, second])
+    alone = report([ONE])
+    assert alone.count("leads") == 1 and alone.index("| 4 | tome |") < alone.index("| 4 | pooling |")
+
+
+def test_tables_that_do_not_belong_together_are_refused():
+    moved = other()
+    moved["per_question"]["keys"] = ["a__0", "a__1", "b", "d"]
+    for wrong, words in (
+        (other() | {"family": "temporal"}, "of family temporal"),
+        (moved, "not asked the same questions"),
+        (other(vqtoken={"4": [1, 1, None, 0]}), "vqtoken was not asked every question at 4 tokens"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            merge([ONE, wrong])
