@@ -102,16 +102,6 @@ def test_a_description_without_motion_is_not_asked_about_it_and_flashes_stay(sma
     assert (True, True) in told and (False, False) in told and (False, True) not in told
 
 
-def test_frames_are_told_once_words_and_phrases_are_known(small, tmp_path, monkeypatch):
-    source, _ = small
-    seen: list[float] = []
-    make = tiny.make_document
-    monkeypatch.setattr(tiny, "make_document", lambda row, t, c, rng: seen.append(c.frames) or make(row, t, c, rng))
-    config = tiny.TinyConfig(**{**SMALL, "steps": 2 * tiny.GROUP, "batch_size": 1}, short=0.5)
-    tiny.train_tiny_lm(source, tmp_path / "lm", config)
-    assert seen == [0.0] * tiny.GROUP + [config.frames] * tiny.GROUP
-
-
 def test_packed_texts_are_learned_as_projectors_read_them(small):
     """Without gaps, phrases and noise, the packed loss of a clip is that of its prompts one by one."""
     _, folder = small
