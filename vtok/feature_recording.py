@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from vtok.data.decode import VideoReader
 from vtok.data.feature_index import FeatureSettings, hearing_of
 from vtok.data.feature_shards import Recording, check_size, recorded_sound
 from vtok.data.sample import read_facts
+from vtok.data.shard_work import Rejected
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.strict import DecodeError
 from vtok.data.view import View, decode_view, fit
@@ -47,13 +48,6 @@ class _Video(VideoReader):
         for frame, seconds in super()._from(start_s):
             self.end_s = seconds + self._shown_for(frame)
             yield frame, seconds
-
-
-class Rejected(NamedTuple):
-    """A sample without features. lost: samples it stands for (the rest of a damaged tar)."""
-
-    reason: str
-    lost: int = 1
 
 
 @dataclass

@@ -22,13 +22,12 @@ import torch
 from vtok.config import DataConfig, from_dict
 from vtok.data import shard_work
 from vtok.data.feature_index import KIND, SAME, SAME_AUDIO, FeatureSettings, audio_facts, check_sound
-from vtok.data.health import TooManyBroken
 from vtok.data.pack import write_atomically
 from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
 from vtok.data.view import FEATURES, HEARD
 from vtok.data.workers import Notify
-from vtok.feature_recording import Recorder, Rejected, own_size, try_settings
+from vtok.feature_recording import RecordedClip, Recorder, own_size, try_settings
 from vtok.vision import AudioTower, AudioTowerConfig, Tower, TowerConfig, load_audio_tower, load_tower
 
 COUNTS = ("samples", "frames")
@@ -178,33 +177,21 @@ def write_shard(
         if each is not None and each.sha256 != begun:
             raise ValueError(f"{each.name} changed: its weights were {begun} when recording began: {each.sha256} now")
     recorder = Recorder(loaded, settings, audio=ears)
-    health, threads = shard_work.health("vtok features", limit), torch.get_num_threads()
     reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=recorder.view.media)
-    rejected: list[dict[str, Any]] = []
-    samples = frames = heard = 0
-    torch.set_num_threads(1)  # sums depend on the number of threads: the same features with any number of workers
-    try:
-        with TarWriter(job.tar(out)) as tar:
-            for key, result in recorder.shard(reader, 0, lost=lost, notify=notify):
-                if isinstance(result, Rejected):
-                    rejected.append({"shard": job.name, "key": key, "reason": result.reason, "samples": result.lost})
-                    health.bad(None, job.name, key, result.reason, lost=result.lost)
-                    continue
-                health.good()
-                tar.add(f"{key}.{FEATURES}", result.recording(recorder.tower.stride).to_bytes())
-                if result.heard is not None:
-                    tar.add(f"{key}.{HEARD}", result.heard.to_bytes())
-                    heard += 1
-                tar.add(f"{key}.json", (json.dumps(result.json) + "\n").encode())
-                samples, frames = samples + 1, frames + len(result.seconds)
-            written = tar.close(keep=samples > 0)
-    except TooManyBroken as error:
-        shard_work.write_failed(job, out, error, rejected)
-        raise
-    finally:
-        torch.set_num_threads(threads)
-    record = {"name": job.name, "samples": samples, "frames": frames, **written, "rejected": rejected}
-    record |= {} if ears is None else {"heard": heard}
+    counts = {"samples": 0, "frames": 0} | ({} if ears is None else {"heard": 0})
+
+    def add(tar: TarWriter, key: str, result: RecordedClip) -> None:
+        tar.add(f"{key}.{FEATURES}", result.recording(recorder.tower.stride).to_bytes())
+        if result.heard is not None:
+            tar.add(f"{key}.{HEARD}", result.heard.to_bytes())
+            counts["heard"] += 1
+        tar.add(f"{key}.json", (json.dumps(result.json) + "\n").encode())
+        counts["samples"] += 1
+        counts["frames"] += len(result.seconds)
+
+    results = recorder.shard(reader, 0, lost=lost, notify=notify)
+    written = shard_work.write_results(job, out, results, add, command="vtok features", limit=limit)
+    record = {"name": job.name, **counts, **written}
     write_atomically(job.record(out), record)
     return record
 

@@ -26,6 +26,7 @@ from vtok.coding.codec import stream_tokens
 from vtok.data.decode import VideoReader
 from vtok.data.maps import EPSILON_S, HEAD_BYTES, MapError, read_header, window_of_map
 from vtok.data.sample import read_facts
+from vtok.data.shard_work import Rejected
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.strict import DecodeError
 from vtok.data.token_reader import DTYPES, SampleFacts, TokenSample, TokenShardError
@@ -62,13 +63,6 @@ class Settings:
             raise ValueError(f"clip_frames={self.clip_frames} must be 1 or more; leave it out for whole videos")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
-
-
-class Rejected(NamedTuple):
-    """A sample without tokens. lost: samples it stands for (the rest of a damaged tar)."""
-
-    reason: str
-    lost: int = 1
 
 
 class _Coded(NamedTuple):

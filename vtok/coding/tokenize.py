@@ -14,7 +14,6 @@ import io
 import json
 import multiprocessing
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +23,10 @@ import av
 import numpy as np
 import torch
 
-from vtok.coding.token_coding import Encoder, Rejected, Settings
+from vtok.coding.token_coding import Encoder, Settings, TokenSample
 from vtok.config import DataConfig, from_dict
 from vtok.config import load as load_config
 from vtok.data import shard_work
-from vtok.data.health import TooManyBroken
 from vtok.data.pack import write_atomically
 from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
@@ -190,34 +188,21 @@ def write_shard(
     """
     number = (multiprocessing.current_process()._identity or (0,))[0]  # 1, 2 ... in worker processes
     encoder = _encoder(model, model_id, settings, devices[number % len(devices)])
-    health, threads = shard_work.health("vtok tokenize", limit), torch.get_num_threads()
     reader = ShardReader([job.shard()], cache_dir=job.cache_dir, media=encoder.view.media)
-    rejected: list[dict[str, Any]] = []
-    counts = Counter[str]()
-    longest = 0
-    torch.set_num_threads(1)  # sums depend on the number of threads: the same ids with any number of workers
-    try:
-        with TarWriter(job.tar(out)) as tar:
-            for key, result in encoder.shard(reader, 0, lost=lost, notify=notify):
-                if isinstance(result, Rejected):
-                    rejected.append({"shard": job.name, "key": key, "reason": result.reason, "samples": result.lost})
-                    health.bad(None, job.name, key, result.reason, lost=result.lost)
-                    continue
-                health.good()
-                for sample in result:
-                    tar.add(f"{sample.key}.{IDS}", npy(sample.ids, encoder.dtype))
-                    facts = {**sample.facts, "tokens": sample.tokens._asdict()}
-                    tar.add(f"{sample.key}.json", (json.dumps(facts) + "\n").encode())
-                    counts.update(samples=1, frames=sample.tokens.frames, tokens=len(sample.ids))
-                    longest = max(longest, len(sample.ids))
-            written = tar.close(keep=counts["samples"] > 0)
-    except TooManyBroken as error:
-        shard_work.write_failed(job, out, error, rejected)
-        raise
-    finally:
-        torch.set_num_threads(threads)
-    counted = {name: counts[name] for name in COUNTS}
-    record = {"name": job.name, **counted, "longest": longest, **written, "rejected": rejected}
+    counts = dict.fromkeys(COUNTS, 0) | {"longest": 0}
+
+    def add(tar: TarWriter, _: str, result: list[TokenSample]) -> None:
+        for sample in result:
+            tar.add(f"{sample.key}.{IDS}", npy(sample.ids, encoder.dtype))
+            facts = {**sample.facts, "tokens": sample.tokens._asdict()}
+            tar.add(f"{sample.key}.json", (json.dumps(facts) + "\n").encode())
+            for name, more in (("samples", 1), ("frames", sample.tokens.frames), ("tokens", len(sample.ids))):
+                counts[name] += more
+            counts["longest"] = max(counts["longest"], len(sample.ids))
+
+    results = encoder.shard(reader, 0, lost=lost, notify=notify)
+    written = shard_work.write_results(job, out, results, add, command="vtok tokenize", limit=limit)
+    record = {"name": job.name, **counts, **written}
     write_atomically(job.record(out), record)
     return record
 

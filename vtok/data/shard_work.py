@@ -21,12 +21,12 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -289,6 +289,49 @@ def _sha256(path: Path) -> str:
 def health(command: str, limit: float) -> Health:
     """This process's count of broken samples, over all its shards; `health.cache_clear()` begins another."""
     return Health(max_bad_fraction=limit, quarantine=None, seed=0, where=command)
+
+
+class Rejected(NamedTuple):
+    """A sample that nothing could be made of. lost: samples it stands for (the rest of a damaged tar)."""
+
+    reason: str
+    lost: int = 1
+
+
+def write_results(
+    job: Job,
+    out: Path,
+    results: Iterable[tuple[str, Any]],
+    add: Callable[[TarWriter, str, Any], None],
+    *,
+    command: str,
+    limit: float,
+) -> dict[str, Any]:
+    """The tar of one shard, from (key, result or Rejected) of its samples; what its record says of it: `rejected`, and
+    name, size and hash of the tar where it holds anything.
+
+    Args:
+        add: writes a result into the tar. limit: of the share of broken samples of this process.
+    Raises: TooManyBroken past that. OSError where the tar cannot be written.
+    """
+    state, threads, rejected, kept = health(command, limit), torch.get_num_threads(), [], 0
+    torch.set_num_threads(1)  # sums depend on the number of threads: the same results with any number of workers
+    try:
+        with TarWriter(job.tar(out)) as tar:
+            for key, result in results:
+                if isinstance(result, Rejected):
+                    rejected.append({"shard": job.name, "key": key, "reason": result.reason, "samples": result.lost})
+                    state.bad(None, job.name, key, result.reason, lost=result.lost)
+                    continue
+                state.good()
+                add(tar, key, result)
+                kept += 1
+            return {**tar.close(keep=kept > 0), "rejected": rejected}
+    except TooManyBroken as error:
+        write_failed(job, out, error, rejected)
+        raise
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_failed(job: Job, out: Path, error: TooManyBroken, rejected: list[dict[str, Any]]) -> None:
