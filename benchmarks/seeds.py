@@ -22,6 +22,7 @@ ENDS = ("blind", "full")
 def merge(tables: list[dict[str, Any]]) -> dict[tuple[str, str], list[list[float]]]:
     """{(method, budget): answers of each run, question after question}; budget "0": none, "-": all tokens.
 
+    Rows that no run could measure (downsampling, where shards hold features) are left out.
     Raises: ValueError where the tables are not of one family and the same questions, or have no rows in common.
     """
     first = tables[0]
@@ -34,6 +35,7 @@ def merge(tables: list[dict[str, Any]]) -> dict[tuple[str, str], list[list[float
     rights = [table["per_question"]["right"] for table in tables]
     common = [(method, budget) for method, budgets in rights[0].items() for budget in budgets]
     common = [(m, b) for m, b in common if all(b in right.get(m, {}) for right in rights)]
+    common = [(m, b) for m, b in common if any(x is not None for right in rights for x in right[m][b])]  # was measured
     if not common:
         raise ValueError("the tables have no method and budget in common")
     for method, budget in common:

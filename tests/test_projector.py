@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ import vtok
 from vtok.config import loads
 from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
-from vtok.evaluation.answering import AnsweringEvaluator, video_of
+from vtok.evaluation.answer_report import write_answer_report
+from vtok.evaluation.answering import AnsweringEvaluator, print_answers, video_of
 from vtok.export import main_export
 from vtok.llm import Answered, LLMConfig, load_llm
 from vtok.loading import load_run
@@ -218,6 +220,22 @@ def test_a_table_without_stage_0_says_so(lab, stage0):
     assert all(row["retained"] is None and "no full-token row" in row["note"] for row in found["rows"])
     with pytest.raises(ValueError, match="divprun"):
         AnsweringEvaluator(model, llm, val=[], template=template, reducers=["divprun"])
+
+
+def test_what_features_cannot_give_is_left_undefined(lab, stage0, capsys):
+    model, llm = vtok.load(str(stage0)), load_llm(LLMConfig(name=str(lab / "llm")))
+    name = model.config.tower.name
+    with torch.no_grad():
+        val = [replace(c, video=None, features={name: model.features(c.as_float())}) for c in _val(lab)]
+    template = "<video>\nQuestion: {question}\nAnswer:"
+    found = AnsweringEvaluator(
+        model, llm, full=model, val=val, template=template, budgets=[4], seeds=1, progress=False
+    ).run()
+    (row,) = (row for row in found["rows"] if row["method"] == "downsample")
+    assert row["tokens_mean"] is row["accuracy"] is None and "shards hold features" in row["note"]
+    print_answers(found)
+    write_answer_report(found, [], lab / "features.html")
+    assert "downsample" in capsys.readouterr().out and "downsample" in (lab / "features.html").read_text()
 
 
 def test_reducers_stand_on_the_projector_that_is_named(lab, stage0):

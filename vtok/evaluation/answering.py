@@ -436,7 +436,8 @@ def _answers_table(result: dict[str, Any], headings: Sequence[str], title: str) 
             "first token ms": "-" if row["ttft_ms"] is None else f"{row['ttft_ms']:.3g}",
         }
         cells |= {kind: _per_cent(row["by_type"].get(kind)) for kind in headings if kind not in cells}
-        table.add_row(row["method"], f"{row['tokens_mean']:.0f}", *(cells[heading] for heading in headings))
+        tokens = "-" if row["tokens_mean"] is None else f"{row['tokens_mean']:.0f}"  # of what could not be measured
+        table.add_row(row["method"], tokens, *(cells[heading] for heading in headings))
     return table
 
 
