@@ -7,15 +7,29 @@ import argparse
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 from vtok.evaluation.charts import Series, chart
 
 HERE = Path(__file__).parent
-COLOURS = {0: "#00815f", 1: "#d55e00", 2: "#0072b2", 3: "#7a808c"}
+COLOURS = {
+    0: "#00815f",
+    1: "#d55e00",
+    2: "#0072b2",
+    3: "#7a808c",
+    4: "#6b3fa0",
+    5: "#a8690a",
+    6: "#b0307a",
+    7: "#3d434d",
+}
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#3d434d}.grid{stroke:#e6e3dd}.axis{stroke:#8a8f98}"
     ".line{fill:none;stroke-width:2}.dashed{stroke-dasharray:5 4}.title{font-weight:600}"
-    + "".join(f".s{i} .line,.s{i}.line{{stroke:{c}}}.s{i} .mark,.s{i} text{{fill:{c}}}" for i, c in COLOURS.items())
+    ".level .line{stroke-dasharray:2 3}.whisker{stroke:currentColor;opacity:.7}"
+    + "".join(
+        f".s{i}{{color:{c}}}.s{i} .line,.s{i}.line{{stroke:{c}}}.s{i} .mark,.s{i} text{{fill:{c}}}"
+        for i, c in COLOURS.items()
+    )
 )
 
 
@@ -30,8 +44,10 @@ def series(runs: Path, run: str, key: str, name: str, colour: int, *, dashed: bo
     return Series(name, points, colour, marks=False, dashed=dashed)
 
 
-def picture(file: str, title: str, shown: list[Series], *, y_title: str, log_y: bool = False) -> None:
-    inner = chart(shown, x_title="step", y_title=y_title, log_y=log_y)
+def picture(
+    file: str, title: str, shown: list[Series], *, y_title: str, x_title: str = "step", log_y: bool = False, **more: Any
+) -> None:
+    inner = chart(shown, x_title=x_title, y_title=y_title, log_y=log_y, **more)
     inner = inner.replace("<svg ", '<svg y="22" width="560" height="340" ', 1)
     legend, x = "", 52
     for s in shown:
