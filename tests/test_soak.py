@@ -179,7 +179,7 @@ def test_ffv1_without_checksums_is_no_chain():
 PLANTS = {
     "the checksums of records": (
         "vtok",
-        "from vtok import bitstream as b; import zlib\n"
+        "from vtok.coding import bitstream as b; import zlib\n"
         "b.Reader._checked = lambda self, frame: frame + self._read(4)\n"
         "b.Reader._check_footer = lambda self, **k: (self._file.read(), b.Footer(16, k['groups'], k['tokens'], 1))[1]",
     ),
@@ -200,7 +200,7 @@ PLANTS = {
         "def rows(*a):\n    found = real(*a)\n    return [{**r, 'sha256': Any(r['sha256'])} for r in found]\n"
         "v._read_index = rows",
     ),
-    "the hashes of checkpoints": ("checkpoint", "from vtok import checkpoints as c; c.verify = lambda path: None"),
+    "the hashes of checkpoints": ("checkpoint", "from vtok.training import checkpoints as c; c.verify = lambda path: None"),
 }
 JUDGE = """
 import sys; from pathlib import Path
