@@ -236,6 +236,7 @@ def test_memory_follows_the_strategy():
     ("preset", "llm"),
     [
         ("vqtoken/paper", 494_032_768),
+        pytest.param("vqtoken/vqtoken", 494_032_768, marks=pytest.mark.long),  # 256 seeds, one after the other
         pytest.param("temporal/tdc", 7_615_616_512, marks=pytest.mark.long),
     ],
 )

@@ -130,9 +130,7 @@ class TrainerConfig:
     statistics_clips: int = 256  # training clips for a model that begins from statistics (`fit_statistics`)
     find_unused_parameters: bool = True  # DDP: some parameters may get no gradient in a step; False is faster
     count_flops: bool = True  # operations of a few batches, for MFU; those run op by op (no compile, no flex)
-    peak_tflops: float | None = (
-        None  # of a device at this precision, for MFU; None: by its name (vtok/training/telemetry.py)
-    )
+    peak_tflops: float | None = None  # of a device at this precision, for MFU; None: by its name (telemetry.py)
     stall_minutes: float = 8.0  # without a batch, a checkpoint: every rank writes its stacks; 0 = never. NCCL waits 10
     ledger: bool = False  # write every step's keys and exact loss to ledger-<rank>.txt: to compare two runs
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into the DeepSpeed config

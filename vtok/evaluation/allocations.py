@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vtok.budget import allocate_segments
 from vtok.evaluation.answer_rows import AnswerRow, paired, points, range_of
+from vtok.evaluation.rows import leader
 from vtok.llm.relevance import answer_span, answering
 from vtok.llm.tasks import is_question
 from vtok.types import Clip, Tokens
@@ -125,8 +126,7 @@ def margins(
             if ours is None or other is None:
                 continue
             gap = paired(ours, other, seed=seed)
-            bounds = gap["difference_ci"]
-            lead = None if bounds is None else family if bounds[0] > 0 else method if bounds[1] < 0 else None
+            lead = leader(gap["difference_ci"], family, method)
             entry = {"budget": total, "minimum": least, "against": method, "accuracy": ours.accuracy}
             out.append({**entry, "other_accuracy": other.accuracy, **gap, "winner": lead})
     return out

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vtok.evaluation import free_lengths
-from vtok.evaluation.rows import bootstrap
+from vtok.evaluation.rows import bootstrap, leader
 from vtok.llm import Answered
 from vtok.metrics.cost import LMShape
 from vtok.metrics.language import by_kind, chance, exact_match, retained, token_f1
@@ -158,9 +158,6 @@ def versus(rows: Sequence[AnswerRow], family: str, *, seed: int, without: Sequen
             continue
         best = max(rivals, key=lambda row: row.accuracy)
         found = paired(ours, best, seed=seed)
-        bounds = found["difference_ci"]
-        ahead = bounds is not None and bounds[0] > 0
-        behind = bounds is not None and bounds[1] < 0
         out.append(
             {
                 "budget": ours.budget,
@@ -168,7 +165,7 @@ def versus(rows: Sequence[AnswerRow], family: str, *, seed: int, without: Sequen
                 "accuracy": ours.accuracy,
                 "reducer_accuracy": best.accuracy,
                 **found,
-                "winner": "model" if ahead else "reducer" if behind else None,
+                "winner": leader(found["difference_ci"], "model", "reducer"),
             }
         )
     return out

@@ -36,16 +36,16 @@ def _per_cent(value: float) -> str:
 
 
 def told(evaluation: Mapping[str, Any]) -> list[str]:
-    """A sentence a ratio: whether the compressor leads what it is held against; one on its decoder."""
+    """A sentence a ratio: whether the compressor leads what it is held against."""
     family, out = evaluation.get("family"), []
     by_ratio: dict[float, list[Mapping[str, Any]]] = {}
     for each in evaluation.get("versus") or []:
         by_ratio.setdefault(each["ratio"], []).append(each)
     for ratio, gaps in sorted(by_ratio.items()):
-        beaten = [f"{x['against']} by {points(x['difference'])}{range_of(x['difference_ci'])}" for x in gaps]
+        beaten = [f"{points(x['difference'])}{range_of(x['difference_ci'])} against {x['against']}" for x in gaps]
         ahead = [x["winner"] for x in gaps]
         verdict = "leads" if all(x == family for x in ahead) else "does not lead everything"
-        out.append(f"{ratio:g} words a token, F1 of what is said again: {family} {verdict}; {', '.join(beaten)}.")
+        out.append(f"{ratio:g} words a token, F1 of what is said again: {family} {verdict}: {', '.join(beaten)}.")
     return out
 
 

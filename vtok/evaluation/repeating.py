@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vtok.evaluation.rows import SCHEMA, bootstrap, environment, without_nan
+from vtok.evaluation.rows import SCHEMA, bootstrap, environment, leader, without_nan
 from vtok.llm import FrozenLLM, ask, generate, read
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
@@ -189,9 +189,8 @@ class RepeatingEvaluator:
                 other = rows[method, ratio]
                 gap = torch.tensor(ours.f1, dtype=torch.float64) - torch.tensor(other.f1, dtype=torch.float64)
                 bounds = bootstrap(gap, seed=self.seed)
-                lead = None if bounds is None else self.family if bounds[0] > 0 else method if bounds[1] < 0 else None
                 entry = {"ratio": ratio, "against": method, "difference": float(gap.mean()), "difference_ci": bounds}
-                out.append({**entry, "texts": len(gap), "winner": lead})
+                out.append({**entry, "texts": len(gap), "winner": leader(bounds, self.family, method)})
         return out
 
     def _finish(self, row: RepeatRow) -> dict[str, Any]:

@@ -47,6 +47,13 @@ def bootstrap(values: Tensor, *, seed: int, clusters: Tensor | None = None) -> l
     return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
 
 
+def leader(bounds: Sequence[float] | None, ours: str, other: str) -> str | None:
+    """Who is ahead, by an interval of ours minus the other's; None where it holds 0, or there is none."""
+    if bounds is None or bounds[0] <= 0 <= bounds[1]:
+        return None
+    return ours if bounds[0] > 0 else other
+
+
 @dataclass
 class Row:
     """Per-clip numbers of one (method, budget), in the order of the windows; `notes` explains what is not there."""

@@ -94,9 +94,7 @@ class Config(ProjectorConfig):
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     codebook: QuantizerConfig | None = None  # a learned codebook instead of k-means: patches with one id are a cluster
     places: PlaceConfig = field(default_factory=PlaceConfig)
-    weighting: str = (
-        "uniform"  # of the members in a cluster's means: uniform | learned (0 to 2, from a linear map of each)
-    )
+    weighting: str = "uniform"  # of a cluster's members in its means: uniform | learned (0 to 2, by a linear map)
     order: str = "mass"  # of the tokens in a group: mass (largest first) | time (by the mean of their members' times)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,7 @@
-"""`vtok info`: a few lines on a run, an export, a config or a `.vtok` file, and what training by a config takes."""
+"""`vtok info`: a few lines on a run, an export, a config or a `.vtok` file, and what training by a config takes.
+
+What knows of training, and brings Lightning, is imported for runs and configs alone.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from pathlib import Path
 
 from vtok.coding.bitstream import MAGIC, Reader, read_footer
 from vtok.config import load, to_yaml
-from vtok.info.estimate import ANSWER_WORDS, estimate, table
-from vtok.info.run_info import summary, text
 from vtok.loading import is_run, read_config
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("path", help="run directory, export, .vtok file, or CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    parser.add_argument("--answer-words", type=int, default=ANSWER_WORDS, help="of the captions that projectors learn")
+    parser.add_argument("--answer-words", type=int, help="of the captions that projectors learn")
     parser.add_argument("--json", action="store_true", help="of a config or a run, as json")
     parser.add_argument("--yaml", action="store_true", help="of a config: every setting, nothing is estimated")
     args = parser.parse_args(argv)
@@ -29,14 +30,21 @@ def main(argv: list[str]) -> None:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         if args.overrides or args.yaml or (args.json and not is_run(path)):
             raise ValueError(f"{path} is no config (.yaml): key=value, --json and --yaml are for those")
-        print(json.dumps(summary(path), indent=2) if args.json else describe(path))
+        if args.json:
+            from vtok.info.run_info import summary
+
+            print(json.dumps(summary(path), indent=2))
+        else:
+            print(describe(path))
         return
     config = load(path, args.overrides)
     if args.yaml:
         print(to_yaml(config).rstrip())
         return
+    from vtok.info.estimate import ANSWER_WORDS, estimate, table
+
     with contextlib.redirect_stdout(None):  # what a start of a run would tell
-        found = estimate(config, answer_words=args.answer_words)
+        found = estimate(config, answer_words=ANSWER_WORDS if args.answer_words is None else args.answer_words)
     print(json.dumps(found.values(), indent=2) if args.json else table(found))
 
 
@@ -49,6 +57,8 @@ def describe(path: str | Path) -> str:
     if path.is_dir():
         if not is_run(path):
             return _describe_export(path)
+        from vtok.info.run_info import summary, text
+
         return text(summary(path))
     if not path.is_file():
         raise FileNotFoundError(f"no such file or folder: {path}")
