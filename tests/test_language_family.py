@@ -4,6 +4,7 @@ language models are real classes of transformers with small random weights."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from test_llm import small_model, small_tokenizer
 
 from vtok.families import language
 from vtok.families.language import Config, Model, ObjectiveConfig, SmallLM, build
+from vtok.layers.latent_queries import run_sums
 from vtok.llm import LLMConfig, LoraConfig, TaskConfig, load_llm
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
@@ -73,6 +75,8 @@ FORMS = {
     "text": (dict(), texts(TEXTS)),
     "segments": (dict(segment_words=7, head="mlp", opening="Keep this:"), texts(TEXTS)),
     "video": (dict(source="video", window=3), videos([7, 1, 6])),
+    "pooled text": (dict(queries="pooled", segment_words=7, opening="Keep this:"), texts(TEXTS)),
+    "pooled video": (dict(queries="pooled", source="video", window=3, question=True), videos([7, 1, 6])),
     "question": (dict(source="video", window=3, patches=4, question=True, lm=dict(layer=1)), videos([7, 1, 6])),
 }
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -111,7 +115,8 @@ def test_budgets_are_met_and_nested(folders, form):
     for budget in (1, 4, 6, 13):
         tokens = model.encode(clip, budget=budget)
         assert tokens.lengths.tolist() == torch.minimum(everything.lengths, torch.tensor(budget)).tolist()
-        for row in range(len(clip)):
+        assert model.nested == (not form.startswith("pooled"))
+        for row in range(len(clip)) if model.nested else ():
             own = everything.select(everything.mask & (torch.arange(len(clip)) == row)[:, None])
             kept = [
                 torch.cat([own.group[row, :n, None], own.rank[row, :n, None]], 1).tolist() for n in [own.lengths[row]]
@@ -128,6 +133,33 @@ def test_budgets_are_met_and_nested(folders, form):
     for wrong in (0, 41):
         with pytest.raises(ValueError, match=f"budget={wrong} is out of range"):
             model.encode(clip, budget=wrong)
+
+
+@torch.no_grad()
+def test_pooled_queries_begin_from_runs_of_the_input(folders):
+    """Runs by hand; in the model a run's words reach its own query, and the first one's alone where there is one."""
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    sums = run_sums(x, torch.tensor([7, 2]), torch.tensor([3, 0]))
+    by_hand = [x[0, :3].sum(0) / 3**0.5, x[0, 3:5].sum(0) / 2**0.5, x[0, 5:].sum(0) / 2**0.5]
+    assert torch.allclose(sums[0], torch.stack(by_hand), atol=1e-12) and not sums[1].any()
+    few = run_sums(x[:, :2], torch.tensor([2, 2]), torch.tensor([4, 1]))
+    assert torch.equal(few[0, [0, 2]], x[0, :2]) and not few[0, [1, 3]].any() and not few[1, 1:].any()
+    model, clip = made(folders["llama"], "pooled text")
+    plain = copy.copy(model)
+    plain.config = replace(model.config, queries="learned")
+    for budget in (1, 6):
+        pooled, learned = model.encode(clip, budget=budget), plain.encode(clip, budget=budget)
+        assert torch.equal(pooled.lengths, learned.lengths) and torch.equal(pooled.group, learned.group)
+        assert ((pooled.embeddings - learned.embeddings).abs().amax(-1) > 1e-3)[pooled.mask].all()
+
+
+@pytest.mark.parametrize("score", ["yes_no", "learned"])
+def test_pooled_queries_need_their_number_first(folders, score):
+    changes = dict(source="video", question=True, queries="pooled", ata=language.AtaConfig(score=score))
+    with pytest.raises(ValueError, match=rf"model.queries=pooled .* model.ata.score='{score}'"):
+        config(folders["llama"], **changes)
+    with pytest.raises(ValueError, match="model.queries='avg' is unknown; choose one of learned, pooled"):
+        config(folders["llama"], queries="avg")
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ latent_lm: C3 (Context Cascade Compression, https://arxiv.org/abs/2511.15244) fo
 of the text, or a window of frames, all of which go through the small model in one packed call, however many there are
 and whatever they hold, so that sharded training (ZeRO-3) never waits for a rank with shorter clips. Queries see those
 before them alone, so the first k tokens of a segment are what k queries would have given: any budget is met exactly,
-and one model trained with random budgets serves them all. `ata` shares a budget by what matters (vtok/budget/ata.py):
-segments have scores, by the question or without one, and a higher score is given more tokens.
+and one model trained with random budgets serves them all. With `queries=pooled` (of neither paper) each query begins
+from a run of its segment, which another number of queries cuts elsewhere: budgets are met by tokens of their own.
+`ata` shares a budget by what matters (vtok/budget/ata.py): segments have scores, by the question or without one, and a
+higher score is given more tokens.
 
 caption_lm: LangDC (https://arxiv.org/abs/2509.00969) for videos. The small model describes each segment, and its states
 at the words of the description are the tokens (vtok/llm/soft_captions.py): as many as there is to tell. A budget is
@@ -37,7 +39,7 @@ from vtok.budget import AtaConfig, allocate_segments, segment_bounds
 from vtok.layers.base_tokens import BaseConfig
 from vtok.layers.frames import pool_grid, pool_shape, thin
 from vtok.layers.judge import JUDGED, Judge, JudgeConfig, by_clip, first_ids, with_scores
-from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end
+from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end, run_sums
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.relevance import novelty, word_similarity
 from vtok.layers.segment_tokens import segment_tokens
@@ -55,6 +57,7 @@ ObjectiveConfig = CaptionObjectiveConfig
 __all__ = ["Config", "Model", "Objective", "ObjectiveConfig", "SmallLM", "build"]
 
 MODES, SOURCES, HEADS = ("latent_lm", "caption_lm"), ("text", "video"), ("linear", "mlp")
+QUERIES = ("learned", "pooled")
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Config(ProjectorConfig):
     lm: SmallLM = field(default_factory=SmallLM)
     num_tokens: int = 64  # queries, or words of a caption: tokens of a segment at most
     max_tokens: int = 1024  # of a clip; longer ones share them evenly over their segments
+    queries: str = "learned"  # learned | pooled: a learned vector and the sum of a run of the segment's inputs
     head: str = "linear"  # linear | mlp
     segment_words: int = 0  # text: ids of a segment; 0 = the whole text is one
     opening: str = ""  # what the small model is told before each segment
@@ -88,6 +92,7 @@ class Config(ProjectorConfig):
             ("mode", self.mode, MODES),
             ("source", self.source, SOURCES),
             ("head", self.head, HEADS),
+            ("queries", self.queries, QUERIES),
         ):
             if value not in choices:
                 raise ValueError(f"model.{name}={value!r} is unknown; choose one of {', '.join(choices)}")
@@ -102,6 +107,12 @@ class Config(ProjectorConfig):
         if self.mode != "caption_lm" and self.base.kind:
             raise ValueError(f"model.base.kind={self.base.kind!r} stands beside captions: set model.mode=caption_lm")
         score = self.ata.score
+        if self.queries == "pooled" and (self.mode != "latent_lm" or score in JUDGED):
+            raise ValueError(
+                f"model.queries=pooled needs to know how many tokens a segment has before it is read, and "
+                f"model.mode={self.mode}, model.ata.score={score!r} tell it after: set model.queries=learned, or "
+                "mode=latent_lm and another score"
+            )
         if score and (self.source == "text" or self.mode != "latent_lm"):
             raise ValueError(f"model.ata.score={score!r} is for mode=latent_lm and source=video")
         if score == "yes_no" and not (self.question and self.lm.layer == -1):
@@ -170,7 +181,7 @@ class Model(SmallReader):
 
     @property
     def nested(self) -> bool:
-        return not (self.config.ata.score and self.config.ata.stream)
+        return self.config.queries == "learned" and not (self.config.ata.score and self.config.ata.stream)
 
     def allocating(self, **changes: Any) -> Model:
         """This model, weights shared, with other settings of `ata`: even shares with score="".
@@ -354,7 +365,11 @@ class Model(SmallReader):
         if by_score and judge is None and scores is not None:
             wanted = self._allocate(scores, total, groups)
         count = max(int(wanted.max()) if wanted is not None else most, 1)
-        states = self._read([ids for _, ids in rows], count, visual, inside, before=judge is not None)
+        counts = None
+        if self.config.queries == "pooled":
+            assert wanted is not None
+            counts = wanted[torch.arange(wanted.shape[1], device=wanted.device) < groups[:, None]]  # [M]
+        states = self._read([ids for _, ids in rows], count, visual, inside, counts=counts, before=judge is not None)
         if judge is not None:
             there = torch.arange(int(groups.max()), device=groups.device) < groups[:, None]
             scores, states = by_clip(judge(states[:, 0]), there), states[:, 1:]
@@ -395,12 +410,27 @@ class Model(SmallReader):
         return out.to(groups.device)
 
     def _read(
-        self, ids: list[list[int]], count: int, visual: Tensor | None, inside: Tensor | None, *, before: bool = False
+        self,
+        ids: list[list[int]],
+        count: int,
+        visual: Tensor | None,
+        inside: Tensor | None,
+        *,
+        counts: Tensor | None = None,
+        before: bool = False,
     ) -> Tensor:
         """States [M, count, D] of the queries after the segments' inputs, all in one call; before: [M, 1 + count, D],
-        that of the position before the first query too."""
+        that of the position before the first query too. counts [M]: pooled queries, which begin from runs of the inputs
+        (the frames of videos, not the question)."""
         assert self.queries is not None
         queries = self.queries(count).expand(len(ids), -1, -1)
+        if counts is not None:
+            inputs, real = visual, inside
+            if inputs is None or real is None:
+                padded = torch.tensor(_padded(ids), device=queries.device)
+                inputs, real = self.embed_words(padded.clamp(min=0)), (padded >= 0).sum(1)
+            pooled = run_sums(inputs, real, counts)
+            queries = queries + F.pad(pooled, (0, 0, 0, count - pooled.shape[1]))
         opening = self.word_ids(self.config.opening)
         if visual is None or inside is None:
             tail, seen = queries, torch.zeros(len(ids), dtype=torch.int64, device=queries.device)

@@ -3,9 +3,10 @@
     input, q_1 ... q_n --causal language model--> states of q_1 ... q_n --WordHead--> vectors as large as words
 
 A query sees the input and the queries before it, never those after: its state is the same however many follow, so the
-first k of n queries are what k queries alone would have given.
+first k of n queries are what k queries alone would have given. Queries that each begin from a run of the input
+(`run_sums`) give this up: which run depends on how many there are.
 
-Letters: M packed rows, L positions, n queries, D width.
+Letters: M packed rows, S inputs of a row, L positions, n queries, D width.
 """
 
 from __future__ import annotations
@@ -54,6 +55,23 @@ class WordHead(nn.Module):
         x = self.out(x.to(self.out.weight.dtype))
         x = nn.functional.layer_norm(x, x.shape[-1:])
         return (x * self.gain + self.shift) * self.rms
+
+
+def run_sums(x: Tensor, inside: Tensor, counts: Tensor) -> Tensor:
+    """Runs of equal length (within one) of each row, in order, each as its sum over the root of its length: a mean of
+    vectors that have little in common would be far smaller than one of them.
+
+    Args:
+        x: [M, S, D]. inside: [M] int64, of S real. counts: [M] int64, runs of each row.
+    Returns: [M, n, D], n the most of `counts` and at least 1; 0 past a row's own, and where a run has nothing in it
+        (more runs than inputs).
+    """
+    most, at = max(int(counts.max()), 1), torch.arange(x.shape[1], device=x.device)
+    run = torch.div(at * counts[:, None], inside[:, None].clamp(min=1), rounding_mode="floor")
+    run = torch.where((at < inside[:, None]) & (counts > 0)[:, None], run, most)
+    sums = x.new_zeros(len(x), most + 1, x.shape[2]).scatter_add(1, run[..., None].expand_as(x), x)
+    sizes = x.new_zeros(len(x), most + 1).scatter_add(1, run, torch.ones_like(run, dtype=x.dtype))
+    return sums[:, :most] / sizes[:, :most].clamp(min=1).sqrt()[..., None]
 
 
 def at_the_end(states: Tensor, ends: Tensor, count: int) -> Tensor:

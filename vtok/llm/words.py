@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtok.layers.latent_queries import run_sums
 from vtok.llm.frozen import FrozenLLM
 from vtok.types import Clip, Tokens
 
@@ -39,19 +40,9 @@ def first_words(words: Tokens, counts: Tensor) -> Tokens:
 
 
 def mean_words(words: Tokens, counts: Tensor) -> Tokens:
-    """[B] runs of equal length (within one word) of each text, each as the sum of its words over the root of their
-    number: a mean of words that have little in common would be far smaller than a word."""
-    lengths = words.lengths
-    counts = torch.minimum(counts.to(lengths.device), lengths)
-    most = max(int(counts.max()), 1)
-    at = torch.arange(words.embeddings.shape[1], device=lengths.device)
-    run = torch.div(at * counts[:, None], lengths[:, None].clamp(min=1), rounding_mode="floor")
-    run = run.masked_fill(~words.mask, most)
-    sums = words.embeddings.new_zeros(len(lengths), most + 1, words.embeddings.shape[-1])
-    sums = sums.scatter_add(1, run[..., None].expand_as(words.embeddings), words.embeddings)[:, :most]
-    sizes = torch.zeros(len(lengths), most + 1, dtype=sums.dtype, device=sums.device)
-    sizes = sizes.scatter_add(1, run, torch.ones_like(run, dtype=sums.dtype))[:, :most]
-    return _in_order(sums / sizes.clamp(min=1).sqrt()[..., None], counts)
+    """[B] runs of equal length (within one word) of each text, as `vtok.layers.latent_queries.run_sums`."""
+    counts = torch.minimum(counts.to(words.lengths.device), words.lengths)
+    return _in_order(run_sums(words.embeddings, words.lengths, counts), counts)
 
 
 class WordsTeacher:
