@@ -20,36 +20,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from vtok import losses
 from vtok.budget import NestedConfig, allocate_levels, interpolate_lengths, nested_keep, spread_lengths
-from vtok.layers.begin import (
-    begin_decoder,
-    begin_encoder,
-    begin_head,
-    learn_as_wide,
-    patch_of_token,
-    show_content,
-    spread,
-)
-from vtok.layers.chunked import ChunkedTokenizer, Chunks
+from vtok.layers.begin import begin_decoder, begin_head, learn_as_wide, patch_of_token, show_content
 from vtok.layers.halting import HaltingHead
-from vtok.layers.masks import ENCODER_MASKS, decoder_mask, encoder_mask, with_valid_keys
-from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
-from vtok.layers.positions import Positions, later_as_last
+from vtok.layers.masks import ENCODER_MASKS, with_valid_keys
+from vtok.layers.positions import later_as_last
 from vtok.layers.prior import ARPrior, PriorConfig
+from vtok.layers.registers import RegisterTokenizer
 from vtok.layers.scorer import Scorer, measure_lengths
 from vtok.layers.taking import take_all
-from vtok.layers.teacher import differences, digit_sizes, digits_of, expected_pixels, id_cross_entropy
-from vtok.layers.transform import CoefficientPredictor, TransformCode
-from vtok.layers.transformer import Transformer
+from vtok.layers.teacher import clip_digits, differences, digit_sizes, expected_pixels, id_cross_entropy, seen_digits
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
 
@@ -153,50 +140,15 @@ class Output:
     teacher_logits: list[Tensor] | None = None  # by factor of the teacher's ids, [B, K', L]
 
 
-class Latents(NamedTuple):
-    z: Tensor  # [M, blocks, K, latent]
-    coefficients: Tensor | None = None  # registers=dct: [M, coefficients], what z was made from
-
-
-@lru_cache(maxsize=64)
-def _cached_mask(
-    which: str, kind: str, patches: int, registers: int, blocks: int, device: torch.device
-) -> Tensor | None:
-    build = encoder_mask if which == "encoder" else decoder_mask
-    mask = build(kind, patches=patches, registers=registers, blocks=blocks)
-    return None if mask is None else mask.to(device)
-
-
-class Model(ChunkedTokenizer):
+class Model(RegisterTokenizer):
     """What ships: `encode`, `decode`, `lookup` and their streaming forms (`vtok.layers.chunked`)."""
 
+    config: Config
+
     def __init__(self, config: Config):
-        c, quantizer = config, build_quantizer(config.quantizer)
-        super().__init__(
-            channels=c.channels,
-            num_frames=c.num_frames,
-            blocks=c.blocks,
-            num_tokens=c.num_tokens,
-            embedding_dim=quantizer.dim,
-            codebook_sizes=quantizer.codebook_sizes,
-            index_factors=quantizer.index_factors,
-        )
-        self.config, self.quantizer = config, quantizer
+        super().__init__(config, build_quantizer(config.quantizer))
+        c = config
         self.resting = False  # after a warm start that only added a head
-        num_registers = c.num_tokens * c.blocks
-        pixels = c.channels * c.patch[0] * c.patch[1] * c.patch[2]
-
-        self.patch_in = nn.Linear(pixels, c.width)
-        self.encoder_positions = Positions(c.width, c.grid, kind=c.positions)
-        self.registers = nn.Parameter(torch.randn(num_registers, c.width) * 0.02)
-        self.encoder = self._transformer(c.encoder_depth)
-        self.to_latent = nn.Linear(c.width, self.quantizer.latent_dim)
-
-        self.from_code = nn.Linear(self.quantizer.dim, c.width)
-        self.decoder_registers = nn.Parameter(torch.randn(num_registers, c.width) * 0.02)
-        self.query = nn.Parameter(torch.randn(c.width) * 0.02)
-        self.dropped = nn.Parameter(torch.randn(c.width) * 0.02) if c.dropped == "mask" else None
-        self.decoder = self._transformer(c.decoder_depth)
         if c.head == "teacher":
             if c.teacher_config is None:
                 raise ValueError("model.teacher is not read yet: build the model through vtok.families.flexible.build")
@@ -204,8 +156,7 @@ class Model(ChunkedTokenizer):
             self.decoder_places = nn.Parameter(torch.randn(self.teacher.max_tokens, c.width) * 0.02)
             self.out = nn.Linear(c.width, sum(digit_sizes(self.teacher.index_factors)))
         else:
-            self.decoder_positions = Positions(c.width, c.grid, kind=c.positions)
-            self.out = nn.Linear(c.width, pixels)
+            self.add_pixel_head()
         if c.scorer_depth:
             self.scorer = Scorer(
                 self.quantizer.latent_dim + self.quantizer.dim,
@@ -228,57 +179,16 @@ class Model(ChunkedTokenizer):
                 num_heads=c.num_heads,
                 coverage=c.halting_coverage,
             )
-
-        if c.registers == "pyramid":
-            self.pool_in = nn.Linear(pixels, c.width)
-            self.unpool = nn.Linear(self.quantizer.dim, c.width)
-        if c.registers == "dct":
-            self.code = TransformCode(
-                num_tokens=c.num_tokens,
-                levels=tuple(c.quantizer.levels),
-                channels=c.channels,
-                max_frequencies=(c.dct_frequencies[0], c.dct_frequencies[1], c.dct_frequencies[2]),
-            )
-            count = self.code.num_coefficients
-            self.predictor = (
-                CoefficientPredictor(count, width=c.predictor_width, dropout=c.predictor_dropout)
-                if c.predictor_width
-                else None
-            )
-            # coefficients go with tokens in order of variance, `share` to a token
-            self.share = -(-count // c.num_tokens)
-            self.to_latent = nn.Linear(c.width, self.share)  # corrections of coefficients, not latents
-            self.coefficients_in = nn.Linear(self.share, c.width)
-            self.decoded_in = nn.Linear(self.share, c.width)
-            self.base_in = nn.Linear(pixels, c.width)
-            for residual in (self.to_latent, self.out):  # the network begins as no correction at all
-                nn.init.zeros_(residual.weight)
-                nn.init.zeros_(residual.bias)
+        self.add_register_inputs()
         if c.registers == "learned" and not self.registers.is_meta:
             self._begin_in_place()
-
-    def _transformer(self, depth: int) -> Transformer:
-        c = self.config
-        return Transformer(
-            c.width,
-            depth,
-            c.num_heads,
-            mlp_ratio=c.mlp_ratio,
-            mlp=c.mlp,
-            qk_norm=c.qk_norm,
-            norm=c.norm,
-            flex=c.flex_attention,
-            checkpoint=c.checkpoint,
-        )
 
     def _begin_in_place(self) -> None:
         """Learned registers begin spread over the patches, read those they lie on, and are read from there; the output
         begins at zero (`vtok.layers.begin`)."""
         c = self.config
         with torch.no_grad():
-            spread(self.encoder_positions)
-            seen, spots = self.encoder_positions(c.grid), patch_of_token(c.num_tokens, c.grid, c.blocks)
-            begin_encoder(self.encoder, seen, spots, self.patch_in, self.registers, self.to_latent)
+            seen, spots = self.begin_encoding()
             if c.head == "teacher":
                 shape = self.teacher.config
                 told = self.encoder_positions(shape.grid)
@@ -289,81 +199,11 @@ class Model(ChunkedTokenizer):
                 show_content(self.to_latent, self.from_code, seen, self.patch_in.bias, code_size=size)
                 begin_decoder(self.decoder, told, seen[spots], self.from_code, self.decoder_registers, self.out)
             else:
-                spread(self.decoder_positions)
-                told = self.decoder_positions(c.grid)
-                begin_decoder(self.decoder, told, told[spots], self.from_code, self.decoder_registers, self.out)
+                self.begin_decoding(spots)
             if c.scorer_depth:
                 learn_as_wide(self.scorer.transformer, self.scorer.head)
 
-    # ---- chunks and patches ------------------------------------------------------------------------------------
-
-    def chunks(self, video: Tensor, lengths: Tensor) -> Chunks:
-        """[M, C, T, H, W] with T <= num_frames, padded to whole patches (and whole time blocks)."""
-        c = self.config
-        return pad_to_patches(video, lengths, patch=c.patch, block_frames=c.block_frames if c.blocks > 1 else None)
-
-    def _cells(self, chunks: Chunks) -> Tensor:
-        """[M, blocks, K, N / blocks]: pyramid coverage of every time block."""
-        return block_coverage(
-            chunks, self.config.num_tokens, full_grid=self.config.grid, full_blocks=self.config.blocks
-        )
-
     # ---- one chunk -----------------------------------------------------------------------------------------------
-
-    def _by_token(self, coefficients: Tensor) -> Tensor:
-        """[M, coefficients] -> [M, K, share], zero where there are no more."""
-        short = self.share * self.config.num_tokens - coefficients.shape[1]
-        return F.pad(coefficients, (0, short)).unflatten(1, (-1, self.share))
-
-    def latents(self, chunks: Chunks) -> Latents:
-        """Register outputs, ready for the quantizer."""
-        c = self.config
-        patches = to_patches(chunks.video, c.patch)  # [M, N, P]
-        x = self.patch_in(patches) + self.encoder_positions(chunks.grid).to(patches)
-        num_registers = chunks.blocks * c.num_tokens
-        registers = self.registers[:num_registers].expand(x.shape[0], -1, -1)  # [M, R, D]
-        if c.registers == "pyramid":
-            cells = self._cells(chunks).to(patches)
-            weight = cells / cells.sum(-1, keepdim=True).clamp_min(1e-6)
-            pooled = weight @ rearrange(patches, "M (b n) P -> M b n P", b=chunks.blocks)
-            registers = registers + self.pool_in(pooled.flatten(1, 2))
-        coefficients = None
-        if c.registers == "dct":
-            coefficients = self.code.analyse(chunks.video, chunks.lengths.clamp_min(1))
-            registers = registers + self.coefficients_in(self._by_token(coefficients).to(patches))
-        mask = _cached_mask("encoder", c.mask, patches.shape[1], num_registers, chunks.blocks, x.device)
-        block_valid = chunks.block_valid.repeat_interleave(c.num_tokens, 1)
-        mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, block_valid], 1))
-        x = self.encoder(torch.cat([x, registers.to(x)], 1), mask)
-        z = self.to_latent(x[:, patches.shape[1] :])  # [M, R, latent]
-        if coefficients is not None:
-            wanted = coefficients + z.flatten(1)[:, : coefficients.shape[1]].float()
-            return Latents(self.code.encode(wanted)[:, None], wanted)
-        return Latents(rearrange(z, "M (b K) D -> M b K D", b=chunks.blocks))
-
-    def quantize(self, latents: Latents, chunks: Chunks) -> Quantized:
-        """Latents as tokens [M, blocks, K, D]; padding moves no statistics."""
-        z = latents.z
-        real = None if bool(chunks.block_valid.all()) else chunks.block_valid[:, :, None].expand(z.shape[:-1])
-        return self.quantizer(z, real)
-
-    def encode_chunks(self, chunks: Chunks) -> Quantized:
-        """Every token of every chunk: embeddings [M, blocks, K, D], indices [M, blocks, K, Q]."""
-        return self.quantize(self.latents(chunks), chunks)
-
-    def _decoder_input(self, codes: Tensor, keep: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-        """Kept tokens as decoder latents [M, blocks, K', D], and which of them may be seen [M, blocks, K']."""
-        c = self.config
-        count = c.num_tokens
-        if c.dropped == "cut":
-            count = max(int(keep.sum(-1).max()), 1)
-            codes, keep = codes[:, :, :count], keep[:, :, :count]
-        places = rearrange(self.decoder_registers[: blocks * c.num_tokens], "(b K) D -> b K D", b=blocks)
-        latents = self.from_code(codes.to(self.query.dtype))
-        if self.dropped is None:
-            return latents + places[:, :count].to(latents), keep
-        latents = torch.where(keep[..., None], latents, self.dropped.to(latents))
-        return latents + places.to(latents), torch.ones_like(keep)
 
     def decode_chunks(
         self,
@@ -375,46 +215,11 @@ class Model(ChunkedTokenizer):
         size: tuple[int, int],
         through: Tensor | None = None,
     ) -> Tensor:
-        """Pixels from the kept tokens.
-
-        Args: codes [M, blocks, K, D]; keep [M, blocks, K] bool, a prefix of each group; lengths [M] real frames;
-            frames: T of the result; size: (H, W) of the result; through: in training with registers=dct, the
-            coefficients that gradients pass to.
-        Returns: [M, C, T, H, W], not clipped.
-        """
-        c = self.config
-        if c.head == "teacher":
+        """Pixels from the kept tokens, by the teacher's decoder where `head: teacher`; as `RegisterTokenizer`."""
+        if self.config.head == "teacher":
             logits = self.teacher_logits(codes, keep)
             return expected_pixels(self.teacher, logits, lengths, frames=frames, size=size)
-        chunks = self.chunks(codes.new_zeros(()).expand(codes.shape[0], 1, frames, *size), lengths)
-        latents, seen = self._decoder_input(codes, keep, chunks.blocks)
-        queries = (self.query + self.decoder_positions(chunks.grid)).to(latents).expand(codes.shape[0], -1, -1)
-        count, base = latents.shape[2], None
-        if c.registers == "pyramid":
-            value = (self.unpool(codes.to(latents.dtype)) * keep[..., None])[:, :, :count]
-            cells = self._cells(chunks)[:, :, :count].to(value)
-            queries = queries + (cells.transpose(-1, -2) @ value).flatten(1, 2)
-        elif c.registers == "dct":
-            known, bits = self.code.dequantize(codes[:, 0], keep[:, 0], through=through)
-            if self.predictor is not None:
-                known = self.predictor(known, bits)
-            base = self.code.synthesise(
-                known,
-                frames=lengths.clamp_min(1),
-                num_frames=chunks.video.shape[2],
-                size=(chunks.video.shape[3], chunks.video.shape[4]),
-            )
-            latents = latents + self.decoded_in(self._by_token(known).to(latents))[:, None, :count]
-            queries = queries + self.base_in(to_patches(base, c.patch).to(queries))
-        length = queries.shape[1]
-        mask = _cached_mask("decoder", c.mask, length, chunks.blocks * count, chunks.blocks, latents.device)
-        seen = (seen & chunks.block_valid[:, :, None]).flatten(1)
-        mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, seen], 1))
-        x = self.decoder(torch.cat([queries, latents.flatten(1, 2)], 1), mask)[:, :length]
-        video = from_patches(self.out(x), chunks.grid, c.patch)
-        if base is not None:
-            video = video + base
-        return video[:, :, :frames, : size[0], : size[1]]
+        return super().decode_chunks(codes, keep, lengths, frames=frames, size=size, through=through)
 
     def teacher_logits(self, codes: Tensor, keep: Tensor) -> list[Tensor]:
         """Scores of the teacher's ids for kept tokens, by factor of its codebook: each [M, K', L]."""
@@ -427,12 +232,7 @@ class Model(ChunkedTokenizer):
 
     def teacher_digits(self, video: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """The teacher's ids of clips of at most one chunk as digits by factor, each [B, K'], and which are real."""
-        with torch.no_grad():
-            chunks = self.teacher.chunks(video, lengths)
-            indices = self.teacher.encode_chunks(chunks).indices  # [B, blocks, K, Q]
-        assert indices is not None
-        real = chunks.block_valid.repeat_interleave(self.teacher.num_tokens, 1)
-        return digits_of(indices, self.teacher.index_factors), real
+        return clip_digits(self.teacher, video, lengths)
 
     def forward(self, video: Tensor, lengths: Tensor, keep: Tensor, *, pixels: bool = True) -> Output:
         """Training pass of clips of at most one chunk, keep [B, blocks] tokens a group."""
@@ -451,10 +251,6 @@ class Model(ChunkedTokenizer):
             codes, through = quantized.embeddings, latents.coefficients
             out.recon = self.decode_chunks(codes, kept, lengths, frames=frames, size=size, through=through)
         return out
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Token ids [..., Q] -> embeddings [..., D]."""
-        return self.quantizer.lookup(indices)
 
     # ---- how many tokens -------------------------------------------------------------------------------------------
 
@@ -517,22 +313,9 @@ class Model(ChunkedTokenizer):
         if self.config.registers == "dct":
             return {} if self.code.fitted else self.code.fit(videos)
         if self.config.head == "teacher" and not bool(self.out.weight.any()):
-            return self._fit_head(videos)
+            digits, codes = seen_digits(self.teacher, videos)
+            return begin_head(self.out, digit_sizes(self.teacher.index_factors), digits, codes)
         return {}
-
-    @torch.no_grad()
-    def _fit_head(self, videos: Iterable[Tensor]) -> dict[str, float]:
-        digits: list[list[Tensor]] = []
-        codes: list[Tensor] = []
-        self.teacher.eval()  # its codebook follows what it sees in training
-        for video in videos:
-            chunks = self.teacher.chunks(video, torch.full((len(video),), video.shape[2], device=video.device))
-            tokens = self.teacher.encode_chunks(chunks)
-            assert tokens.indices is not None
-            codes.append(tokens.embeddings.flatten(0, 2))
-            digits.append([d.flatten() for d in digits_of(tokens.indices, self.teacher.index_factors)])
-        sizes = digit_sizes(self.teacher.index_factors)
-        return begin_head(self.out, sizes, [torch.cat(d) for d in zip(*digits)], torch.cat(codes))
 
 
 def _teacher_config(config: Config) -> Config:

@@ -4,12 +4,13 @@ TiTok, Yu et al. 2024, https://arxiv.org/abs/2406.07550. An id is one digit for 
 for a plain codebook, one a dimension for FSQ and LFQ), the least significant first, so that no layer is as wide as the
 product.
 
-Letters: B clips, M chunks, C channels, T frames, H height, W width, K teacher's tokens of a chunk, L size of a factor.
+Letters: B clips, M chunks, C channels, T frames, H height, W width, K teacher's tokens of a chunk, L size of a factor,
+D width of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,35 @@ def digits_of(indices: Tensor, index_factors: Factors) -> list[Tensor]:
             digits.append(rest % size)
             rest = rest // size
     return digits
+
+
+@torch.no_grad()
+def clip_digits(teacher: Any, video: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Ids of clips of at most one chunk as digits, each [B, K], and which are real [B, K].
+
+    Args: video: [B, C, T, H, W]; lengths: [B] real frames.
+    """
+    chunks = teacher.chunks(video, lengths)
+    indices = teacher.encode_chunks(chunks).indices  # [B, blocks, K / blocks, Q]
+    real = chunks.block_valid.repeat_interleave(teacher.num_tokens, 1)
+    return digits_of(indices, teacher.index_factors), real
+
+
+@torch.no_grad()
+def seen_digits(teacher: Any, videos: Iterable[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """All tokens of some clips: their digits, each [n], and their embeddings [n, D].
+
+    videos: [B, C, T, H, W] of at most one chunk, without padding.
+    """
+    digits: list[list[Tensor]] = []
+    codes: list[Tensor] = []
+    teacher.eval()  # its codebook follows what it sees in training
+    for video in videos:
+        chunks = teacher.chunks(video, torch.full((len(video),), video.shape[2], device=video.device))
+        tokens = teacher.encode_chunks(chunks)
+        codes.append(tokens.embeddings.flatten(0, 2))
+        digits.append([d.flatten() for d in digits_of(tokens.indices, teacher.index_factors)])
+    return [torch.cat(d) for d in zip(*digits)], torch.cat(codes)
 
 
 def id_cross_entropy(logits: list[Tensor], digits: list[Tensor], real: Tensor) -> Tensor:
