@@ -153,6 +153,33 @@ def test_pooled_queries_begin_from_runs_of_the_input(folders):
         assert ((pooled.embeddings - learned.embeddings).abs().amax(-1) > 1e-3)[pooled.mask].all()
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@torch.no_grad()
+def test_pooled_queries_begin_as_sums_of_the_large_models_words(folders, head):
+    """What the head hands on at first: of the same model, its own words; of a smaller one, words mapped onto them."""
+    llm = load_llm(LLMConfig(name=folders["llama"]))
+    sizes = dict(embedding_dim=llm.embedding_dim, embedding_rms=llm.embedding_rms)
+    model = build(config(folders["llama"], queries="pooled", head=head, **sizes)).eval()
+    drawn = model.encode(texts(TEXTS), budget=3).embeddings
+    told = model.begin_at_words(llm)
+    shared = len(llm.tokenizer.get_vocab())
+    assert told == f"model.head begins as the map of {shared} shared words, which explains 100.0% of them"
+    tokens = model.encode(texts(TEXTS), budget=3)
+    pooled = mean_words(words_as_tokens(llm, TEXTS), torch.tensor([3, 3, 3]))
+    assert torch.equal(tokens.lengths, pooled.lengths)
+    wanted = (
+        torch.nn.functional.layer_norm(pooled.embeddings / llm.embedding_rms, [llm.embedding_dim]) * llm.embedding_rms
+    )
+    assert torch.allclose(tokens.embeddings[tokens.mask], wanted[pooled.mask], atol=1e-4 * llm.embedding_rms)
+    assert (drawn - tokens.embeddings).abs().max() > 0.1 * llm.embedding_rms
+    assert build(config(folders["llama"])).begin_at_words(llm) == "", "learned queries hand nothing on"
+    few = build(config(folders["gpt2"], queries="pooled", head=head))
+    kept = copy.deepcopy(few.head.state_dict())
+    few.small_width = 10**6
+    assert "begins at random" in few.begin_at_words(llm)
+    assert all(torch.equal(value, few.head.state_dict()[name]) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("score", ["yes_no", "learned"])
 def test_pooled_queries_need_their_number_first(folders, score):
     changes = dict(source="video", question=True, queries="pooled", ata=language.AtaConfig(score=score))

@@ -40,6 +40,7 @@ plan = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": whole}}
 sizes = dict(embedding_dim=24, embedding_rms=0.05, num_tokens=6, max_tokens=200, in_dim=5)
 for form, draw, own in (
     ("texts", texts, dict(segment_words=5)),
+    ("pooled", texts, dict(segment_words=5, queries="pooled")),
     ("videos", videos, dict(source="video", window=3, question=True, tower=TowerConfig(name="tower"))),
 ):
     torch.manual_seed(0)
@@ -72,4 +73,4 @@ def test_ranks_of_short_and_long_inputs_keep_step(tmp_path, stage):
     tokenizer.save_pretrained(tmp_path / "lm")
     said = ranks(tmp_path, SCRIPT.format(stage=stage, folder=str(tmp_path / "lm")))
     trained = [line for line in said[0].splitlines() if line.startswith("trained")]
-    assert trained == ["trained texts", "trained videos"], (said[0][-3000:], said[1][-3000:])
+    assert trained == ["trained texts", "trained pooled", "trained videos"], (said[0][-3000:], said[1][-3000:])

@@ -279,6 +279,10 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
         if _first_rank():
             print("\n".join(begun.lines()))
     objective = family.Objective(config.objective, config.model, load=vtok.load)
+    if fresh and not config.init_from and hasattr(objective, "start"):
+        told = objective.start(model)
+        if told and _first_rank():
+            print(told)
     if fresh and hasattr(objective, "begin"):  # losses that can go on with what another run's have learned
         objective.begin(_state_of)
     del llm

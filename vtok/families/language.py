@@ -68,7 +68,8 @@ class Config(ProjectorConfig):
     lm: SmallLM = field(default_factory=SmallLM)
     num_tokens: int = 64  # queries, or words of a caption: tokens of a segment at most
     max_tokens: int = 1024  # of a clip; longer ones share them evenly over their segments
-    queries: str = "learned"  # learned | pooled: a learned vector and the sum of a run of the segment's inputs
+    # learned | pooled: each begins from the sum of a run of the segment's inputs, which is handed to the head as well
+    queries: str = "learned"
     head: str = "linear"  # linear | mlp
     segment_words: int = 0  # text: ids of a segment; 0 = the whole text is one
     opening: str = ""  # what the small model is told before each segment
@@ -163,7 +164,8 @@ class Model(SmallReader):
                 raise ValueError(f"model.{name}={getattr(c, name)} must be above 0: it is the LLM's")
         self.embedding_dim, self.max_tokens, self.reads_prompt = c.embedding_dim, c.max_tokens, c.reads_prompt
         self.queries = LatentQueries(c.num_tokens, width, rms=scale) if c.mode == "latent_lm" else None
-        self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms)
+        skip = c.queries == "pooled"
+        self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms, skip=skip)
         self.judge: Judge | None = None
         if c.ata.score in JUDGED:
             self.judge = Judge(width, kind=c.ata.score, yes=c.judge.yes, no=c.judge.no)
@@ -337,6 +339,20 @@ class Model(SmallReader):
         told = ", ".join(f"model.{name}" for name in sorted(rest))
         return f"the projector, {len(given)} tensors; {told} new, {len(begun)} tensors"
 
+    @torch.no_grad()
+    def begin_at_words(self, llm: Any) -> str:
+        """With pooled queries: the head begins by handing on what each query began from, mapped as the words that the
+        small model and `llm` (`vtok.llm.FrozenLLM`) share are (least squares). Returns what was done, for the log."""
+        if self.head.skip is None:
+            return ""
+        own, other = self.tokenizer.get_vocab(), llm.tokenizer.get_vocab()
+        shared, width = sorted(own.keys() & other.keys()), self.small_width
+        if len(shared) <= width:
+            return f"model.head.skip begins at random: of words, the two language models share {len(shared)} alone"
+        small, large = (torch.tensor([words[word] for word in shared]) for words in (own, other))
+        share = self.head.begin_at_words(self.embed_words(small), llm.embed(large.to(llm.device)).cpu())
+        return f"model.head begins as the map of {len(shared)} shared words, which explains {share:.1%} of them"
+
     def _tokens(
         self,
         rows: list[tuple[int, list[int]]],
@@ -365,18 +381,20 @@ class Model(SmallReader):
         if by_score and judge is None and scores is not None:
             wanted = self._allocate(scores, total, groups)
         count = max(int(wanted.max()) if wanted is not None else most, 1)
-        counts = None
+        ids, runs = [own for _, own in rows], None
         if self.config.queries == "pooled":
             assert wanted is not None
-            counts = wanted[torch.arange(wanted.shape[1], device=wanted.device) < groups[:, None]]  # [M]
-        states = self._read([ids for _, ids in rows], count, visual, inside, counts=counts, before=judge is not None)
+            own = torch.arange(wanted.shape[1], device=wanted.device) < groups[:, None]
+            runs = self._runs(ids, wanted[own], visual, inside)
+            runs = F.pad(runs, (0, 0, 0, count - runs.shape[1]))
+        states = self._read(ids, count, visual, inside, runs=runs, before=judge is not None)
         if judge is not None:
             there = torch.arange(int(groups.max()), device=groups.device) < groups[:, None]
             scores, states = by_clip(judge(states[:, 0]), there), states[:, 1:]
             if wanted is None:
                 wanted = self._allocate(scores, total, groups)
         assert wanted is not None
-        return with_scores(segment_tokens(self.head(states), wanted, groups, times=times), scores, groups)
+        return with_scores(segment_tokens(self.head(states, runs), wanted, groups, times=times), scores, groups)
 
     def _allocate(self, scores: Tensor, total: Tensor, groups: Tensor) -> Tensor:
         """[B, G] int64: tokens of each segment, by its score."""
@@ -409,6 +427,13 @@ class Model(SmallReader):
             out[row, :count] = torch.tensor(share(min(total, count * most), count))
         return out.to(groups.device)
 
+    def _runs(self, ids: list[list[int]], counts: Tensor, visual: Tensor | None, inside: Tensor | None) -> Tensor:
+        """[M, n, D]: sums of `counts` [M] runs of each segment's words, or of its patches (not of the question)."""
+        if visual is not None and inside is not None:
+            return run_sums(visual, inside, counts)
+        padded = torch.tensor(_padded(ids), device=counts.device)
+        return run_sums(self.embed_words(padded.clamp(min=0)), (padded >= 0).sum(1), counts)
+
     def _read(
         self,
         ids: list[list[int]],
@@ -416,21 +441,14 @@ class Model(SmallReader):
         visual: Tensor | None,
         inside: Tensor | None,
         *,
-        counts: Tensor | None = None,
+        runs: Tensor | None = None,
         before: bool = False,
     ) -> Tensor:
         """States [M, count, D] of the queries after the segments' inputs, all in one call; before: [M, 1 + count, D],
-        that of the position before the first query too. counts [M]: pooled queries, which begin from runs of the inputs
-        (the frames of videos, not the question)."""
+        that of the position before the first query too. runs: [M, count, D] that the queries begin from."""
         assert self.queries is not None
         queries = self.queries(count).expand(len(ids), -1, -1)
-        if counts is not None:
-            inputs, real = visual, inside
-            if inputs is None or real is None:
-                padded = torch.tensor(_padded(ids), device=queries.device)
-                inputs, real = self.embed_words(padded.clamp(min=0)), (padded >= 0).sum(1)
-            pooled = run_sums(inputs, real, counts)
-            queries = queries + F.pad(pooled, (0, 0, 0, count - pooled.shape[1]))
+        queries = queries if runs is None else queries + runs
         opening = self.word_ids(self.config.opening)
         if visual is None or inside is None:
             tail, seen = queries, torch.zeros(len(ids), dtype=torch.int64, device=queries.device)

@@ -40,19 +40,43 @@ class WordHead(nn.Module):
 
     linear: one layer (as C3, https://arxiv.org/abs/2511.15244), brought to that size by a norm with learned gain and
     shift; mlp: `MLPProjector`, which has the same. The papers' heads keep whatever size comes out.
+
+    skip: what a query began from is added before the norm, by a linear map of its own. Where this begins as the map of
+    the small model's words to the large one's (`begin_at_words`), the tokens begin as sums of the large model's words.
     """
 
-    def __init__(self, width: int, dim: int, *, kind: str, rms: float):
+    def __init__(self, width: int, dim: int, *, kind: str, rms: float, skip: bool = False):
         super().__init__()
         self.mlp = MLPProjector(width, dim, rms=rms) if kind == "mlp" else None
+        self.skip = nn.Linear(width, dim, bias=False) if skip else None
         if self.mlp is None:
             self.out, self.rms = nn.Linear(width, dim), rms
             self.gain, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def begin_at_words(self, small: Tensor, large: Tensor) -> float:
+        """Set the skip to the least-squares map of the same words' embeddings, small [V, width] -> large [V, dim], and
+        all else to 0. Returns: the share of the large ones' sum of squares that the map explains."""
+        assert self.skip is not None
+        x, y = small.double(), large.double()
+        gram = x.mT @ x
+        gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+        weight = torch.linalg.solve(gram, x.mT @ y)
+        left = (y - x @ weight).square().sum() / y.square().sum()
+        # both come in units of words of size 1: sums of a few words are small, and a norm follows
+        self.skip.weight.copy_(weight.mT / y.square().mean().sqrt())
+        last = self.out if self.mlp is None else self.mlp.out
+        for parameter in last.parameters():
+            parameter.zero_()
+        return 1 - float(left)
+
+    def forward(self, x: Tensor, passed: Tensor | None = None) -> Tensor:
+        """passed: [..., width], what goes by the skip."""
+        x = self.out(x.to(self.out.weight.dtype)) if self.mlp is None else self.mlp.mixed(x)
+        if self.skip is not None and passed is not None:
+            x = x + self.skip(passed.to(self.skip.weight.dtype))
         if self.mlp is not None:
-            return self.mlp(x)
-        x = self.out(x.to(self.out.weight.dtype))
+            return self.mlp.scaled(x)
         x = nn.functional.layer_norm(x, x.shape[-1:])
         return (x * self.gain + self.shift) * self.rms
 

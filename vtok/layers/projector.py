@@ -90,8 +90,11 @@ class MLPProjector(nn.Module):
         self.gain, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.out(nn.functional.gelu(self.hidden(self.norm(x.to(self.out.weight.dtype)))))
-        return self.scaled(x)
+        return self.scaled(self.mixed(x))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """The two layers alone."""
+        return self.out(nn.functional.gelu(self.hidden(self.norm(x.to(self.out.weight.dtype)))))
 
     def scaled(self, x: Tensor) -> Tensor:
         """x [..., dim] at the scale of the word embeddings."""
