@@ -7,18 +7,17 @@ import pytest
 import torch
 from vector_quantize_pytorch import FSQ
 
-from vtok.layers.transform import (
-    CoefficientPredictor,
-    TransformCode,
+from vtok.layers.coefficient_predictor import CoefficientPredictor
+from vtok.layers.refinement import (
     allocate,
     cell_mean,
-    cosine_basis,
     distortion,
     fsq_level,
     fsq_preimage,
     prime_factors,
     symbols_of,
 )
+from vtok.layers.transform import TransformCode, cosine_basis
 from vtok.types import ShapeError
 
 LEVELS = (8, 8, 8, 5, 5, 5)

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from vtok.layers.begin import begin_decoder, begin_encoder, patch_of_token, spread
 from vtok.layers.chunked import ChunkedTokenizer, Chunks
+from vtok.layers.coefficient_predictor import CoefficientPredictor
 from vtok.layers.masks import decoder_mask, encoder_mask, with_valid_keys
 from vtok.layers.patches import block_coverage, from_patches, pad_to_patches, to_patches
 from vtok.layers.positions import Positions
-from vtok.layers.transform import CoefficientPredictor, TransformCode
+from vtok.layers.transform import TransformCode
 from vtok.layers.transformer import Transformer
 from vtok.types import Quantized
 
