@@ -15,22 +15,19 @@ Give corpora that will be mixed different seeds: seed and index name a clip.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from vtok.data.encode import write_video
 from vtok.data.synthetic_maps import MAP_CHANNELS, check_map_settings, render_map, write_map
 from vtok.data.synthetic_needles import Needle, Series
 from vtok.data.synthetic_pixels import render
 from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Scene, Shot, Thing, scene, scene_of
+from vtok.data.workers import Notify, WorkerError, Workers
 
 __all__ = ["LEVELS", "MAP_CHANNELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Series", "Shot", "Thing"]
 __all__ += ["render", "render_map", "scene", "scene_of", "write_corpus", "write_scene"]
@@ -45,7 +42,20 @@ def write_scene(scene: Scene, path: Path, *, crf: int = 14, preset: str = "veryf
     os.replace(aside, path)
 
 
-def _write_one(job: tuple[dict[str, Any], Path, str, str | None, int, dict[str, Any]]) -> dict[str, Any]:
+Job = tuple[dict[str, Any], Path, str, str | None, int, dict[str, Any]]
+
+
+def _write_some(jobs: list[Job], lost: dict[str, str], notify: Notify) -> list[dict[str, Any]]:
+    rows = []
+    for job in jobs:
+        notify(job[2])
+        if job[2] in lost:  # nothing here can be left out: the corpus is a function of its seed
+            raise WorkerError(f"{job[2]}: {lost[job[2]]}")
+        rows.append(_write_one(job))
+    return rows
+
+
+def _write_one(job: Job) -> dict[str, Any]:
     arguments, out, file, split, crf, dense = job
     made = scene(**arguments)
     write_scene(made, out / file, crf=crf)
@@ -123,18 +133,12 @@ def write_corpus(
     for split in {job[3] for job in jobs}:
         (out / split).mkdir(parents=True, exist_ok=True)
     workers = min(workers or os.cpu_count() or 1, clips)
-    if workers == 1:
-        rows = _tracked(map(_write_one, jobs), clips, progress)
-    else:
-        # spawn: a fork of a process that already runs threads (torch, progress bars) can deadlock
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows = _tracked(pool.map(_write_one, jobs, chunksize=min(8, -(-clips // (4 * workers)))), clips, progress)
+    size_of_task = min(8, -(-clips // (4 * workers)))
+    tasks = [(jobs[at : at + size_of_task],) for at in range(0, clips, size_of_task)]
+    with Workers(workers if workers > 1 else 0, progress=progress) as pool:
+        rows = [row for made in pool.run(_write_some, tasks, title="synthetic clips", total=clips) for row in made]
     manifest = out / "captions.jsonl"
     aside = manifest.with_name(".captions.jsonl.part")
     aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(aside, manifest)
     return manifest
-
-
-def _tracked(rows: Iterable[dict[str, Any]], total: int, progress: bool) -> list[dict[str, Any]]:
-    return list(track(rows, description="synthetic clips", total=total, disable=not progress))
