@@ -31,14 +31,12 @@ def build_config(cls: type, values: dict[str, Any], where: str = "model") -> Any
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise ValueError(f"config.json: {where} has unknown keys {unknown}; was modeling_vtok.py made with it?")
-    return cls(
-        **{
-            name: build_config(hints[name], value, f"{where}.{name}")
-            if dataclasses.is_dataclass(hints[name])
-            else value
-            for name, value in values.items()
-        }
-    )
+    made = dict(values)
+    for name, value in values.items():
+        nodes = [kind for kind in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(kind)]
+        if nodes and isinstance(value, dict):  # None where a node is left out
+            made[name] = build_config(typing.cast(type, nodes[0]), value, f"{where}.{name}")
+    return cls(**made)
 
 
 class VtokConfig(PretrainedConfig):
