@@ -10,8 +10,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtok.evaluation.rows import bootstrap
+from vtok.llm import TaskConfig
+from vtok.llm.tasks import choose, is_question
 from vtok.metrics.cost import shape_of
 from vtok.metrics.language import by_kind, chance, exact_match, retained, token_f1
+from vtok.types import Clip
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,6 +62,18 @@ def test_scores():
     assert chance([{"choices": ["a", "b"]}, {"choices": ["a", "b", "c", "d"]}]) == 0.375
     assert math.isnan(chance([{"choices": None}]))
     assert retained(0.75, full=1.0, chance=0.5) == 0.5 and math.isnan(retained(0.5, full=0.4, chance=0.5))
+
+
+def test_nought_and_no_are_answers_as_one_and_yes_are():
+    """A count of 0 left out, and a count of 1 asked, would be a corpus without the hardest of its counts."""
+    for answer in (0, 1, 0.0, False, True, "0", "no"):
+        assert is_question({"question": "how many?", "answer": answer}), answer
+        clip = Clip(["a"], qa=[[{"question": "how many?", "answer": answer, "choices": [answer, "x"]}]])
+        told = choose(clip, TaskConfig(), step=0)
+        assert told.answers == [str(answer)] and told.tasks == ["qa"]
+    empty = [{"question": "how many?"}, *({"question": "how many?", "answer": answer} for answer in (None, "", []))]
+    for entry in (*empty, {"question": "", "answer": 1}, "how many?", None):
+        assert not is_question(entry)
 
 
 def test_an_interval_clustered_by_video_is_wider_where_questions_of_a_video_agree():

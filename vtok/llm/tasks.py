@@ -83,8 +83,11 @@ def _choose(clip: Clip, row: int, config: TaskConfig, *, step: int, seed: int) -
 
 
 def is_question(entry: Any) -> bool:
-    """Whether an entry of a sample's `qa` can be asked: it has a question and an answer."""
-    return isinstance(entry, dict) and bool(entry.get("question")) and bool(entry.get("answer"))
+    """Whether an entry of a sample's `qa` can be asked: it has a question and an answer, which may be 0 or false."""
+    if not isinstance(entry, dict) or not entry.get("question"):
+        return False
+    answer = entry.get("answer")
+    return bool(answer) or isinstance(answer, (int, float))
 
 
 def draw(seed: int, step: int, name: str) -> random.Random:
