@@ -124,6 +124,21 @@ def test_the_table_measures_every_method_at_as_many_tokens(lab, tmp_path):
         RepeatingEvaluator(Words(llm), llm, val=[Clip(["a"])], progress=False, **prompts).run()
 
 
+def test_what_a_text_scores_does_not_depend_on_the_texts_beside_it(lab):
+    llm = load_llm(LLMConfig(name=str(lab / "llm")))
+    long = story(0, 1)["text"]
+    clip = Clip(["short", "long"], text=[" ".join(long.split()[:3]), long])
+    tables = []
+    for val in ([clip], [clip.rows(slice(0, 1)), clip.rows(slice(1, 2))]):
+        evaluator = RepeatingEvaluator(Words(llm), llm, val=val, repeat="<video>\nRepeat:", ratios=[4], progress=False)
+        tables.append(
+            [[row[key] for key in ("token_f1", "exact_match", "correct_prefix")] for row in evaluator.run()["rows"]]
+        )
+        said = [each["text"] for each in evaluator.examples[0]["said"]]
+        assert all(len(llm.tokenizer(text).input_ids) < 40 for text in said), "as many words as it has, and a few"
+    assert tables[0] == tables[1]
+
+
 def settings(lab: Path, name: str, **more: str) -> str:
     return f"""
 name: {name}

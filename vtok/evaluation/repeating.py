@@ -165,7 +165,7 @@ class RepeatingEvaluator:
         row.nll += seen.means(seen.nll()).tolist()
         row.hits += seen.means(hits).tolist()
         row.places += by_place(hits, seen.row, parts=PLACES).cpu()
-        most = self.most_words or max(count_words(self.llm, texts), default=0) + 8
+        most = [self.most_words or count + 8 for count in count_words(self.llm, texts)]
         said = generate(self.llm, prompts, tokens, max_new_tokens=most)
         for answer, text in zip(said, texts):
             one, other = (

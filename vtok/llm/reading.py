@@ -143,11 +143,14 @@ def read(
     )
 
 
-def generate(llm: FrozenLLM, prompts: Sequence[str], tokens: Tokens | None, *, max_new_tokens: int = 64) -> list[str]:
-    """Greedy answers; a batch gives what its texts give one by one."""
+def generate(
+    llm: FrozenLLM, prompts: Sequence[str], tokens: Tokens | None, *, max_new_tokens: int | Sequence[int] = 64
+) -> list[str]:
+    """Greedy answers; a batch gives what its texts give one by one. max_new_tokens: of each text, or of all."""
     llm.to(tokens.embeddings.device if tokens is not None else llm.device)
     asked = [prompt_ids(llm, prompt) for prompt in prompts]
+    most = [max_new_tokens] * len(asked) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     with torch.no_grad():
         made = splice(asked, tokens, llm.embed, pad="left", max_length=llm.max_length, device=llm.device)
-    ids = llm.generate(made.embeds, made.mask, max_new_tokens=max_new_tokens)
-    return [llm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    ids = llm.generate(made.embeds, made.mask, max_new_tokens=max(most))
+    return [llm.tokenizer.decode(row[:own], skip_special_tokens=True).strip() for row, own in zip(ids, most)]
