@@ -107,6 +107,22 @@ def test_rows_of_every_way_and_their_margins(folders, question, tmp_path, capsys
 
 
 @torch.no_grad()
+def test_clips_without_questions_stand_beside_others(folders):  # noqa: F811
+    """The longest clip of a batch may have none, and so may a whole batch."""
+    model, llm = tempo(folders["llama"])
+    clip, short = needles(), needles()
+    clip.qa[0] = clip.qa[2] = []
+    short.keys, short.qa = [f"{key}-none" for key in short.keys], [[], [], []]
+    shares = true_shares(model, clip, total=8, minimum=0)
+    assert shares.shape == (2, 5) and shares.sum(1).tolist() == [8, 8]
+    template = "<video>\nQuestion: {question}\nAnswer:"
+    how = dict(template=template, allocations={8: 0}, progress=False)
+    rows = AnsweringEvaluator(model, llm, val=[clip, short], **how).run()["rows"]
+    assert {row["questions"] for row in rows} == {2}
+    assert all(row["answer_tokens_mean"] > 0 for row in rows if row["method"] == "truth")
+
+
+@torch.no_grad()
 def test_tokens_of_the_answer_are_counted(folders):  # noqa: F811
     model, clip = tempo(folders["llama"])[0], needles()
     noted = Noted(allocated(model, "even", minimum=1))

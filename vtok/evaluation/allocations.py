@@ -83,12 +83,15 @@ def spans_of(clip: Clip) -> tuple[list[int], Tensor]:
 def true_shares(model: Any, clip: Clip, *, total: int, minimum: int) -> Tensor:
     """[Q, G] int64: tokens of each segment for every question of a batch, most of them where the answer is on show."""
     rows, spans = spans_of(clip)
+    if not rows:
+        return torch.zeros(0, 1, dtype=torch.int64)
     segments = model.segments(clip).cpu()[rows]
     times = model.allocating(score="").encode(clip, budget=1).times
     if times is None:
         raise ValueError("shares by truth need the times of frames: the clips bring none")
+    times = times.cpu()[rows, : int(segments.max())]  # the longest clip may have no question
     there = torch.arange(times.shape[1]) < segments[:, None]
-    right = answering(times.cpu()[rows], spans, there).double()
+    right = answering(times, spans, there).double()
     config = replace(model.config.ata, minimum=minimum, weights="minmax", stream=False)
     asked = torch.full((len(rows),), total)
     return allocate_segments(right, total=asked, segments=segments, most=model.config.num_tokens, config=config)
