@@ -78,10 +78,22 @@ def ranking_loss(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return loss, hit[known]
 
 
-def random_prefixes(keys: list[str], segments: Tensor, *, most: int, step: int, seed: int) -> Tensor:
-    """[B, G] int64: tokens of each segment, log-uniform in 1 to `most`, by itself; the same for a clip in any batch."""
+def random_prefixes(
+    keys: list[str], segments: Tensor, *, most: int, step: int, seed: int, total: int | None = None
+) -> Tensor:
+    """[B, G] int64: tokens of each segment, log-uniform in 1 to `most`, by itself; the same for a clip in any batch.
+
+    total: tokens of a clip at most. Where the draws sum to more, segments get theirs in a drawn order while it lasts,
+    and one each after that (none where there are more segments than that).
+    """
     out = torch.zeros(len(keys), int(segments.max()), dtype=torch.int64)
     for row, (key, count) in enumerate(zip(keys, segments.tolist())):
         rng = draw(seed, step, f"prefixes {key}")
-        out[row, :count] = torch.tensor([min(int((most + 1) ** rng.random()), most) for _ in range(count)])
+        drawn = [min(int((most + 1) ** rng.random()), most) for _ in range(count)]
+        if total is not None and sum(drawn) > total:
+            left = total
+            for waiting, at in zip(reversed(range(count)), rng.sample(range(count), count)):
+                drawn[at] = max(min(drawn[at], left - waiting), min(1, left))
+                left -= drawn[at]
+        out[row, :count] = torch.tensor(drawn)
     return out

@@ -101,8 +101,8 @@ class TextObjective(ProjectorObjective):
         """Tokens at a step: by the length of each text where `ratios` are given; of each segment by `prefixes`."""
         c = self.config
         if c.prefixes and draw(c.seed, step, "prefixes").random() < c.prefixes:
-            most = model.config.most_of_segment
-            return random_prefixes(clip.keys, model.segments(clip), most=most, step=step, seed=c.seed)
+            most, total = model.config.most_of_segment, model.max_tokens
+            return random_prefixes(clip.keys, model.segments(clip), most=most, total=total, step=step, seed=c.seed)
         if not c.ratios or clip.text is None:
             return super().budget_of(model, clip, step)
         ratio = draw(c.seed, step, "ratio").choice(list(c.ratios))
