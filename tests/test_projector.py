@@ -21,6 +21,7 @@ from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
 from vtok.evaluation.answer_report import write_answer_report
 from vtok.evaluation.answering import AnsweringEvaluator, print_answers, video_of
+from vtok.evaluation.compare import compare
 from vtok.export import main_export
 from vtok.llm import Answered, LLMConfig, load_llm
 from vtok.loading import load_run
@@ -100,6 +101,67 @@ def test_a_run_validates_answers_and_changes_nothing_frozen(lab, stage0):
     assert {name.split(".")[0] for name in kept} == {"model"}, "neither the tower nor the LLM is in a checkpoint"
     written = loads((run / "config.yaml").read_text()).model
     assert (written.in_dim, written.embedding_dim) == (16, 32) and written.embedding_rms > 0
+
+
+class _Counted:
+    """A model whose calls are counted; asked as the model is."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def encode(self, clip, **asked):
+        self.calls += 1
+        return self.model.encode(clip, **asked)
+
+
+def _lit(lab, *, ranks: int = 1, budgets: str = "[1, 4]", **more: str) -> LitProjector:
+    text = settings(lab, "x", "name: reducer, method: pooling, max_tokens: 16", **more)
+    lit = build(loads(text.replace("budgets: [1, 4]}\n", f"budgets: {budgets}}}\n")))
+    lit._trainer = SimpleNamespace(strategy=None, world_size=ranks, global_rank=0)
+    assert isinstance(lit, LitProjector)
+    return lit.eval()
+
+
+@torch.no_grad()
+def test_every_validation_draws_the_same_tasks_and_budgets(lab):
+    lit = _lit(lab, objective="budgets: {law: log_uniform}")
+    clip, found = next(iter(_val(lab))), []
+    for lit.steps_done in (2, 4, 6):
+        found.append(lit.val_loss(clip, 0))
+    assert found[0] == found[1] == found[2], "the weights are the same"
+    assert len({lit.val_loss(clip, index)["tokens"] for index in range(6)}) > 1, "another batch, another draw"
+
+
+@torch.no_grad()
+def test_ranks_call_the_model_as_often_whether_clips_have_questions(lab):
+    lit, calls = _lit(lab), []
+    clip = next(iter(_val(lab)))
+    for qa in (clip.qa, None):
+        counted = _Counted(lit.model)
+        lit.__dict__["model"] = counted  # before the registered module
+        ours = lit.measure(replace(clip, qa=qa), 1)["mean"]
+        lit.answers(replace(clip, qa=qa))
+        calls.append(counted.calls)
+    assert calls[0] == calls[1] > 0 and "accuracy_4" not in ours and min(ours["compress_ms_4"]) > 0
+
+
+@torch.no_grad()
+def test_ranks_agree_on_the_budgets_of_validation(lab, monkeypatch):
+    clip, other = next(iter(_val(lab))), [(1, 4, 16, 64)]
+
+    def gather(parts, own):
+        assert own == (1, 4, 16)
+        parts[:] = [own, *other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for theirs, agreed in (((1, 4, 16, 64), (1, 4, 16, 64)), ((1, 4, 8), (1, 4, 16)), ((), (1, 4, 16))):
+        lit, other[:] = _lit(lab, ranks=2, budgets="[]"), [theirs]
+        lit.settle(clip)
+        assert lit.menu == agreed
+        lit.settle(None)  # settled once
 
 
 def test_validation_says_what_it_found_at_each_budget():
@@ -253,6 +315,50 @@ def test_reducers_stand_on_the_projector_that_is_named(lab, stage0):
     assert changed == {"random", "uniform", "pooling", "downsample"}
     with pytest.raises(ValueError, match="goes with a full-token model"):
         AnsweringEvaluator(full, llm, tuned=tuned, **settings)
+
+
+def test_batches_without_questions_cost_nothing_and_count_nowhere(lab, stage0):
+    model, llm = vtok.load(str(stage0)), load_llm(LLMConfig(name=str(lab / "llm")))
+    template = "<video>\nQuestion: {question}\nAnswer:"
+    asked = list(_val(lab))
+    deaf = [replace(clip, keys=[f"{key}-deaf" for key in clip.keys], qa=None) for clip in asked]
+    evaluator = AnsweringEvaluator(model, llm, val=[*deaf, *asked], template=template, progress=False)
+    rows: dict = {}
+    with torch.inference_mode():
+        for clip in evaluator.val:
+            evaluator._batch(clip.as_float(), rows)
+    (row,) = (row for (method, _), row in rows.items() if method == "reducer")
+    assert len(row.compress_s) == sum(map(len, asked)) and min(row.compress_s) > 0
+
+
+def test_questions_are_told_apart_without_ids_of_their_own(lab, stage0, monkeypatch):
+    clips = list(_val(lab))
+    for clip in clips:
+        clip.qa = [[{**each, "id": ""} for each in own] for own in clip.qa]
+    monkeypatch.setattr("vtok.evaluation.compare._loader", lambda *_, **__: clips)
+    asked = sum(bool(each.get("choices")) for clip in clips for own in clip.qa for each in own)
+    (row,) = compare(str(stage0), str(stage0), own="here", progress=False)["corpora"][0]["rows"]
+    assert row["measured"] == asked > sum(map(len, clips))
+
+
+def test_models_are_compared_as_far_as_both_go(lab, stage0, monkeypatch):
+    def pooled(most: int) -> str:
+        made = vtok.load(str(stage0))
+        made.config = replace(made.config, method="pooling", max_tokens=most)
+        model = type(made)(made.config)
+        model.load_state_dict(made.state_dict())
+        return model.eval()
+
+    models = {"small": pooled(4), "large": pooled(16)}
+    config = loads(settings(lab, "x", "name: reducer"))
+    loaded = {name: (model, config.data, replace(config.eval, budgets=[])) for name, model in models.items()}
+    monkeypatch.setattr("vtok.evaluation.compare.load_model", lambda name: loaded[name])
+    monkeypatch.setattr("vtok.evaluation.compare.objective_of", lambda _: config.objective)
+    monkeypatch.setattr("vtok.evaluation.compare.identify", lambda _: SimpleNamespace(model_id=""))
+    monkeypatch.setattr("vtok.evaluation.compare._loader", lambda *_, **__: list(_val(lab)))
+    for pair in (("small", "large"), ("large", "small")):
+        found = compare(*pair, own="here", progress=False)["corpora"][0]["rows"]
+        assert [row["budget"] for row in found] == [1, 4], pair
 
 
 def test_clips_of_one_video_are_one_cluster():

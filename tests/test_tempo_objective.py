@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vtok.families.language import build
 from vtok.layers.judge import Scored
 from vtok.llm import TaskConfig
 from vtok.llm.relevance import answering, asked_spans, random_prefixes, ranking_loss
+from vtok.training.loop import Conductor
 from vtok.types import Clip
 
 torch.set_num_threads(1)
@@ -54,6 +56,25 @@ def test_ranking_is_the_likelihood_of_a_right_segment():
     assert float(loss.detach()) == 0 and loss.requires_grad and not len(hit)
 
 
+def test_ranks_whose_clips_show_no_answer_report_without_one(monkeypatch):
+    """A line is the mean over the ranks that have a number, step by step, whatever each of them could measure."""
+    ranks = [
+        [{"nll": 1.0, "tokens": 4.0}, {"nll": 3.0, "relevant_first": 0.0, "tokens": 4.0}],
+        [{"nll": 2.0, "relevant_first": 1.0, "tokens": 8.0}, {"nll": 5.0, "relevant_first": 1.0, "tokens": 4.0}],
+    ]
+
+    def gather(parts, own):
+        assert own == ranks[0]
+        parts[:] = ranks
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: None)
+    pending = [{name: torch.tensor(value) for name, value in step.items()} for step in ranks[0]]
+    conductor: Any = SimpleNamespace(pending=pending, window={}, counts=[None, None])
+    Conductor._fold(conductor, SimpleNamespace(world_size=2), SimpleNamespace(device=torch.device("cpu")))
+    assert conductor.window == {"nll": [1.5, 4.0], "tokens": [6.0, 4.0], "relevant_first": [1.0, 0.5]}
+
+
 def test_prefixes_are_drawn_for_each_segment():
     found = torch.cat([random_prefixes(list("ab"), torch.tensor([6, 2]), most=8, step=s, seed=0) for s in range(300)])
     assert found.shape == (600, 6) and int(found.max()) == 8 and not found[1::2, 2:].any()
@@ -61,6 +82,21 @@ def test_prefixes_are_drawn_for_each_segment():
     assert bool((counts > 0).all()) and 1.5 < float(counts[0] / counts[2]) < 4  # log-uniform: 0.315 and 0.131
     alone = random_prefixes(["b"], torch.tensor([2]), most=8, step=7, seed=0)
     assert torch.equal(alone[0], found[15, :2])
+
+
+def test_drawn_prefixes_stay_within_a_clips_total():
+    """Some segments keep what was drawn for them, the others have one; what fits is as without a total."""
+    many, draws = torch.tensor([64, 3]), dict(most=128, seed=0)
+    long = 0
+    for step in range(50):
+        free = random_prefixes(list("ab"), many, step=step, **draws)
+        found = random_prefixes(list("ab"), many, step=step, total=512, **draws)
+        assert int(found[0].sum()) == min(512, int(free[0].sum())) and bool((found <= free).all())
+        assert int(found[0].min()) == 1 and torch.equal(found[1], free[1])
+        long += int((found[0] > 32).sum())
+    assert long > 150, "lengths still differ"
+    few = random_prefixes(["a"], torch.tensor([9]), step=0, total=4, **draws)
+    assert int(few.sum()) == 4 and int(few.max()) == 1
 
 
 @pytest.mark.parametrize("score", ["learned", "yes_no"])

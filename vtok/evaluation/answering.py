@@ -266,7 +266,7 @@ class AnsweringEvaluator:
         row.answers += found
         if budget is not None and any(each.tokens < budget for each in found):
             row.note(f"clips that have fewer than {budget} tokens are given all of theirs")
-        if timed is not None:
+        if timed is not None and found:  # without questions nothing was made
             row.compress_s += [timed.seconds / len(clip)] * len(clip)
 
     def _answers(self, clip: Clip, model: Any, budget: Budget | None, max_new_tokens: int) -> list[Answered]:

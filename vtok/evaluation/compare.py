@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ def compare(
                     _of_tokenizer(model, val, menu, fps=data.fps, device=device, seed=seed, progress=progress)
                 )
             else:
-                menu = asked if not scores else [b for b in scores[0].values if b is not None]
+                menu = asked if not scores else [b for b in scores[0].values if b and b <= model.max_tokens]
                 scores.append(_of_projector(model, path, val, menu, llm, device=device, seed=seed, progress=progress))
         out.append({"corpus": name, "shards": shards, "clips": scores[0].clips,
                     "rows": _rows(scores[1], scores[0], seed=seed)})  # fmt: skip
@@ -143,14 +145,25 @@ def _of_projector(model: Any, path: str, val: Any, budgets: list[int] | None, ll
     )
     result = evaluator.run()
     found = result["per_question"]
+    asked = _numbered(zip(found["keys"], found["ids"]))
     values = {
         None if name == "-" else int(name): {
-            asked: right for asked, right in zip(zip(found["keys"], found["ids"]), column) if right is not None
+            question: right for question, right in zip(asked, column) if right is not None
         }
         for name, column in found["right"][evaluator.family].items()
     }
     rows = {row["budget"]: row for row in result["rows"] if row["method"] == evaluator.family}
     return _Scores(result["clips"], values, rows)
+
+
+def _numbered(questions: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """(clip, id, which of the clip's questions of that id): questions need no id, nor one of their own."""
+    seen = Counter[tuple[str, str]]()
+    out = []
+    for question in questions:
+        out.append((*question, str(seen[question])))
+        seen[question] += 1
+    return out
 
 
 def _rows(before: _Scores, after: _Scores, *, seed: int) -> list[dict[str, Any]]:

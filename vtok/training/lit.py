@@ -192,9 +192,10 @@ class LitCompressor(pl.LightningModule):
         self.trainer.datamodule.advance(batch)  # pyright: ignore[reportAttributeAccessIssue]
         return total
 
-    def _loss(self, clip: Clip) -> Any:
+    def _loss(self, clip: Clip, step: int | None = None) -> Any:
+        step = self.steps_done if step is None else step
         with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
-            return self.objective(self.model, self._prepare(clip), self.steps_done)
+            return self.objective(self.model, self._prepare(clip), step)
 
     def _prepare(self, clip: Clip) -> Clip:
         clip = clip.as_float()
@@ -360,10 +361,18 @@ class LitCompressor(pl.LightningModule):
     def val_loss(self, clip: Clip, index: int) -> dict[str, Any]:
         """The objective on held-out clips, with the same random numbers every time: {name: mean over the clips}."""
         reseed(step_seed(self.config.seed, -1 - index, self.global_rank), self.device)
-        loss = self._loss(clip)
+        loss = self._loss(clip, self.val_step(index))
         report = {**loss.report, "loss": loss.total}
         report.pop("codebook_counts", None)  # every id of validation is counted, by `codebook_use`
         return {k: float(v.detach().float().mean()) for k, v in report.items()}
+
+    def settle(self, clip: Clip | None) -> None:
+        """What all ranks have to agree on before they measure, from the first clips of each; None: a rank has none."""
+
+    def val_step(self, index: int) -> int:
+        """What the objective is told as the step of a validation's batch: that of the weights, by which weights of its
+        terms may be scheduled."""
+        return self.steps_done
 
     def measure(self, clip: Clip, index: int) -> dict[str, Any]:
         """What validation wants to know of one batch: {"mean": {name: value per clip list}, ...}."""

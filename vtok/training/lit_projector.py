@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from vtok.layers.projector import with_features
 from vtok.metrics.cost import Timed, clock_of, compress_flops
@@ -18,18 +22,39 @@ class LitProjector(LitCompressor):
     Its objective has `ask` and `generate`, as `vtok.llm.ProjectorObjective`.
     """
 
-    menu: tuple[int | None, ...] = ()  # budgets of validation, settled by its first clips
+    menu: tuple[int | None, ...] = ()  # budgets of validation, settled by the first clips of all ranks
+
+    def val_step(self, index: int) -> int:
+        """Tasks, prompts and budgets are drawn by the step: every validation draws the same."""
+        return -1 - index
 
     def _seen(self, clip: Clip) -> tuple[Clip, tuple[int | None, ...]]:
         """The clip with the tower's features, made once for all budgets; eval.budgets, or those of the model."""
         model: Any = self.model
         clip = self._prepare(clip)
         features = model.features(clip)
-        asked = self.config.eval.budgets if model.any_budget else []
-        self.menu = self.menu or tuple(asked or model.budgets(features))
+        self.menu = self.menu or self._menu(features)
         if features is None:  # texts
             return clip, self.menu
         return with_features(model, clip, features), self.menu
+
+    def _menu(self, features: Any) -> tuple[int | None, ...]:
+        model: Any = self.model
+        asked = self.config.eval.budgets if model.any_budget else []
+        return tuple(asked or model.budgets(features))
+
+    @torch.no_grad()
+    def settle(self, clip: Clip | None) -> None:
+        """The budgets of validation: of the rank whose first clips have the most tokens. With menus of their own, ranks
+        would measure other budgets than one another, each on its own clips."""
+        if self.menu or self.trainer.world_size < 2:
+            return
+        model: Any = self.model
+        menus: list[tuple[int | None, ...]] = [()] * self.trainer.world_size
+        with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
+            own = () if clip is None else self._menu(model.features(self._prepare(clip)))
+        torch.distributed.all_gather_object(menus, own)
+        self.menu = max(menus, key=lambda menu: [math.inf if budget is None else budget for budget in menu[-1:]])
 
     def measure(self, clip: Clip, index: int) -> dict[str, Any]:
         out, mean = super().measure(clip, index), {}
@@ -41,7 +66,7 @@ class LitProjector(LitCompressor):
             for budget in budgets:
                 name = "all" if budget is None else str(budget)
                 timed = Timed(self.model, clock_of(self.device))
-                for each in objective.ask(timed, ready, budget=budget, max_new_tokens=16 * open_ended):
+                for each in self._asked(timed, ready, budget, 16 * open_ended):
                     for key, value in _scores(each).items():
                         mean.setdefault(f"{key}_{name}", []).append(value)
                 mean[f"compress_ms_{name}"] = [1000 * timed.seconds / len(clip)] * len(clip)
@@ -54,6 +79,15 @@ class LitProjector(LitCompressor):
                 out["top"] = top[0] if top else out.get("top", "")
         out["mean"] |= mean
         return out
+
+    def _asked(self, model: Any, clip: Clip, budget: int | None, max_new_tokens: int) -> list[Any]:
+        """The questions of a batch, answered. Tokens are made of clips without questions too: where parameters are
+        split over ranks (ZeRO-3), all ranks have to call the model, or none."""
+        objective: Any = self.objective
+        said = objective.ask(model, clip, budget=budget, max_new_tokens=max_new_tokens)
+        if not said:
+            model.encode(replace(clip, prompt=[""] * len(clip)), budget=budget)
+        return said
 
     def told(self, scores: dict[str, Any]) -> list[str]:
         """A line for each budget: accuracy and exact match, by kind of question too, loss, tokens, costs."""
@@ -83,7 +117,7 @@ class LitProjector(LitCompressor):
         with strategy.autocast(self.trainer.strategy, self.config.trainer.precision):
             ready, budgets = self._seen(clip)
             chosen = list(dict.fromkeys([budgets[0], budgets[-1]]))
-            said = {b: objective.ask(self.model, ready, budget=b, max_new_tokens=16) for b in chosen}
+            said = {b: self._asked(self.model, ready, b, 16) for b in chosen}
             told = {b: objective.generate(self.model, ready, budget=b) for b in chosen}
         heads = ["all tokens" if b is None else f"{b} tokens" for b in chosen]
         lines = [f"| clip | asked | truth | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]

@@ -235,20 +235,24 @@ class Conductor(pl.Callback):
     # curves
 
     def _fold(self, trainer: Any, lit: LitCompressor) -> None:
-        """Moves the pending reports into the window, averaged over ranks step by step.
+        """Moves the pending reports into the window, averaged step by step over the ranks that have a number.
 
         Per step, not per line, so that a checkpoint in the middle of a line does not change its numbers.
         """
         if not self.pending:
             return
-        names = [name for report in self.pending for name in report]
         values = [torch.as_tensor(v, device=lit.device) for report in self.pending for v in report.values()]
-        flat = torch.stack([v.detach().to(torch.float32).mean() for v in values]).double()
+        flat = iter(torch.stack([v.detach().to(torch.float32).mean() for v in values]).tolist())
+        steps = [{name: next(flat) for name in report} for report in self.pending]
+        parts: list[Any] = [steps]
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(flat)
-            flat /= trainer.world_size
-        for name, value in zip(names, flat.tolist()):
-            self.window.setdefault(name, []).append(value)
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, steps)
+        for of_ranks in zip(*parts, strict=True):
+            # what a clip has to bring to be counted, those of some ranks may bring and those of others not
+            for name in dict.fromkeys(name for report in of_ranks for name in report):
+                found = [report[name] for report in of_ranks if name in report]
+                self.window.setdefault(name, []).append(sum(found) / len(found))
         self.pending = []
         whole, new = self.counts
         if new is not None:
@@ -328,9 +332,12 @@ class Conductor(pl.Callback):
         self.watchdog.moved("validation, batch 0")
         means: dict[str, list[float]] = {}
         ids: list[Tensor] = []
-        top, batch, index = "", None, 0
+        top, batch, index, settled = "", None, 0, False
         with _Evaluating(lit), lit.averaged():
             for new in self._in_step(trainer, lit, trainer.datamodule.val_dataloader()):
+                if not settled:
+                    lit.settle(None if new is None else new.to(lit.device))
+                    settled = True
                 batch = new if new is not None else batch
                 self.shown = self.shown or (batch and batch.rows(slice(SAMPLE_CLIPS)))
                 if batch is None and not strategy.is_deepspeed(trainer.strategy):
@@ -406,6 +413,7 @@ class Conductor(pl.Callback):
         if self.shown is None:
             batch = next(iter(trainer.datamodule.val_dataloader()), None)
             self.shown = batch and batch.rows(slice(SAMPLE_CLIPS))
+        lit.settle(None if self.shown is None else self.shown.to(lit.device))
         if self.shown is None:
             return
         self.watchdog.moved("sample videos")
