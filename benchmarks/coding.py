@@ -24,8 +24,8 @@ from rich.table import Table
 import vtok
 from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
 from vtok.coding.entropy import StaticModel
-from vtok.coding.prior import scan
 from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.prior_data import scan
 from vtok.coding.sample import kept
 from vtok.coding.spending import PackedCoder, StaticCoder
 from vtok.data.token_reader import TokenSample, iter_token_samples

@@ -23,10 +23,11 @@ from test_prior_coding import (
 import vtok
 from vtok import export as shipping
 from vtok.coding import bitstream, codec
-from vtok.coding import prior as prior_room
 from vtok.coding import tokenize as tokenizing
 from vtok.coding.bitstream import Chunk, Reader, Writer, file_key
-from vtok.coding.prior import Training, row_of, stack, tokens_of_ids, train_prior
+from vtok.coding.prior import train_prior
+from vtok.coding.prior_data import row_of, scan, stack, tokens_of_ids
+from vtok.coding.prior_training import Trainer, Training
 from vtok.coding.sample import condition_words, draw_ids
 from vtok.config import loads
 from vtok.data.token_reader import SampleFacts, iter_token_samples
@@ -132,7 +133,7 @@ def test_files_of_held_out_clips_are_smaller_too(shipped, home):
     """All but their headers: a file for each clip of 48 frames, 192 tokens."""
     model = vtok.load(shipped[0])
     prior = model.shipped.prior
-    static = prior_room.scan(
+    static = scan(
         iter_token_samples(home / "tokens" / "train"),
         index_factors=prior.config.index_factors, ranks=16, condition="none",
     ).static  # fmt: skip
@@ -178,7 +179,7 @@ def test_an_interrupted_training_ends_bitwise_the_same(home, shipped, tmp_path, 
     class Killed(Exception):
         pass
 
-    advance, steps = prior_room.Trainer._advance, []
+    advance, steps = Trainer._advance, []
 
     def dies(self, batch):
         if len(steps) in (13, 25):
@@ -188,7 +189,7 @@ def test_an_interrupted_training_ends_bitwise_the_same(home, shipped, tmp_path, 
         self.save_seconds = 0.0  # after every step
         return advance(self, batch)
 
-    monkeypatch.setattr(prior_room.Trainer, "_advance", dies)
+    monkeypatch.setattr(Trainer, "_advance", dies)
     ask = dict(model=home / "export", out=tmp_path / "out", how=FAST, **SMALL)
     for _ in range(2):
         with pytest.raises(Killed):

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from vtok.coding import bitstream, prior_coding
 from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
 from vtok.coding.entropy import StaticModel
-from vtok.coding.prior import prefix_of, row_of, stack, tokens_of_ids
 from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.prior_data import prefix_of, row_of, stack, tokens_of_ids
 from vtok.coding.sample import draw_ids
 from vtok.layers import exact
 from vtok.layers.token_prior import TokenPrior, TokenPriorConfig, coded_factors

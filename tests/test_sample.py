@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_prior_coding import PRIOR, make_prior
 
-from vtok.coding.prior import prefix_of
 from vtok.coding.prior_coding import PriorStream
+from vtok.coding.prior_data import prefix_of
 from vtok.coding.sample import budgets_of, choose, condition_words, draw_ids, kept, sheet
 from vtok.layers.token_prior import NULL, START
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from vtok.coding.entropy import from_symbols
-from vtok.coding.prior import prefix_of, words_of
 from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.prior_data import prefix_of, words_of
 from vtok.coding.token_coding import decode_ids
 from vtok.data.encode import write_video
 from vtok.layers.token_prior import NULL, TokenPriorConfig
