@@ -71,7 +71,7 @@ class TextObjective(ProjectorObjective):
         super().__init__(config, model_config, load=load)
         self._found: dict[str, torch.Tensor] = {}  # of the last step, for the report
 
-    def start(self, model: Any) -> str:
+    def begin_model(self, model: Any) -> str:
         """What a fresh model takes from the LLM before its first step, and says of it."""
         return model.begin_at_words(self.llm) if hasattr(model, "begin_at_words") else ""
 
