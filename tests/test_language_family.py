@@ -11,12 +11,14 @@ import pytest
 import torch
 from test_llm import small_model, small_tokenizer
 
+from vtok.config import load
 from vtok.families import language
 from vtok.families.language import Config, Model, ObjectiveConfig, SmallLM, build
 from vtok.layers.latent_queries import run_sums
 from vtok.llm import LLMConfig, LoraConfig, TaskConfig, load_llm
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
+from vtok.train import build as build_run
 from vtok.types import Clip, Features
 
 torch.set_num_threads(1)
@@ -178,6 +180,19 @@ def test_pooled_queries_begin_as_sums_of_the_large_models_words(folders, head):
     few.small_width = 10**6
     assert "begins at random" in few.begin_at_words(llm)
     assert all(torch.equal(value, few.head.state_dict()[name]) for name, value in kept.items())
+
+
+def test_a_run_begins_at_the_words_of_its_llm(folders, tmp_path, capsys):
+    """The preset's own run, when it begins; one that goes on has its head in the checkpoint."""
+    names = [f"{key}={folders['llama']}" for key in ("model.lm.name", "objective.llm.name")]
+    run = load("configs/language/c3_tiny.yaml", [*names, f"out={tmp_path}", "data.shards=none"])
+    begun = build_run(run).model.head
+    assert "model.head begins as the map of" in capsys.readouterr().out
+    assert not begun.out.weight.any() and torch.allclose(
+        begun.skip.weight * run.model.embedding_rms, torch.eye(32), atol=1e-4
+    )
+    going_on = build_run(run, fresh=False).model.head
+    assert "model.head" not in capsys.readouterr().out and going_on.out.weight.any()
 
 
 @pytest.mark.parametrize("score", ["yes_no", "learned"])
