@@ -23,6 +23,7 @@ from vtok.evaluation.answer_report import write_answer_report
 from vtok.evaluation.answering import AnsweringEvaluator, print_answers, video_of
 from vtok.evaluation.compare import compare
 from vtok.export import main_export
+from vtok.layers import projector
 from vtok.llm import Answered, LLMConfig, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train
@@ -329,6 +330,33 @@ def test_batches_without_questions_cost_nothing_and_count_nowhere(lab, stage0):
             evaluator._batch(clip.as_float(), rows)
     (row,) = (row for (method, _), row in rows.items() if method == "reducer")
     assert len(row.compress_s) == sum(map(len, asked)) and min(row.compress_s) > 0
+
+
+def test_the_time_of_downsampling_is_without_the_loading_of_its_towers(lab, stage0, monkeypatch):
+    model, llm = vtok.load(str(stage0)), load_llm(LLMConfig(name=str(lab / "llm")))
+    sizes: list[tuple[int, ...]] = []
+    load = projector._load_tower
+
+    def counted(config):
+        sizes.append(tuple(config.size))
+        return load(config)
+
+    monkeypatch.setattr(projector, "_load_tower", counted)
+    template = "<video>\nQuestion: {question}\nAnswer:"
+    how = dict(full=model, val=[*_val(lab)] * 2, template=template, budgets=[1, 4, 9], seeds=1, progress=False)
+    AnsweringEvaluator(model, llm, **how).run()
+    assert len(how["val"]) > 2 and len(sizes) == len(set(sizes)), "each size once, before its time is taken"
+
+
+def test_the_loss_is_of_the_choice_that_counts_as_right():
+    said = Answered("a", "1", "colour", "Which?", "Red.", ["blue", "red"], [-3.0, -0.5], None, tokens=4, positions=32)
+    assert said.right and said.loss == 0.5 == _scores(said)["loss"]
+    wrong = replace(said, answer="green")
+    assert wrong.right is False and wrong.loss is None and "loss" not in _scores(wrong)
+    means = {"tokens": 4, "positions": 9, "accuracy": 0.5, "colour_accuracy": 0.5, "repeated_accuracy": 0.9}
+    means = {f"val/{key}_4": value for key, value in (means | {"compress_ms": 1.0}).items()}
+    (line,) = LitProjector.told(SimpleNamespace(menu=(4,)), means)
+    assert "right 50.0 % (colour 50.0);" in line, "a text that is repeated is no question"
 
 
 def test_questions_are_told_apart_without_ids_of_their_own(lab, stage0, monkeypatch):

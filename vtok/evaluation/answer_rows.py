@@ -116,8 +116,7 @@ def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Seque
             kind: interval([right[i] for i in at], [keys[i] for i in at], seed=seed) for kind, at in of_kind.items()
         },
         "chance_by_type": by_kind(guesses, kinds),
-        "loss": mean([-each.likelihoods[each.choices.index(each.answer)] for each in chosen
-                      if each.answer in each.choices]),
+        "loss": mean([each.loss for each in chosen if each.loss is not None]),
         "exact_match": mean([exact_match(a, b) for a, b in texts]),
         "f1": mean([token_f1(a, b) for a, b in texts]),
         "prefill_flops": math.nan,

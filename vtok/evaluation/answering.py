@@ -132,6 +132,7 @@ class AnsweringEvaluator:
             self.shape, self.no_shape = shape_of(llm.model, llm.model.config.get_text_config()), ""
         except ValueError as error:  # the answers are worth having without
             self.shape, self.no_shape = None, f"prefill_flops, kv_bytes: {error}"
+        self.reduced: dict[tuple[str, int], Any] = {}
         self.bar = counting_bar(show=progress)
 
     def run(self, *, model: str = "", shards: str = "", tuned: str = "") -> dict[str, Any]:
@@ -201,12 +202,18 @@ class AnsweringEvaluator:
         self._ask(row("full", None), seen, self.full, None)
         for name in self.names:
             for seed in range(self.seeds if _draws(name) else 1):
-                reduced = reduced_model(self.base, name, seed=self.seed + seed)
+                reduced = self._reduced(name, self.seed + seed)
                 for budget in self._menu(reduced, features):
                     if name == "downsample" and clip.video is None:
                         row(name, budget).note("the shards hold features: frames cannot be made smaller")
                         continue
                     self._ask(row(name, budget), clip if name == "downsample" else seen, reduced, budget)
+
+    def _reduced(self, name: str, seed: int) -> Any:
+        """A reducer, one for all batches: `downsample` loads its tower for each size, which is no part of its time."""
+        if (name, seed) not in self.reduced:
+            self.reduced[name, seed] = reduced_model(self.base, name, seed=seed)
+        return self.reduced[name, seed]
 
     def _lengths(self, rows: dict[tuple[str, int | None], AnswerRow]) -> dict[str, Any] | None:
         """Rows of the same total elsewhere, after the free lengths of all clips are known; what is said of them."""
@@ -348,7 +355,7 @@ class AnsweringEvaluator:
             for entry in result["versus"]:
                 name = entry["reducer"]
                 if name != "downsample" or clip.video is not None:
-                    made = reduced_model(self.base, name, seed=self.seed)
+                    made = self._reduced(name, self.seed)
                     readers.append((name, entry["budget"], seen if name == "downsample" else other, made))
             readers.append(("full", None, other, self.full))
         said = [self._answers(its, model, budget or None, most) for _, budget, its, model in readers]

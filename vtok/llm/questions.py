@@ -50,6 +50,12 @@ class Answered:
         """Whether the likeliest choice is the answer; None without choices."""
         return _same(self.chosen, self.answer) if self.chosen is not None else None
 
+    @property
+    def loss(self) -> float | None:
+        """Nats of the choice that is the answer; None where none of them is."""
+        found = [value for choice, value in zip(self.choices, self.likelihoods) if _same(choice, self.answer)]
+        return -max(found) if found else None
+
 
 def _same(one: str, other: str) -> bool:
     return one.strip().rstrip(".").casefold() == other.strip().rstrip(".").casefold()

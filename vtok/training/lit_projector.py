@@ -102,6 +102,7 @@ class LitProjector(LitCompressor):
             words = [f"{found['tokens']:.4g} tokens in prompts of {found['positions']:.4g} positions"]
             for measure, title in (("accuracy", "right"), ("exact_match", "exact match")):
                 kinds = {k.removesuffix(f"_{measure}"): v for k, v in found.items() if k.endswith(f"_{measure}")}
+                kinds.pop("repeated", None)  # how texts are said again is no kind of question
                 if measure in found:
                     parts = ", ".join(f"{kind} {100 * v:.1f}" for kind, v in sorted(kinds.items()))
                     words.append(f"{title} {100 * found[measure]:.1f} %" + f" ({parts})" * bool(parts))
@@ -135,8 +136,8 @@ def _scores(each: Any) -> dict[str, float]:
     kind = each.type or "other"
     if each.right is not None:
         out |= {"accuracy": float(each.right), f"{kind}_accuracy": float(each.right)}
-        if each.answer in each.choices:
-            out["loss"] = -each.likelihoods[each.choices.index(each.answer)]
+        if each.loss is not None:
+            out["loss"] = each.loss
     if each.text is not None:
         same = exact_match(each.text, each.answer)
         out |= {"exact_match": same, f"{kind}_exact_match": same}
