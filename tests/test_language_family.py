@@ -146,6 +146,8 @@ def test_pooled_queries_begin_from_runs_of_the_input(folders):
     assert torch.allclose(sums[0], torch.stack(by_hand), atol=1e-12) and not sums[1].any()
     few = run_sums(x[:, :2], torch.tensor([2, 2]), torch.tensor([4, 1]))
     assert torch.equal(few[0, [0, 2]], x[0, :2]) and not few[0, [1, 3]].any() and not few[1, 1:].any()
+    long = run_sums(torch.ones(1, 3000, 2, dtype=torch.bfloat16), torch.tensor([3000]), torch.tensor([1]))
+    assert torch.allclose(long.float(), torch.tensor(3000.0).sqrt(), rtol=1e-2)
     model, clip = made(folders["llama"], "pooled text")
     plain = copy.copy(model)
     plain.config = replace(model.config, queries="learned")

@@ -93,9 +93,10 @@ def run_sums(x: Tensor, inside: Tensor, counts: Tensor) -> Tensor:
     most, at = max(int(counts.max()), 1), torch.arange(x.shape[1], device=x.device)
     run = torch.div(at * counts[:, None], inside[:, None].clamp(min=1), rounding_mode="floor")
     run = torch.where((at < inside[:, None]) & (counts > 0)[:, None], run, most)
-    sums = x.new_zeros(len(x), most + 1, x.shape[2]).scatter_add(1, run[..., None].expand_as(x), x)
-    sizes = x.new_zeros(len(x), most + 1).scatter_add(1, run, torch.ones_like(run, dtype=x.dtype))
-    return sums[:, :most] / sizes[:, :most].clamp(min=1).sqrt()[..., None]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 counts to 256
+    sums = wide.new_zeros(len(x), most + 1, x.shape[2]).scatter_add(1, run[..., None].expand_as(x), wide)
+    sizes = wide.new_zeros(len(x), most + 1).scatter_add(1, run, torch.ones_like(run, dtype=wide.dtype))
+    return (sums[:, :most] / sizes[:, :most].clamp(min=1).sqrt()[..., None]).to(x.dtype)
 
 
 def at_the_end(states: Tensor, ends: Tensor, count: int) -> Tensor:
