@@ -28,7 +28,7 @@ def test_manifest_rows_and_folder_are_one(tmp_path):
             {
                 "file": "clips/a.mp4",
                 "caption": "due",
-                "qa": [{"question": "q?", "answer": "yes", "choices": ["yes", "no"]}],
+                "qa": [{"question": "q?", "answer": "yes", "choices": ["Yes.", "no"]}],
             },
             {
                 "path": str(tmp_path / "clips/b.mp4"),
@@ -43,7 +43,7 @@ def test_manifest_rows_and_folder_are_one(tmp_path):
     whole = meta(val["clips-a"])
     assert whole["caption"] == "uno" and whole["label"] == "x"
     assert whole["captions"] == [{"start_s": 0.0, "end_s": 2.0, "text": text} for text in ("uno", "due")]
-    assert whole["qa"] == [{"id": "0", "type": "choice", "question": "q?", "answer": "yes", "choices": ["yes", "no"]}]
+    assert whole["qa"] == [{"id": "0", "type": "choice", "question": "q?", "answer": "yes", "choices": ["Yes.", "no"]}]
     part = meta(train["clips-b__0000"])
     assert part["captions"] == [{"start_s": 0.0, "end_s": 0.5, "text": "mid"}] and part["start_s"] == 1.0
     assert json.loads((tmp_path / "out/split.json").read_text())["val"] == ["clips/a.mp4"]
@@ -95,6 +95,8 @@ ROWS = {
     '{"file": "a.mp4", "captions": [{"start_s": 0}]}': r"captions must hold",
     '{"file": "a.mp4", "qa": {"question": "?"}}': r"qa must be a list",
     '{"file": "a.mp4", "qa": [{"question": "?"}]}': r"qa must hold",
+    '{"file": "a.mp4", "qa": [{"question": "?", "answer": "B", "choices": ["red", "blue"]}]}': r"'B' of '\?' is none of "
+    r"its choices \['red', 'blue'\]: give the text",
     '{"file": "a.mp4", "qa": [{"question": "?", "answer": 1, "start_s": 3, "end_s": 2}]}': r"qa: start_s=3 is not",
     '{"file": "a.mp4", "split": "everything"}': r"split='everything' is unknown",
     '{"file": "a.mp4", "label": [1]}': r"label must be",

@@ -412,6 +412,11 @@ def _questions(value: Any, start_s: float, end_s: float | None) -> tuple[dict[st
         choices = item.get("choices")
         if choices is not None and not isinstance(choices, list):
             raise ValueError(f"qa.choices must be a list, got {_kind(choices)}")
+        if choices and _plain(item["answer"]) not in map(_plain, choices):
+            raise ValueError(
+                f"qa: the answer {item['answer']!r} of {item['question'][:60]!r} is none of its choices "
+                f"{[str(choice) for choice in choices]}: give the text of the right one, not its letter or number"
+            )
         kind = str(item.get("type") or ("open" if choices is None else "choice"))
         question = {"id": str(item.get("id", number)), "type": kind}
         question |= {"question": item["question"], "answer": item["answer"]}
@@ -419,6 +424,11 @@ def _questions(value: Any, start_s: float, end_s: float | None) -> tuple[dict[st
         timed = item.get("start_s") is not None or item.get("end_s") is not None
         out.append({**question, **_span(item, "qa", start_s, end_s)} if timed else question)
     return tuple(out)
+
+
+def _plain(answer: Any) -> str:
+    """What `vtok.llm.questions` compares of an answer and its choices."""
+    return str(answer).strip().rstrip(".").casefold()
 
 
 def _kind(value: Any) -> str:
