@@ -95,8 +95,8 @@ ROWS = {
     '{"file": "a.mp4", "captions": [{"start_s": 0}]}': r"captions must hold",
     '{"file": "a.mp4", "qa": {"question": "?"}}': r"qa must be a list",
     '{"file": "a.mp4", "qa": [{"question": "?"}]}': r"qa must hold",
-    '{"file": "a.mp4", "qa": [{"question": "?", "answer": "B", "choices": ["red", "blue"]}]}': r"'B' of '\?' is none of "
-    r"its choices \['red', 'blue'\]: give the text",
+    '{"file": "a.mp4", "qa": [{"question": "?", "answer": "B", "choices": ["red", "blue"]}]}': r"'B' of '\?' is none "
+    r"of its choices \['red', 'blue'\]: give the text",
     '{"file": "a.mp4", "qa": [{"question": "?", "answer": 1, "start_s": 3, "end_s": 2}]}': r"qa: start_s=3 is not",
     '{"file": "a.mp4", "split": "everything"}': r"split='everything' is unknown",
     '{"file": "a.mp4", "label": [1]}': r"label must be",
