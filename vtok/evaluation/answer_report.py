@@ -23,7 +23,9 @@ from vtok.evaluation.page import (
     environment_section,
     history_section,
     interval,
+    methods,
     number,
+    per_cent,
     scrolled,
     signed,
     table,
@@ -33,10 +35,6 @@ from vtok.evaluation.page import (
 from vtok.evaluation.sprites import stored, told
 
 DODGE = 0.016  # decades between two methods at one budget, so that their intervals stand beside one another
-
-
-def _per_cent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _si(value: float, unit: str = "") -> str:
@@ -53,11 +51,11 @@ NAMED = [
     Column("tokens_mean", "tokens", ",.5g"),
 ]
 SCORES = [
-    Column("accuracy", "accuracy %", _per_cent, "accuracy_ci"),
-    Column("retained", "kept %", _per_cent),
+    Column("accuracy", "accuracy %", per_cent, "accuracy_ci"),
+    Column("retained", "kept %", per_cent),
     Column("loss", "loss", ".3f"),
 ]
-WORDS = [Column("exact_match", "exact match %", _per_cent), Column("f1", "F1 %", _per_cent)]
+WORDS = [Column("exact_match", "exact match %", per_cent), Column("f1", "F1 %", per_cent)]
 COSTS = [
     Column("positions_mean", "prompt positions", ",.1f"),
     Column("prefill_flops", "prefill FLOPs", _si),
@@ -115,12 +113,6 @@ def _name(method: str) -> str:
     return {"full": "all tokens"}.get(method, method)
 
 
-def _methods(rows: Sequence[Mapping[str, Any]], family: str) -> list[str]:
-    """Methods with a budget, ours first."""
-    names = dict.fromkeys(str(row["method"]) for row in rows if row["method"] not in ENDS)
-    return sorted(names, key=lambda name: name != family)
-
-
 def _lede(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], family: str) -> str:
     clips, shards = evaluation.get("clips"), evaluation.get("shards")
     asked = next((row["questions"] for row in rows if row["method"] == "blind"), None)
@@ -132,7 +124,7 @@ def _lede(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fami
     llm = (evaluation.get("llm") or {}).get("name")
     text = f"The {family} projector measured on {' '.join(w for w in words if w)}"
     text += f", read by {llm}, which is frozen" if llm else ""
-    others = [name for name in _methods(rows, family) if name != family]
+    others = [name for name in methods(rows, family, without=ENDS) if name != family]
     text += f"; beside it, on the same clips and the projector of all tokens: {', '.join(others)}." if others else "."
     parts = evaluation.get("parts")
     text += f" Every clip was asked in {parts['count']} parts first." if parts else ""
@@ -148,7 +140,7 @@ def _tiles(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fam
         if row["method"] != family or accuracy is None:
             continue
         bounds, kept = interval(row, "accuracy"), number(row.get("retained"))
-        below = f"{_per_cent(bounds[0])} to {_per_cent(bounds[1])}" if bounds else ""
+        below = f"{per_cent(bounds[0])} to {per_cent(bounds[1])}" if bounds else ""
         below += f"; keeps {100 * kept:.0f} %" if kept is not None else ""
         lines = [f'<span class="rate">{below}</span>'] if below else []
         if entry := against.get(row["budget"]):
@@ -157,7 +149,7 @@ def _tiles(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fam
         tokens = number(row.get("tokens_mean")) if row["budget"] is None else number(row["budget"])
         tiles.append(
             f'<li><span class="tokens">{tokens_text(tokens or 0.0)}</span>'
-            f'<span class="value">{_per_cent(accuracy)} <small>% right</small></span>{"".join(lines)}</li>'
+            f'<span class="value">{per_cent(accuracy)} <small>% right</small></span>{"".join(lines)}</li>'
         )
     return f'<ul class="tiles" aria-label="Accuracy of each budget">{"".join(tiles)}</ul>' if tiles else ""
 
@@ -173,9 +165,9 @@ def _says_section(evaluation: Mapping[str, Any]) -> str:
     )
     columns = [
         Column("budget", "tokens", "g"),
-        Column("accuracy", f"{evaluation.get('family')} %", _per_cent),
+        Column("accuracy", f"{evaluation.get('family')} %", per_cent),
         Column("reducer", "best reducer", "s"),
-        Column("reducer_accuracy", "its %", _per_cent),
+        Column("reducer_accuracy", "its %", per_cent),
         Column("difference", "difference, points", lambda value: signed(100 * value, ".1f")),
         Column("difference_ci", "95 %", lambda value: signed(100 * value, ".1f")),
         Column("questions", "questions", ",.0f"),
@@ -196,7 +188,7 @@ The reducer is the one that answers most of these very questions, which flatters
 
 def _series(rows: Sequence[Mapping[str, Any]], family: str, kind: str = "") -> list[Series]:
     """A line for each method over its tokens; kind: of the questions of one kind, without intervals."""
-    out, names = [], _methods(rows, family)
+    out, names = [], methods(rows, family, without=ENDS)
     for at, name in enumerate(names):
         points, whiskers = [], []
         # of all questions, intervals would hide one another at one place
@@ -207,8 +199,8 @@ def _series(rows: Sequence[Mapping[str, Any]], family: str, kind: str = "") -> l
             if row["method"] != name or tokens is None or value is None or tokens <= 0:
                 continue
             bounds = interval({"_": value, "__ci": (row["by_type_ci"].get(kind) if kind else row["accuracy_ci"])}, "_")
-            text = f"{name}, {tokens_text(tokens)}: {_per_cent(value)} %"
-            text += f" (95 %: {_per_cent(bounds[0])} to {_per_cent(bounds[1])})" if bounds else ""
+            text = f"{name}, {tokens_text(tokens)}: {per_cent(value)} %"
+            text += f" (95 %: {per_cent(bounds[0])} to {per_cent(bounds[1])})" if bounds else ""
             points.append((tokens * beside, 100 * value, text))
             if bounds and not kind:
                 whiskers.append((tokens * beside, 100 * bounds[0], 100 * bounds[1]))
@@ -226,8 +218,8 @@ def _levels(rows: Sequence[Mapping[str, Any]], count: int, kind: str = "") -> li
         if row is None or value is None:
             continue
         bounds = None if kind else interval(row, "accuracy")
-        text = f"{_name(method)}: {_per_cent(value)} %"
-        text += f" (95 %: {_per_cent(bounds[0])} to {_per_cent(bounds[1])})" if bounds else ""
+        text = f"{_name(method)}: {per_cent(value)} %"
+        text += f" (95 %: {per_cent(bounds[0])} to {per_cent(bounds[1])})" if bounds else ""
         band = (100 * bounds[0], 100 * bounds[1]) if bounds else None
         out.append(Level(_name(method), 100 * value, count + at, text, band))
     return out
@@ -266,15 +258,15 @@ def _table_section(evaluation: Mapping[str, Any], rows: list[dict[str, Any]], fa
          **{f"by_type.{kind}_ci": row["by_type_ci"].get(kind) for kind in kinds}}
         for row in sorted(rows, key=lambda row: (row["budget"] is None, row["budget"] or 0))
     ]  # fmt: skip
-    by_kind = [Column(f"by_type.{kind}", f"{kind} %", _per_cent, f"by_type.{kind}_ci") for kind in kinds]
+    by_kind = [Column(f"by_type.{kind}", f"{kind} %", per_cent, f"by_type.{kind}_ci") for kind in kinds]
 
     def shown(columns: Sequence[Column]) -> list[Column]:
         return [each for each in columns if any(row.get(each.key) is not None for row in flat)]
 
     guess = next((row["chance"] for row in rows if number(row.get("chance")) is not None), None)
     guesses = next((row["chance_by_type"] for row in rows if row.get("chance_by_type")), {})
-    chances = ["chance: unknown" if guess is None else f"chance {_per_cent(guess)} %"]
-    chances += [f"{kind} {_per_cent(value)} %" for kind, value in guesses.items() if number(value) is not None]
+    chances = ["chance: unknown" if guess is None else f"chance {per_cent(guess)} %"]
+    chances += [f"{kind} {per_cent(value)} %" for kind, value in guesses.items() if number(value) is not None]
     environment = evaluation.get("environment") or {}
     device = environment.get("cpu") if environment.get("device") == "cpu" else environment.get("device")
     where = html.escape(f", on {device}" if device else "")

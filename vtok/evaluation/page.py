@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +97,16 @@ def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
         return (low, high) if low is not None and high is not None else None
     half = number(stored)
     return (value - half, value + half) if value is not None and half is not None else None
+
+
+def per_cent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def methods(rows: Sequence[Mapping[str, Any]], ours: str, *, without: Collection[str]) -> list[str]:
+    """The methods that the rows are of, ours first, then in their order; without those named."""
+    names = dict.fromkeys(str(row["method"]) for row in rows if row["method"] not in without)
+    return sorted(names, key=lambda name: name != ours)
 
 
 def tokens_text(count: float) -> str:

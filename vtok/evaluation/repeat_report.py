@@ -21,7 +21,9 @@ from vtok.evaluation.page import (
     environment_section,
     history_section,
     interval,
+    methods,
     number,
+    per_cent,
     scrolled,
     signed,
     table,
@@ -29,10 +31,6 @@ from vtok.evaluation.page import (
 )
 
 ENDS = {"blind": "blind", "words": "every word"}  # rows without a ratio of their own
-
-
-def _per_cent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def told(evaluation: Mapping[str, Any]) -> list[str]:
@@ -104,7 +102,7 @@ def _tiles(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fam
     for row in sorted((r for r in rows if r["method"] == family), key=lambda r: r["ratio"]):
         bounds = interval(row, "token_f1")
         gaps = [x for x in evaluation.get("versus") or [] if x["ratio"] == row["ratio"]]
-        lines = [f"{_per_cent(bounds[0])} to {_per_cent(bounds[1])}"] if bounds else []
+        lines = [f"{per_cent(bounds[0])} to {per_cent(bounds[1])}"] if bounds else []
         if gaps:
             least = min(gaps, key=lambda x: x["difference"])
             gap = signed(100 * least["difference"], ".1f")
@@ -112,7 +110,7 @@ def _tiles(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fam
         below = "".join(f'<span class="rate">{line}</span>' for line in lines)
         tiles.append(
             f'<li><span class="tokens">{row["ratio"]:g} words a token</span>'
-            f'<span class="value">{_per_cent(row["token_f1"])} <small>F1</small></span>{below}</li>'
+            f'<span class="value">{per_cent(row["token_f1"])} <small>F1</small></span>{below}</li>'
         )
     return f'<ul class="tiles" aria-label="F1 at each ratio">{"".join(tiles)}</ul>' if tiles else ""
 
@@ -124,22 +122,17 @@ def _says_section(evaluation: Mapping[str, Any]) -> str:
 bootstrap over texts.</p></section>"""
 
 
-def _methods(rows: Sequence[Mapping[str, Any]], family: str) -> list[str]:
-    names = dict.fromkeys(str(row["method"]) for row in rows if row["method"] not in ENDS)
-    return sorted(names, key=lambda name: name != family)
-
-
 def _series(rows: Sequence[Mapping[str, Any]], family: str, key: str) -> list[Series]:
     out = []
-    for at, name in enumerate(_methods(rows, family)):
+    for at, name in enumerate(methods(rows, family, without=ENDS)):
         marks, whiskers = [], []
         for row in rows:
             value = number(row.get(key))
             if row["method"] != name or value is None:
                 continue
             bounds = interval(row, key)
-            text = f"{name}, {row['ratio']:g} words a token ({row['tokens_mean']:.1f} tokens): {_per_cent(value)} %"
-            text += f" (95 %: {_per_cent(bounds[0])} to {_per_cent(bounds[1])})" if bounds else ""
+            text = f"{name}, {row['ratio']:g} words a token ({row['tokens_mean']:.1f} tokens): {per_cent(value)} %"
+            text += f" (95 %: {per_cent(bounds[0])} to {per_cent(bounds[1])})" if bounds else ""
             marks.append((row["ratio"], 100 * value, text))
             whiskers += [(row["ratio"], 100 * bounds[0], 100 * bounds[1])] if bounds else []
         out.append(Series(name, sorted(marks), at, ours=name == family, whiskers=tuple(whiskers)))
@@ -149,7 +142,7 @@ def _series(rows: Sequence[Mapping[str, Any]], family: str, key: str) -> list[Se
 def _levels(rows: Sequence[Mapping[str, Any]], count: int, key: str) -> list[Level]:
     found = {row["method"]: number(row.get(key)) for row in rows}
     return [
-        Level(name, 100 * value, count + at, f"{name}: {_per_cent(value)} %")
+        Level(name, 100 * value, count + at, f"{name}: {per_cent(value)} %")
         for at, (method, name) in enumerate(ENDS.items())
         if (value := found.get(method)) is not None
     ]
@@ -182,14 +175,14 @@ and with every word. Bars are 95 % intervals over texts. Point at a mark for its
 
 def _places_section(rows: Sequence[Mapping[str, Any]], family: str) -> str:
     """Accuracy along the text, a chart a ratio."""
-    names, figures = _methods(rows, family), []
+    names, figures = methods(rows, family, without=ENDS), []
     for ratio in sorted({row["ratio"] for row in rows if row["ratio"] and row["method"] == family}):
         series = []
         for at, name in enumerate(names):
             row = next((r for r in rows if r["method"] == name and r["ratio"] == ratio), None)
             places = [number(value) for value in (row or {}).get("accuracy_by_place") or []]
             marks = [
-                (10.0 * (n + 1) - 5, 100 * value, f"{name}, tenth {n + 1}: {_per_cent(value)} %")
+                (10.0 * (n + 1) - 5, 100 * value, f"{name}, tenth {n + 1}: {per_cent(value)} %")
                 for n, value in enumerate(places)
                 if value is not None
             ]
@@ -209,12 +202,12 @@ def _table_section(rows: Sequence[Mapping[str, Any]], family: str) -> str:
         Column("method", "method", "s"),
         Column("ratio", "words a token", "g"),
         Column("tokens_mean", "tokens", ".1f"),
-        Column("token_f1", "F1 %", _per_cent, "token_f1_ci"),
-        Column("exact_match", "exact %", _per_cent),
-        Column("correct_prefix", "before the first error %", _per_cent),
-        Column("position_accuracy", "word by word %", _per_cent, "position_accuracy_ci"),
+        Column("token_f1", "F1 %", per_cent, "token_f1_ci"),
+        Column("exact_match", "exact %", per_cent),
+        Column("correct_prefix", "before the first error %", per_cent),
+        Column("position_accuracy", "word by word %", per_cent, "position_accuracy_ci"),
         Column("loss", "loss, nats", ".3f"),
-        Column("accuracy", "questions %", _per_cent),
+        Column("accuracy", "questions %", per_cent),
     ]
     order = sorted(rows, key=lambda row: (row["ratio"] is None, row["ratio"] or 0, row["method"] != family))
     shown = table(order, columns, ours=family)
