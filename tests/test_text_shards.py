@@ -192,3 +192,18 @@ def test_a_story_can_be_answered_from_its_text():
             (sentence,) = [part for part in row["text"].split(".") if f"the {thing} " in f"{part} "]
             assert question["answer"] in sentence.split() or f" {question['answer']}" in sentence
             assert sum(choice in sentence.split() for choice in question["choices"]) == 1
+
+
+def test_captions_of_videos_are_texts_without_their_seconds(tmp_path, caplog):
+    """A manifest of videos packs as texts; a row of `text` with seconds is somebody's mistake."""
+    asked = {"question": "What?", "answer": "ring"}
+    timed = {**asked, "start_s": 0.0, "end_s": 1.5}
+    path = tmp_path / "captions.jsonl"
+    rows = [{"file": "a.mp4", "caption": "A ring.", "qa": [timed, asked]}, {"text": "A star.", "qa": [timed]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO", logger="vtok"):
+        texts, rejected = read_texts([path])
+    assert [text.text for text in texts] == ["A ring."] and len(texts[0].qa) == 2
+    assert not any("start_s" in question or "end_s" in question for question in texts[0].qa)
+    assert "a text has no seconds" in rejected[0].reason and len(rejected) == 1
+    assert "captions.jsonl: 1 questions have seconds of a video" in caplog.text

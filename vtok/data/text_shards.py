@@ -148,6 +148,7 @@ def _take_file(file: Path, name: str, found: list[Text], rejected: list[Reject])
 
 
 def _take_manifest(path: Path, found: list[Text], rejected: list[Reject]) -> None:
+    timed = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -157,7 +158,8 @@ def _take_manifest(path: Path, found: list[Text], rejected: list[Reject]) -> Non
                 row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise ValueError(f"the line holds a {type(row).__name__}, not an object")
-                text = next((row[column] for column in COLUMNS if row.get(column)), None)
+                column = next((column for column in COLUMNS if row.get(column)), COLUMNS[0])
+                text = row.get(column)
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"no {' or '.join(COLUMNS)}")
                 name = str(row.get("key") or row.get("file") or f"{path.stem}-{number:06d}")
@@ -166,10 +168,17 @@ def _take_manifest(path: Path, found: list[Text], rejected: list[Reject]) -> Non
                     raise ValueError(f"source must be a string, got {type(source).__name__}")
                 qa = _questions(row.get("qa"), 0.0, None)
                 if any("start_s" in question for question in qa):
-                    raise ValueError("qa: a text has no seconds, leave start_s and end_s out")
+                    if column != "caption":
+                        raise ValueError("qa: a text has no seconds, leave start_s and end_s out")
+                    timed += sum("start_s" in question for question in qa)  # of the video that the caption tells of
+                    qa = tuple({k: v for k, v in each.items() if k not in ("start_s", "end_s")} for each in qa)
                 found.append(Text(name, source, text.strip(), where, qa, _split(row.get("split"))))
             except (ValueError, RecursionError) as error:
                 rejected.append(Reject(where, str(error), where))
+    if timed:
+        logger.info(
+            "%s: %d questions have seconds of a video; its caption has none, they are left out", path.name, timed
+        )
 
 
 def cut(text: str, words: int) -> list[str]:
