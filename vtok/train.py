@@ -243,7 +243,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         strategy=strategy.build(config, frozen_model=frozen_model),
         precision=config.trainer.precision,  # pyright: ignore[reportArgumentType]
         accumulate_grad_batches=config.trainer.accumulate,
-        max_steps=config.trainer.max_steps,
+        # where only what follows the last step is owed, Lightning has to begin: the conductor stops it before a step
+        max_steps=config.trainer.max_steps + (about is not None and _trained(about, config)),
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -301,7 +302,11 @@ def _state_of(source: str) -> dict[str, torch.Tensor]:
 
 
 def finished(about: dict[str, Any], config: RunConfig) -> bool:
-    """Whether a checkpoint is the end of the run that `config` describes."""
+    """Whether a checkpoint is the end of the run that `config` describes, and what follows it was done."""
+    return _trained(about, config) and not any(about.get("owed", ()))
+
+
+def _trained(about: dict[str, Any], config: RunConfig) -> bool:
     minutes = config.trainer.max_minutes
     return about["step"] >= config.trainer.max_steps or (minutes is not None and about["elapsed_s"] >= 60 * minutes)
 

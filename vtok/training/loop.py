@@ -101,6 +101,9 @@ class Conductor(pl.Callback):
             strategy.mark_best(self.config.run_dir / "checkpoints" / "last.ckpt")  # same step, same weights
         if show:
             self._samples(trainer, lit)
+        if (look or show) and self._done(lit):  # nothing else was left
+            self._save(trainer, lit, ["last.ckpt"], wait=True)
+            trainer.should_stop = True
         self.boundary = self.line_began = time.perf_counter()
 
     def _telemetry(self, trainer: Any, lit: LitCompressor) -> Telemetry:
@@ -158,8 +161,8 @@ class Conductor(pl.Callback):
         step = lit.steps_done
         if step % run.log_every == 0:
             self._line(trainer, lit)
-        save, stop, time_up = self._agree(trainer, lit)
-        done = step >= run.max_steps or time_up
+        save, stop = self._agree(trainer, lit)
+        done = self._done(lit)
         halt = bool(self.alarm) and not done
         if not (save or halt or stop or done or run.val_every or run.sample_every):
             if self.bar is not None and self.bar.due():
@@ -173,12 +176,16 @@ class Conductor(pl.Callback):
         if (stop or halt) and not done:  # little time is left: the next start begins with what is owed
             self.owed = [look, show]
         else:
+            if done and self.config.data.val_shards:  # however long that takes, the steps are safe
+                self.owed = [look, show]
+                self._save(trainer, lit, names, wait=True)
+                self.owed = [False, False]
             try:
                 names += ["best.ckpt"] if look and self._validate(trainer, lit) else []
                 if show:
                     self._samples(trainer, lit)
             except ToldToStop:
-                if done:  # a checkpoint of the last step would say that all is done: it is trained again instead
+                if done:  # saved with what is owed
                     raise
                 stop, self.owed = self.interrupted, [look, show]
             except Exception as error:
@@ -204,8 +211,11 @@ class Conductor(pl.Callback):
         self.boundary = time.perf_counter()
         self.excluded += self.boundary - paused
 
-    def _agree(self, trainer: Any, lit: LitCompressor) -> tuple[bool, int, bool]:
-        """(save now, number of the signal to stop for, time is up): the same on every rank.
+    def _done(self, lit: LitCompressor) -> bool:
+        return lit.steps_done >= self.config.trainer.max_steps or lit.clock >= 1
+
+    def _agree(self, trainer: Any, lit: LitCompressor) -> tuple[bool, int]:
+        """(save now, number of the signal to stop for): the same on every rank.
 
         With several ranks they meet about twice a second, not every step.
         """
@@ -215,7 +225,7 @@ class Conductor(pl.Callback):
         elapsed, stop = self._elapsed(), self.signalled
         if trainer.world_size > 1:
             if step < self.poll_at and step < run.max_steps:
-                return regular, 0, False
+                return regular, 0
             first = trainer.is_global_zero
             per_step = (time.perf_counter() - self.began) / max(step - self.first_step, 1)
             every = min(100, max(1, int(0.5 / max(per_step, 1e-4))))
@@ -223,7 +233,7 @@ class Conductor(pl.Callback):
             stop, due, elapsed, every = _all_max(told, lit.device)
             stop, due, self.poll_at = int(stop), bool(due), step + int(every)
         lit.clock = self._clock(elapsed)
-        return regular or due, stop, lit.clock >= 1
+        return regular or due, stop
 
     def _elapsed(self) -> float:
         return self.elapsed_before + time.perf_counter() - self.began
