@@ -36,6 +36,12 @@ def test_base_is_read_first(tmp_path):
         ("model: {name: flexibel}", [], "choose one of .*'flexible'"),
         ("data: {batch_size: 1}", [], "model.name is missing"),
         ("- 1", [], "expected a mapping"),
+        (
+            "model: {name: flexible}",
+            ["data.shards="],
+            "data.shards: .*is left empty: .* data.shards='' for no text",
+        ),
+        ("model: {name: flexible}", ["data.batch_size="], "left empty: write data.batch_size=VALUE$"),
         ("model: {name: flexible}", ["batch"], "key=value"),
         ("model: {name: flexible, mask: none}", [], "causal_last"),
         ("a: [", [], "not readable as yaml"),

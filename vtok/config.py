@@ -212,6 +212,10 @@ def _explain(error: OmegaConfBaseException, where: str, base: DictConfig) -> Val
     advice = f"; did you mean {near[0]!r}?" if near and near[0] != own else ""
     if "not in" in message and choices:
         advice += f" Known keys here: {', '.join(choices)}"
+    if "'None'" in message and own in choices:
+        advice += f"; it is left empty: write {key}=VALUE" + (
+            f", or {key}='' for no text" if "'str'" in message else ""
+        )
     return ValueError(f"{where}: {key or 'config'}: {message}{advice}")
 
 
