@@ -12,6 +12,7 @@ from test_report import NASTY, PIXELS, Page, browser, moving_square  # noqa: F40
 
 from vtok.evaluation.answer_report import write_answer_report
 from vtok.evaluation.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus
+from vtok.evaluation.page import tokens_text
 from vtok.evaluation.rows import without_nan
 from vtok.llm import Answered
 from vtok.metrics.cost import LMShape
@@ -271,3 +272,10 @@ def test_the_page_plays_sorts_and_fits(tmp_path, browser):  # noqa: F811
         browser.open(path, width=width)
         assert browser.js("document.documentElement.scrollWidth - innerWidth") <= 0, f"{width}: scrolls sideways"
     assert browser.problems() == []
+
+
+@pytest.mark.parametrize(
+    "count, text", [(1, "1 token"), (91.4641, "91.5 tokens"), (2.0, "2 tokens"), (1e6, "1000000 tokens")]
+)
+def test_numbers_of_tokens_are_told_to_a_tenth(count, text):
+    assert tokens_text(count) == text

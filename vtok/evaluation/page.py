@@ -110,7 +110,8 @@ def methods(rows: Sequence[Mapping[str, Any]], ours: str, *, without: Collection
 
 
 def tokens_text(count: float) -> str:
-    return f"{count:g} token" + ("" if count == 1 else "s")
+    """One decimal where it is a mean: 91.5 tokens."""
+    return f"{count:.1f}".removesuffix(".0") + (" token" if count == 1 else " tokens")
 
 
 def signed(value: float, how: str) -> str:
