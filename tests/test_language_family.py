@@ -14,7 +14,7 @@ from test_llm import small_model, small_tokenizer
 from vtok.config import load
 from vtok.families import language
 from vtok.families.language import Config, Model, ObjectiveConfig, SmallLM, build
-from vtok.layers.latent_queries import run_sums
+from vtok.layers.latent_queries import WordHead, run_sums
 from vtok.llm import LLMConfig, LoraConfig, TaskConfig, load_llm
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
@@ -182,6 +182,19 @@ def test_pooled_queries_begin_as_sums_of_the_large_models_words(folders, head):
     few.small_width = 10**6
     assert "begins at random" in few.begin_at_words(llm)
     assert all(torch.equal(value, few.head.state_dict()[name]) for name, value in kept.items())
+
+
+@torch.no_grad()
+def test_the_map_of_words_is_that_of_least_squares():
+    """Over more words than are squared at once, onto another width, with what no map explains."""
+    small = torch.randn(40000, 24, dtype=torch.float64)
+    large = small @ torch.randn(24, 16, dtype=torch.float64) + torch.randn(40000, 16, dtype=torch.float64)
+    head = WordHead(24, 16, kind="linear", rms=0.1, skip=True).double()
+    explained = head.begin_at_words(small, large)
+    wanted = torch.linalg.lstsq(small, large).solution
+    left = (large - small @ wanted).square().sum() / large.square().sum()
+    assert abs(explained - (1 - float(left))) < 1e-9 and 0.5 < explained < 0.99
+    assert torch.allclose(head.skip.weight.mT * large.square().mean().sqrt(), wanted, atol=1e-6)
 
 
 def test_a_run_begins_at_the_words_of_its_llm(folders, tmp_path, capsys):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vtok.layers.projector import MLPProjector
 
+CHUNK = 1 << 14  # words that are squared at once: a large vocabulary in float64 is gigabytes, on every rank
+
 
 class LatentQueries(nn.Module):
     """n query vectors [n, D]; called with k, it gives the first k."""
@@ -58,17 +60,19 @@ class WordHead(nn.Module):
         """Set the skip to the least-squares map of the same words' embeddings, small [V, width] -> large [V, dim], and
         all else to 0. Returns: the share of the large ones' sum of squares that the map explains."""
         assert self.skip is not None
-        x, y = small.double(), large.double()
-        gram = x.mT @ x
-        gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-        weight = torch.linalg.solve(gram, x.mT @ y)
-        left = (y - x @ weight).square().sum() / y.square().sum()
+        gram, cross, total = (torch.zeros((), dtype=torch.float64),) * 3
+        for some, same in zip(small.split(CHUNK), large.split(CHUNK)):
+            x, y = some.double(), same.double()
+            gram, cross, total = gram + x.mT @ x, cross + x.mT @ y, total + y.square().sum()
+        ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(gram + ridge, cross)
+        explained = (weight * (2 * cross - gram @ weight)).sum() / total
         # both come in units of words of size 1: sums of a few words are small, and a norm follows
-        self.skip.weight.copy_(weight.mT / y.square().mean().sqrt())
+        self.skip.weight.copy_(weight.mT / (total / large.numel()).sqrt())
         last = self.out if self.mlp is None else self.mlp.out
         for parameter in last.parameters():
             parameter.zero_()
-        return 1 - float(left)
+        return float(explained)
 
     def forward(self, x: Tensor, passed: Tensor | None = None) -> Tensor:
         """passed: [..., width], what goes by the skip."""
