@@ -207,3 +207,13 @@ def test_captions_of_videos_are_texts_without_their_seconds(tmp_path, caplog):
     assert not any("start_s" in question or "end_s" in question for question in texts[0].qa)
     assert "a text has no seconds" in rejected[0].reason and len(rejected) == 1
     assert "captions.jsonl: 1 questions have seconds of a video" in caplog.text
+
+
+def test_a_packing_killed_at_its_index_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.txt").write_text("A ring.")
+    out = tmp_path / "out"
+    left = out / "train" / ".index.json.1234.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    assert shards(["--texts", str(tmp_path / "a.txt"), "--out", str(out), "--split", "train", "--quiet"]) == 0
+    assert (out / "train" / "index.json").is_file() and not left.exists()

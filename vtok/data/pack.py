@@ -465,6 +465,17 @@ def write_atomically(path: Path, value: Any) -> None:
     _sync_folder(path.parent)
 
 
+def write_shared(path: Path, value: Any) -> None:
+    """`write_atomically` where several processes may write the same bytes; leaves nothing of those that were killed."""
+    try:
+        write_atomically(path, value)
+    except FileNotFoundError:  # swept below by another one, which has written the same
+        if not path.exists():
+            raise
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

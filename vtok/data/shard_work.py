@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vtok.data.health import Health, TooManyBroken
-from vtok.data.pack import _add, _Hashing, _sync_folder, write_atomically
+from vtok.data.pack import _add, _Hashing, _sync_folder, write_atomically, write_shared
 from vtok.data.sources import Shard, open_sources
 from vtok.data.workers import WorkerError, Workers
 
@@ -242,7 +242,7 @@ class Ledger:
             totals = {name: sum(row[name] for row in rows) for name in (*self.counts, "bytes")}
             facts = index(rows)
             value = {"schema": SCHEMA, "kind": facts["kind"], **totals, **facts}
-            write_atomically(self.out / folder / "index.json", value)
+            write_shared(self.out / folder / "index.json", value)
         return result
 
     def _read_record(self, job: Job) -> dict[str, Any] | None:
@@ -276,7 +276,7 @@ class Ledger:
     def _write_rejected(self) -> Path:
         records = [self._read_record(job) or {} for job in self.jobs]
         lines = [json.dumps(reject) + "\n" for record in records for reject in record.get("rejected", [])]
-        write_atomically(self.out / "rejected.jsonl", "".join(lines).encode())
+        write_shared(self.out / "rejected.jsonl", "".join(lines).encode())
         return self.out / "rejected.jsonl"
 
 

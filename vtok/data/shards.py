@@ -36,7 +36,7 @@ from rich.console import Console
 from vtok.data.decode import VideoInfo, probe
 from vtok.data.inputs import Inputs, Reject, Row, collect
 from vtok.data.maps import open_map
-from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_atomically, write_shard
+from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_atomically, write_shard, write_shared
 from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
 from vtok.data.workers import Notify, WorkerError, Workers
@@ -422,11 +422,11 @@ def _merge(todo: Plan, out: Path, *, seconds: float) -> Summary:
         rows = [record for shard, record in done if shard.split == split and record["samples"]]
         listed = [{key: row[key] for key in ("name", "samples", "bytes", "sha256")} for row in rows]
         totals = {"samples": samples[split], "bytes": sum(row["bytes"] for row in rows)}
-        write_atomically(out / split / "index.json", {"schema": SCHEMA, **totals, "shards": listed})
+        write_shared(out / split / "index.json", {"schema": SCHEMA, **totals, "shards": listed})
         items = (item for shard in todo.shards if shard.split == split for item in shard.items)
         sources[split] = sorted({item.source for item in items if item.key not in unused})
-    write_atomically(out / "split.json", {"schema": SCHEMA, **sources})
-    write_atomically(out / "rejected.jsonl", "".join(json.dumps(r) + "\n" for r in rejected).encode())
+    write_shared(out / "split.json", {"schema": SCHEMA, **sources})
+    write_shared(out / "rejected.jsonl", "".join(json.dumps(r) + "\n" for r in rejected).encode())
     return summary
 
 
