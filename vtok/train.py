@@ -244,7 +244,7 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         precision=config.trainer.precision,  # pyright: ignore[reportArgumentType]
         accumulate_grad_batches=config.trainer.accumulate,
         # where only what follows the last step is owed, Lightning has to begin: the conductor stops it before a step
-        max_steps=config.trainer.max_steps + (about is not None and _trained(about, config)),
+        max_steps=about["step"] + 1 if about is not None and _trained(about, config) else config.trainer.max_steps,
         max_epochs=-1,
         limit_val_batches=0,
         num_sanity_val_steps=0,

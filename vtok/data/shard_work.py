@@ -150,7 +150,7 @@ class Ledger:
                 raise ValueError(
                     f"{self.out} holds shards of something else ({strangers[0].name}); choose another --out"
                 )
-            write_atomically(path, {"schema": SCHEMA, "fixed": fixed, "numerics": numerics, "shards": len(self.jobs)})
+            write_shared(path, {"schema": SCHEMA, "fixed": fixed, "numerics": numerics, "shards": len(self.jobs)})
         try:
             there = json.loads(path.read_bytes())
             before, with_ = there["fixed"], there["numerics"]

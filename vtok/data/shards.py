@@ -36,7 +36,7 @@ from rich.console import Console
 from vtok.data.decode import VideoInfo, probe
 from vtok.data.inputs import Inputs, Reject, Row, collect
 from vtok.data.maps import open_map
-from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_atomically, write_shard, write_shared
+from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_shard, write_shared
 from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
 from vtok.data.workers import Notify, WorkerError, Workers
@@ -361,7 +361,7 @@ def _claim(todo: Plan, out: Path) -> None:
             )
         for folder in {shard.split for shard in todo.shards}:
             (out / folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(file, header)
+        write_shared(file, header)
     try:
         there = json.loads(file.read_bytes())
         before = there["settings"]
