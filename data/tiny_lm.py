@@ -18,6 +18,9 @@ answer, as it does in a large model, which a projector over a frozen model needs
   can be spoken to in mixtures of words, and this makes a small one alike.
 - The questions of a clip stand side by side after its description and do not see one another.
 
+With --judge it also learns to say of single shots, yes or no, whether they help to answer a question about a needle:
+the prompt by which Tempo's small model is asked (`vtok.layers.judge`), which large models answer untaught.
+
 With --repeat it is one for texts (data/demo_texts.py): names stay, and each text is also to be repeated word for word,
 from its words or from runs of several words as one vector each, in order. The frozen reader of a compressor of texts.
 
@@ -45,16 +48,20 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding_bag
 
+from vtok.data.synthetic_needles import PLAIN
 from vtok.data.synthetic_scenes import COLOURS, DIRECTIONS, PALETTES, SHAPES, TEXTURES
+from vtok.layers.judge import JudgeConfig
 from vtok.llm import PLACE, LLMConfig, TaskConfig, ask, load_llm
-from vtok.llm.tasks import ask_as
+from vtok.llm.tasks import ask_as, instruction
 from vtok.types import Clip
 
 NAMES = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), TEXTURES, tuple(PALETTES))
 END = "<end>"
 GROUP = 8  # batches drawn together
-RECIPE = 3  # raised when the same settings would give another model
+RECIPE = 5  # raised when the same settings would give another model
 MOTION = {*DIRECTIONS, "moves", "stays", "still"}
+SERIES = re.compile(r"For an instant (an? [^.]*) flash on a plain (\w+) ground\.")  # several shapes, one a frame
+JUDGED, WITH_NEEDLE = 0.4, 0.8  # share of the descriptions that are single shots to judge, and of these with a needle
 RUNS = (2, 3, 4, 5, 6, 8)  # words that are one vector, of a text that is to be repeated
 # of a position's loss: what is asked for, descriptions, and the wording of questions and descriptions
 WEIGHTS = {"answer": 1.0, "description": 0.2, "repeated": 0.5, "wording": 0.02}
@@ -78,16 +85,22 @@ class TinyConfig:
     empty: float = 0.05  # share of the descriptions that are left out: without a video, the model guesses evenly
     tasks: TaskConfig = field(default_factory=TaskConfig)  # the prompts
     repeat: bool = False  # texts are repeated word for word too, and may come without questions
+    judge: bool = False  # single shots are judged, too
+    ask: str = JudgeConfig().ask  # how, after the question; and what stands before a shot (configs/language/tempo.yaml)
+    opening: str = "Part of a video, then a question about the whole of it. Keep what helps to answer.\n"
 
     def settings(self) -> dict[str, Any]:
         """What a model is a function of, beside its texts."""
-        return {key: value for key, value in asdict(self).items() if key != "repeat" or value}
+        left_out = [*["repeat"] * (not self.repeat), *["judge", "ask", "opening"] * (not self.judge)]
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
-    """[{key, caption, qa}] of the train rows of a manifest (all rows where none is marked), or of a folder of shards.
+    """[{key, caption, captions, qa}] of the train rows of a manifest (all rows where none is marked), or of a folder of
+    shards.
 
-    A row's caption is its `text` where it has one, the sample's txt in shards. repeat: without questions, too.
+    A row's caption is its `text` where it has one, the sample's txt in shards; else all shots of its timed `captions`,
+    of which a caption leaves some out. repeat: without questions, too.
     Raises: ValueError where there is no caption with questions.
     """
     rows: list[dict[str, Any]] = []
@@ -107,7 +120,8 @@ def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
     every = [
         {
             "key": str(r.get("key") or r.get("file")),
-            "caption": r.get("text") or r.get("caption"),
+            "caption": r.get("text") or _every_shot(r.get("captions") or []) or r.get("caption"),
+            "captions": r.get("captions") or [],
             "qa": r.get("qa") or [],
             "split": r.get("split"),
         }
@@ -117,6 +131,12 @@ def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
     if not texts:
         raise ValueError(f"{source}: no row of the train split with a caption and questions; see data/demo_corpus.py")
     return texts
+
+
+def _every_shot(captions: list[dict[str, Any]]) -> str:
+    """The descriptions of two shots and more in one, as `Scene.caption` tells few of them."""
+    told = [caption["text"] for caption in captions]
+    return " ".join(f"Scene {number}: {text}" for number, text in enumerate(told, 1)) if len(told) > 1 else ""
 
 
 def exchanged(texts: list[str], rng: random.Random) -> list[str]:
@@ -152,6 +172,8 @@ class Document(NamedTuple):
 
 def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: random.Random) -> Document:
     """A clip's texts with exchanged names, or as they are where they are repeated."""
+    judged = _shot_to_judge(row, rng) if config.judge and rng.random() < JUDGED else None
+    row, helps = judged or (row, [])
     questions, tasks = row["qa"], config.tasks
     texts = [row["caption"], *(str(q[k]) for q in questions for k in ("question", "answer"))]
     caption, *rest = texts if config.repeat else exchanged(texts, rng)
@@ -176,7 +198,14 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
         if (repeats == 1 or not answer.isdigit())  # what is told twice cannot be counted
         and (motion or answer not in DIRECTIONS)
     ]
-    if config.repeat:
+    if helps:
+        prompts = [ask_as(rng.choice(tasks.qa_prompts), {"question": question}) for question in rest[::2]]
+        asked = [
+            (PLACE + instruction(prompt) + config.ask, " Yes" if yes else " No", "answer")
+            for prompt, yes in zip(prompts, helps)
+        ]
+        slots = [[i] for i in ids(config.opening)] + slots
+    elif config.repeat:
         if slots or not asked:
             asked.append((rng.choice(tasks.reconstruction_prompts), f" {caption}", "repeated"))
     elif rng.random() < 0.3 * bool(slots) or not asked:
@@ -202,8 +231,31 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
     return Document(slots, branch, places, labels)
 
 
+def _shot_to_judge(row: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any], list[bool]] | None:
+    """One shot of a clip with the clip's questions about needles, and of each whether the shot shows its answer; None
+    where there are no such questions."""
+    asked = [q for q in row["qa"] if q.get("type") == "needle"]
+    if not asked or not row["captions"]:
+        return None
+
+    def shows(shot: dict[str, Any], question: dict[str, Any]) -> bool:
+        return shot["start_s"] <= question["start_s"] and question["end_s"] <= shot["end_s"]
+
+    holding = [shot for shot in row["captions"] if any(shows(shot, q) for q in asked)]
+    shot = rng.choice(holding if holding and rng.random() < WITH_NEEDLE else row["captions"])
+    return {**row, "caption": shot["text"], "qa": asked}, [shows(shot, q) for q in asked]
+
+
 def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:
-    """What each scene of a description begins with ("Scene 2:" or nothing), and its clauses."""
+    """What each scene of a description begins with ("Scene 2:" or nothing), and its clauses; shapes that flash one
+    after the other are told one by one, as frames show them."""
+    caption = SERIES.sub(
+        lambda found: " ".join(
+            f"For an instant {picture} flashes on a plain {found[2]} ground."
+            for picture in re.split(", | and ", found[1])
+        ),
+        caption,
+    )
     out = []
     for scene in re.split(r"(?=Scene \d+:)", caption):
         clauses = [
@@ -221,7 +273,7 @@ def _shortened(clause: str, rng: random.Random, share: float, *, motion: bool) -
     stays."""
     if "appears first" in clause:
         return clause
-    asked = {"flashes", *COLOURS, *SHAPES, *DIRECTIONS, *PALETTES}
+    asked = {"flashes", *COLOURS, *SHAPES, *DIRECTIONS, *PALETTES, *PLAIN}
     words = [word for word in clause.split() if motion or word not in MOTION]
     return " ".join(word for word in words if word in asked or rng.random() >= share) or clause
 
@@ -260,6 +312,7 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
             clauses = [c for c in clauses if "appears first" not in c]
         grounds = [c for c in clauses if c.startswith("over ")]
         between = ids(f" {grounds[0]}") if grounds and rng.random() < 0.5 else []
+        of_flash = {c: ids(" on" + c.rpartition(" on")[2]) for c in flashes}
         hidden = rng.sample(range(count), min(len(flashes), count))
         out += [ids(f" {c}") for c in head]
         for frame in range(count):
@@ -267,13 +320,15 @@ def _frames(caption: str, ids: Any, rng: random.Random, *, most: int) -> tuple[l
             told = [
                 c for c in told if all(frame >= at for name, at in since.items() if set(name.split()) <= set(c.split()))
             ]
+            around = between
             if frame in hidden and count > len(flashes):
                 told = [flashes[hidden.index(frame)]]
+                around = of_flash[told[0]] if between else []
             elif count <= len(flashes):
                 told += flashes
             empty = rng.randint(0, max(0, min(15, most // frames - len(told))))
             vectors = [ids(f" {_shortened(c, rng, share, motion=motion)}") for c in told] + [
-                list(between) for _ in range(empty)
+                list(around) for _ in range(empty)
             ]
             rng.shuffle(vectors)
             out += vectors
@@ -338,6 +393,7 @@ def train_tiny_lm(
         prompt for name in ("caption", "qa", "reconstruction") for prompt in getattr(config.tasks, f"{name}_prompts")
     ]
     spoken = [t for row in texts for t in (row["caption"], *(f"{q['question']} {q['answer']}" for q in row["qa"]))]
+    wording += [f"{config.opening}{config.ask} Yes", f"{config.ask} No"] * config.judge
     tokenizer = make_tokenizer(spoken + [p.replace(PLACE, "") for p in wording] * 20, config)
     torch.manual_seed(config.seed)
     model = transformers.LlamaForCausalLM(
@@ -405,6 +461,7 @@ def main() -> None:
         default = getattr(TinyConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--repeat", action="store_true", help="texts are repeated word for word, too")
+    parser.add_argument("--judge", action="store_true", help="shots are judged by whether they help to answer, too")
     args = vars(parser.parse_args())
     source, out, held_out = (args.pop(name) for name in ("source", "out", "held_out"))
     train_tiny_lm(source, out, TinyConfig(**args), progress=True)

@@ -27,17 +27,19 @@ from torch import Tensor, nn
 
 from vtok.data.decode import VideoReader
 from vtok.data.synthetic import LEVELS, Scene, render_map, scene_of
+from vtok.data.synthetic_needles import PLAIN
 from vtok.data.synthetic_scenes import COLOURS, PALETTES, SHAPES, TEXTURES
 
-RECIPE = 3  # raised when the same settings would give another tower
+RECIPE = 4  # raised when the same settings would give another tower
 STRIDE = 16  # pixels a side of a patch of a trained tower
 GROUNDS = sorted({ground for level in LEVELS for ground in level.backgrounds})
-# what a patch can say: (colour, shape) and (colour, texture) of things, the ground's palette and kind
+# what a patch can say: (colour, shape) and (colour, texture) of things, the ground's palette and kind, that of needles
 SAID = [
     *((colour, shape) for colour in COLOURS for shape in SHAPES),
     *((colour, texture) for colour in COLOURS for texture in TEXTURES),
     *PALETTES,
     *GROUNDS,
+    *(f"plain {ground}" for ground in PLAIN),
 ]
 NAMES = len(COLOURS) * len(SHAPES)
 
@@ -77,6 +79,7 @@ def truth(scene: Scene, frames: list[int], grid: tuple[int, int]) -> Tensor:
         if t in hidden:
             at = (slice(height // 2 - 1, height // 2 + 1), slice(width // 2 - 1, width // 2 + 1))
             out[i, SAID.index(hidden[t].picture(t)), *at] = True
+            out[i, SAID.index(f"plain {hidden[t].ground}")] = True
             continue
         shot = next(shot for shot in scene.shots if shot.start <= t < shot.stop)
         out[i, [SAID.index(shot.palette), SAID.index(shot.background)]] = True

@@ -15,6 +15,7 @@ from vtok.config import load
 from vtok.families import language
 from vtok.families.language import Config, Model, ObjectiveConfig, SmallLM, build
 from vtok.layers.latent_queries import WordHead, run_sums
+from vtok.layers.projector import ProjectorModel
 from vtok.llm import LLMConfig, LoraConfig, TaskConfig, load_llm
 from vtok.llm.text_objective import tokens_at_ratio
 from vtok.llm.words import count_words, first_words, mean_words, words_as_tokens
@@ -210,11 +211,31 @@ def test_a_run_begins_at_the_words_of_its_llm(folders, tmp_path, capsys):
     assert "model.head" not in capsys.readouterr().out and going_on.out.weight.any()
 
 
-@pytest.mark.parametrize("score", ["yes_no", "learned"])
-def test_pooled_queries_need_their_number_first(folders, score):
-    changes = dict(source="video", question=True, queries="pooled", ata=language.AtaConfig(score=score))
-    with pytest.raises(ValueError, match=rf"model.queries=pooled .* model.ata.score='{score}'"):
-        config(folders["llama"], **changes)
+def test_a_head_that_was_taken_over_is_left_as_it_is(folders):
+    """Beginning with another model of the family, its head is what it was; with a projector, or where the LLM's width
+    is another, the head is new and begins at words."""
+    llm = load_llm(LLMConfig(name=folders["llama"]))
+    sizes = dict(embedding_dim=llm.embedding_dim, embedding_rms=llm.embedding_rms, source="video", queries="pooled")
+    source, model = (build(config(folders["llama"], **sizes)) for _ in range(2))
+    model.warm_start(source)
+    assert model.begin_at_words(llm) == "" and torch.equal(model.head.skip.weight, source.head.skip.weight)
+    wider = build(config(folders["llama"], **{**sizes, "embedding_dim": 40}))
+    wider.warm_start(build(config(folders["llama"], **{**sizes, "embedding_dim": 40})))
+    other = build(config(folders["llama"], **sizes))
+    other.go_on_as(wider)
+    assert "begins as the map" in other.begin_at_words(llm)
+    other.go_on_as(model)
+    assert other.begin_at_words(llm) == ""
+    eye = dict(in_dim=5, embedding_dim=model.small_width, embedding_rms=model.small_rms, tower=TOWER)
+    stage0 = ProjectorModel(language._EyeConfig(**eye))
+    begun = build(config(folders["llama"], **sizes))
+    begun.warm_start(stage0)
+    assert "begins as the map" in begun.begin_at_words(llm)
+
+
+def test_pooled_queries_are_of_the_mode_that_has_queries(folders):
+    with pytest.raises(ValueError, match="model.queries=pooled is for mode=latent_lm, .* not model.mode=caption_lm"):
+        config(folders["llama"], source="video", mode="caption_lm", queries="pooled")
     with pytest.raises(ValueError, match="model.queries='avg' is unknown; choose one of learned, pooled"):
         config(folders["llama"], queries="avg")
 

@@ -257,6 +257,7 @@ def test_killed_in_the_middle_of_the_game_it_ends_bitwise_the_same(tmp_path, sha
 
 
 @pytest.mark.slow
+@pytest.mark.long  # two ranks that lose a node and are told to stop: test_slurm_cluster.py
 def test_two_processes_killed_then_told_to_stop_end_bitwise_the_same(tmp_path, shards):
     steps = 40
     config = write_config(tmp_path, shards, processes=2, steps=steps, **{**GAME, "data": {"num_frames": 5}})

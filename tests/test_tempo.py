@@ -85,6 +85,37 @@ def test_less_is_a_part_of_more_and_of_what_even_shares_give(folders, score):  #
     assert torch.equal(shares(model.encode(clip, budget=per_segment)), per_segment), "explicit shares are taken as such"
 
 
+@each_score
+@torch.no_grad()
+def test_pooled_queries_are_shared_out_by_the_same_scores(folders, score):  # noqa: F811
+    """Segments are judged first, as a model with learned queries of the same weights judges them; each query then
+    begins from its run, of as many as its segment was given."""
+    model, learned = (tempo(folders["llama"], score, queries=queries) for queries in ("pooled", "learned"))
+    learned.load_state_dict({k: v for k, v in model.state_dict().items() if k != "head.skip.weight"}, strict=True)
+    clip = videos(LENGTHS)
+    for total in (3, 7, 12, 23):
+        tokens, others = model.encode(clip, budget=total), learned.encode(clip, budget=total)
+        assert (tokens.scores - others.scores)[tokens.scores.isfinite()].abs().max() < 1e-10
+        assert torch.equal(shares(tokens), shares(others)) and torch.equal(tokens.rank, others.rank)
+        as_told = model.allocating(score="").encode(clip, budget=shares(tokens))
+        assert torch.allclose(tokens.embeddings, as_told.embeddings, atol=1e-12)
+        for row in range(3):
+            single, mask = model.encode(alone(clip, row), budget=total), tokens.mask[row]
+            assert (tokens.embeddings[row][mask] - single.embeddings[0]).abs().max() < 1e-10
+    assert not model.nested and learned.nested
+
+
+@pytest.mark.parametrize("score", ["yes_no", "learned"])
+def test_scores_of_pooled_queries_learn(folders, score):  # noqa: F811
+    model = tempo(folders["llama"], score, queries="pooled").train()
+    scores = model.encode(videos(LENGTHS), budget=12).scores
+    scores[scores.isfinite()].sum().backward()
+    assert (
+        model.lm.get_input_embeddings().weight.grad.abs().sum() > 0
+        and model.eye.projector.out.weight.grad.abs().sum() > 0
+    )
+
+
 @torch.no_grad()
 def test_what_reads_the_question_says_so(folders):  # noqa: F811
     reads = {"novelty": False, "similarity": True, "learned": False}

@@ -102,6 +102,57 @@ def test_a_description_without_motion_is_not_asked_about_it_and_flashes_stay(sma
     assert (True, True) in told and (False, False) in told and (False, True) not in told
 
 
+def needles(count: int):
+    sizes = dict(level=1, seconds=10, shots=10, fps=4, needles=4, needle_shapes=3, questions_per_type=0)
+    return [scene(0, i, **sizes).row(f"{i}.mp4", split="train") for i in range(count)]
+
+
+def test_shots_are_judged_by_whether_they_show_the_answer(tmp_path, small):
+    """A shot helps where it has the ground that the question names, and no other does."""
+    tokenizer = load_llm(LLMConfig(name=str(small[1]))).tokenizer
+    config = tiny.TinyConfig(**SMALL, empty=0.0, judge=True)
+    rng = random.Random(2)
+    said = {True: 0, False: 0}
+    for row in tiny.read_texts(manifest(tmp_path / "m.jsonl", needles(80))):
+        assert row["caption"].count("Scene ") == 10 and row["caption"].count(" flash on a plain ") == 4
+        document = tiny.make_document(row, tokenizer, config, rng)
+        texts = [tokenizer.decode([i for slot, b in zip(document.slots, document.branch) if b == n for i in slot])
+                 for n in range(max(document.branch) + 1)]  # fmt: skip
+        if not texts[0].startswith(config.opening):
+            assert not any("Yes or No" in text for text in texts)
+            continue
+        assert len(texts) == 5
+        for text in texts[1:]:
+            asked = re.fullmatch(
+                r"Question: What colour .* on a plain (\w+) ground\?\nAnswer:(.*) (Yes|No)<end>", text, re.S
+            )
+            assert asked and asked[2] == config.ask
+            said[asked[3] == "Yes"] += 1
+            shown = re.search(rf"(plain|flashes) {asked[1]}\b", texts[0]) is not None
+            assert (asked[3] == "Yes") == shown, (text, texts[0])
+    assert said[True] > 10 and said[False] > 40
+    other = [
+        {**row, "qa": [{**q, "type": "colour"} for q in row["qa"]]} for row in tiny.read_texts(tmp_path / "m.jsonl")
+    ]
+    asked = [tiny.make_document(row, tokenizer, config, rng) for row in other[:9]]
+    assert not any("Yes or No" in tokenizer.decode(sum(document.slots, [])) for document in asked)
+
+
+def test_shapes_that_flash_in_turn_are_told_one_by_one(tmp_path):
+    (made,) = needles(1)
+    (row,) = tiny.read_texts(manifest(tmp_path / "m.jsonl", [made]))
+    told = [clause for _, clauses in tiny._scenes(row["caption"]) for clause in clauses]
+    one_by_one = [
+        f"For an instant a {colour} {shape} flashes on a plain {needle['ground']} ground"
+        for needle in made["needles"]
+        for colour, shape in needle["pictures"]
+    ]
+    assert [clause for clause in told if "flash" in clause] == one_by_one
+    short = tiny._shortened(one_by_one[0], random.Random(0), 1.0, motion=False).split()
+    ground, (colour, shape) = made["needles"][0]["ground"], made["needles"][0]["pictures"][0]
+    assert short == [colour, shape, "flashes", ground]
+
+
 def test_packed_texts_are_learned_as_projectors_read_them(small):
     """Without gaps, phrases and noise, the packed loss of a clip is that of its prompts one by one."""
     _, folder = small

@@ -35,7 +35,9 @@ def test_a_patch_is_said_to_show_what_it_shows(level):
         names = {SAID[i] for i in said[t].flatten(1).any(1).nonzero()[:, 0].tolist()}
         seen = [thing for thing in made.shots[0].things if t >= thing.appears]
         if t in hidden:
-            assert names == {(made.needles[0].colour, made.needles[0].shape)}
+            needle = made.needles[0]
+            assert names == {(needle.colour, needle.shape), f"plain {needle.ground}"}
+            assert bool(said[t, SAID.index(f"plain {needle.ground}")].all())
         else:
             assert names == {made.shots[0].palette, made.shots[0].background}.union(
                 *({(th.colour, th.shape), (th.colour, th.texture)} for th in seen)

@@ -280,7 +280,7 @@ def build(config: RunConfig, *, fresh: bool = True) -> LitCompressor:
         if _first_rank():
             print("\n".join(begun.lines()))
     objective = family.Objective(config.objective, config.model, load=vtok.load)
-    if fresh and not config.init_from and hasattr(objective, "begin_model"):
+    if fresh and hasattr(objective, "begin_model"):
         told = objective.begin_model(model)
         if told and _first_rank():
             print(told)

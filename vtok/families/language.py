@@ -108,11 +108,10 @@ class Config(ProjectorConfig):
         if self.mode != "caption_lm" and self.base.kind:
             raise ValueError(f"model.base.kind={self.base.kind!r} stands beside captions: set model.mode=caption_lm")
         score = self.ata.score
-        if self.queries == "pooled" and (self.mode != "latent_lm" or score in JUDGED):
+        if self.queries == "pooled" and self.mode != "latent_lm":
             raise ValueError(
-                f"model.queries=pooled needs to know how many tokens a segment has before it is read, and "
-                f"model.mode={self.mode}, model.ata.score={score!r} tell it after: set model.queries=learned, or "
-                "mode=latent_lm and another score"
+                f"model.queries=pooled is for mode=latent_lm, whose queries they are, not model.mode={self.mode}: set "
+                "model.queries=learned"
             )
         if score and (self.source == "text" or self.mode != "latent_lm"):
             raise ValueError(f"model.ata.score={score!r} is for mode=latent_lm and source=video")
@@ -175,6 +174,7 @@ class Model(SmallReader):
         if c.source == "video":
             sizes: dict[str, Any] = dict(in_dim=c.in_dim, embedding_dim=width, embedding_rms=scale)
             self.eye = ProjectorModel(_EyeConfig(**sizes, tower=c.tower))
+        self.head_taken = False  # whether the head is another model's: it then begins at no words
         self.captioner: Captioner | None = None
         if c.mode == "caption_lm":
             sizes = dict(words=c.num_tokens, width=width, rms=scale, opening=c.opening)
@@ -331,6 +331,7 @@ class Model(SmallReader):
             parts = ("eye", "judge", "lm") if self.config.mode == source.config.mode else ("eye", "judge")
             new = [part for part in parts if getattr(self, part) is not None and getattr(source, part) is None]
             begun = take_all(self, given, new=[f"{part}." for part in new])
+            self.head_taken = True
             told = ", ".join(f"model.{part}" for part in new)
             return "all weights" + (f"; {told} new, {len(begun)} tensors" if begun else "")
         given = {f"eye.{name}": value for name, value in given.items()}
@@ -339,11 +340,16 @@ class Model(SmallReader):
         told = ", ".join(f"model.{name}" for name in sorted(rest))
         return f"the projector, {len(given)} tensors; {told} new, {len(begun)} tensors"
 
+    def go_on_as(self, other: Model) -> None:
+        """What `warm_start` settled for `other` holds here too (`vtok.training.init_from`)."""
+        self.head_taken = other.head_taken and other.embedding_dim == self.embedding_dim
+
     @torch.no_grad()
     def begin_at_words(self, llm: Any) -> str:
         """With pooled queries: the head begins by handing on what each query began from, mapped as the words that the
-        small model and `llm` (`vtok.llm.FrozenLLM`) share are (least squares). Returns what was done, for the log."""
-        if self.head.skip is None:
+        small model and `llm` (`vtok.llm.FrozenLLM`) share are (least squares); not where it is another model's. Returns
+        what was done, for the log."""
+        if self.head.skip is None or self.head_taken:
             return ""
         own, other = self.tokenizer.get_vocab(), llm.tokenizer.get_vocab()
         shared, width = sorted(own.keys() & other.keys()), self.small_width
@@ -378,18 +384,21 @@ class Model(SmallReader):
             most = int((given - (groups.cpu() - 1) * low).minimum(high).max())  # of any segment, whatever the scores
         else:
             wanted = self._shares(groups, budget)  # [B, G]
+        ids, runs = [own for _, own in rows], None
+        most_groups = int(groups.max()) if wanted is None else wanted.shape[1]
+        there = torch.arange(most_groups, device=groups.device) < groups[:, None]
+        pooled = self.config.queries == "pooled"
+        if judge is not None and pooled:  # how many queries there are decides what each begins from: judged before
+            scores, judge = by_clip(judge(self._read(ids, 0, visual, inside, before=True)[:, 0]), there), None
         if by_score and judge is None and scores is not None:
             wanted = self._allocate(scores, total, groups)
         count = max(int(wanted.max()) if wanted is not None else most, 1)
-        ids, runs = [own for _, own in rows], None
-        if self.config.queries == "pooled":
+        if pooled:
             assert wanted is not None
-            own = torch.arange(wanted.shape[1], device=wanted.device) < groups[:, None]
-            runs = self._runs(ids, wanted[own], visual, inside)
+            runs = self._runs(ids, wanted[there], visual, inside)
             runs = F.pad(runs, (0, 0, 0, count - runs.shape[1]))
         states = self._read(ids, count, visual, inside, runs=runs, before=judge is not None)
         if judge is not None:
-            there = torch.arange(int(groups.max()), device=groups.device) < groups[:, None]
             scores, states = by_clip(judge(states[:, 0]), there), states[:, 1:]
             if wanted is None:
                 wanted = self._allocate(scores, total, groups)
@@ -445,7 +454,8 @@ class Model(SmallReader):
         before: bool = False,
     ) -> Tensor:
         """States [M, count, D] of the queries after the segments' inputs, all in one call; before: [M, 1 + count, D],
-        that of the position before the first query too. runs: [M, count, D] that the queries begin from."""
+        that of the position before the first query too (count may then be 0). runs: [M, count, D] that the queries
+        begin from."""
         assert self.queries is not None
         queries = self.queries(count).expand(len(ids), -1, -1)
         queries = queries if runs is None else queries + runs
@@ -456,8 +466,8 @@ class Model(SmallReader):
         else:
             at = (inside[:, None] + torch.arange(count, device=inside.device))[..., None].expand_as(queries)
             tail = torch.cat([visual, visual.new_zeros(queries.shape)], 1).scatter(1, at, queries.to(visual.dtype))
-            seen = inside
-            prompts = [[*opening, PLACEHOLDER, *own, PLACEHOLDER] for own in ids]
+            seen, after = inside, [PLACEHOLDER] * bool(count)
+            prompts = [[*opening, PLACEHOLDER, *own, *after] for own in ids]
         slots = torch.arange(tail.shape[1], device=seen.device)
         second = (slots >= seen[:, None]) & (visual is not None)
         nowhere = tail.new_zeros(*tail.shape[:2], 3)

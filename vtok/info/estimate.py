@@ -104,7 +104,7 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
     with DryRun() as run:
         parts = Skeletons(empty=run.empty_module, watch=watch.of)
         with parts.in_place():
-            lit = build(config)
+            lit = build(config, fresh=False)  # what a fresh one begins from is not looked at
             kept = [getattr(lit.objective, "llm", None), getattr(lit.model, "_reference", None)]
             # the rest was read for its weights, which the model now holds
             parts.llms = {key: llm for key, llm in parts.llms.items() if any(llm is each for each in kept)}

@@ -4,7 +4,8 @@
                                    |-- state here --Judge--> score
 
 As Tempo (2026, https://arxiv.org/abs/2604.08120) has it: the state that comes before the first query would predict the
-answer's first word, so a score costs no pass of its own.
+answer's first word, so a score costs no pass of its own; one without queries where queries begin from what they are to
+keep (`queries=pooled`), since the score decides how many there are.
 
 Letters: B clips, G segments of a clip, M segments of the batch, V vocabulary, D width.
 """
