@@ -1,7 +1,8 @@
 """The tiny twins of a family's presets side by side: quality at equal bits, time of a step, memory, parameters.
 
     python benchmarks/families.py --family discrete [--only NAME] [--shards DIR] [--out DIR]
-
+    python benchmarks/families.py --family all [--only NAME] [--steps N] [--out DIR]     one table over all families:
+                                                                                         every_family.py
 Each preset is trained by `vtok train` in a process of its own (one thread), stages after those they begin with, and
 measured by `vtok.evaluation.evaluator` on held-out clips beside both controls at the same bits. Without --shards it
 writes the procedural corpus of tests/test_tiny.py, with dense maps. A run that is there (--out) is measured only.
@@ -18,20 +19,20 @@ writes the procedural corpus of tests/test_tiny.py, with dense maps. A run that 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from every_family import every_family
+from twins import CONFIGS, NETWORKS, network, step_ms, train
 
 from vtok.config import RunConfig, load
 from vtok.data import synthetic
@@ -40,14 +41,10 @@ from vtok.data.pipeline import ValidationSet, make_loader
 from vtok.data.sources import every_shard
 from vtok.data.view import view_of
 from vtok.evaluation.evaluator import Evaluator
-from vtok.layers.i3d import I3DNet
-from vtok.layers.perceptual import LPIPS
-from vtok.layers.vgg import WIDTHS, VGG19Distance
 from vtok.loading import load_run
 from vtok.train import build
 from vtok.training.optim import parameter_groups
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # the preset whose export a later stage begins with
 BEGINS_WITH = {
     "vidtok_fsq_488_stage2": "vidtok_fsq_488",
@@ -123,36 +120,6 @@ def presets(family: str, only: list[str]) -> list[str]:
     return out
 
 
-def random_vgg19() -> dict[str, torch.Tensor]:
-    """A state dict as torchvision's `vgg19` has it, an eighth as wide; what no loss reads is zero."""
-    width = WIDTHS[-1] // 8
-    unread = {f"features.{i}.{k}": torch.zeros(width) for i in (32, 34) for k in ("weight", "bias")}
-    return VGG19Distance(tuple(w // 8 for w in WIDTHS)).state_dict() | unread
-
-
-def random_raft() -> dict[str, torch.Tensor]:
-    from torchvision.models.optical_flow import raft_small
-
-    return raft_small().state_dict()
-
-
-NETWORKS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
-    "lpips": lambda: LPIPS("alex").state_dict(),
-    "vgg19": random_vgg19,
-    "i3d": lambda: I3DNet().state_dict(),
-    "raft": random_raft,
-}
-
-
-def network(root: Path, name: str) -> Path:
-    """Random weights of a network that losses look through, made under `root` where they are not there."""
-    path = root / f"{name}.pt"
-    if not path.is_file():
-        torch.manual_seed(0)
-        torch.save(NETWORKS[name](), path)
-    return path
-
-
 def prepare(root: Path, shards: str) -> Path:
     """The folder with train/ and val/ shards, made under `root` where it is not there."""
     if shards:
@@ -194,33 +161,6 @@ def settings(name: str, *, family: str, shards: Path, out: Path) -> tuple[RunCon
     if name in GOES_ON:
         given.append(f"objective.init_from={out / BEGINS_WITH[name]}")
     return load(path, given), given
-
-
-def train(name: str, *, family: str, out: Path, given: list[str]) -> float | None:
-    """Trains in a process of its own and exports; MiB of its largest resident set, kept for the next call in --out."""
-    export, kept = out / f"{name}-export", out / f"{name}.memory_mib"
-    if export.is_dir():
-        return float(kept.read_text()) if kept.is_file() else None
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vtok.cli", "train", str(CONFIGS / family / f"{name}_tiny.yaml"), *given]
-    with open(out / f"{name}.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"error: training {name} ended with status {status}; see {out / f'{name}.log'}")
-    memory = usage.ru_maxrss / (1 << 10 if sys.platform != "darwin" else 1 << 20)
-    kept.write_text(str(memory))
-    command = [sys.executable, "-m", "vtok.cli", "export", str(out / name), "--out", str(export), "--no-entropy"]
-    subprocess.run([*command, "--which", "last"], check=True, stdout=subprocess.DEVNULL, env=environment)
-    return memory
-
-
-def step_ms(run: Path) -> float | None:
-    """Median wall time between the lines of steps, after the first five."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time_s"] for line in lines if "train/loss" in line and "time_s" in line]
-    steps = [1e3 * (b - a) for a, b in zip(times[5:], times[6:])]
-    return statistics.median(steps) if steps else None
 
 
 def cpu_ms(config: RunConfig, *, steps: int = 5) -> float:
@@ -273,21 +213,28 @@ def run(asked: argparse.Namespace, root: Path) -> Iterator[Row]:
     shards = prepare(root, asked.shards)
     for name in presets(asked.family, asked.only.split(",") if asked.only else []):
         config, given = settings(name, family=asked.family, shards=shards, out=root)
-        memory = train(name, family=asked.family, out=root, given=given)
+        memory = train(name, twin=CONFIGS / asked.family / f"{name}_tiny.yaml", out=root, given=given)
         yield measure(name, config, memory=memory, family=asked.family)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="discrete", choices=["discrete"], help="folder of configs/")
+    parser.add_argument("--family", default="discrete", choices=["discrete", "all"], help="folder of configs/, or all")
     parser.add_argument("--only", default="", help="comma-separated presets, without _tiny; and what they begin with")
     parser.add_argument("--shards", default="", help="folder with train/ and val/; the procedural corpus when left out")
     parser.add_argument("--out", help="where runs go and are found again; a temporary folder when left out")
+    parser.add_argument("--steps", type=int, help="of --family all: steps of a twin at most (default: its own)")
     asked = parser.parse_args()
+    if asked.family == "all" and asked.shards:
+        parser.error(f"--shards {asked.shards} is for one family; --family all makes the corpora that its twins need")
+    if asked.family != "all" and asked.steps is not None:
+        parser.error(f"--steps {asked.steps} is for --family all")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as aside:
         root = Path(asked.out or aside)
         root.mkdir(parents=True, exist_ok=True)
+        if asked.family == "all":
+            return every_family(root, only=asked.only.split(",") if asked.only else [], steps=asked.steps)
         print(HEAD, flush=True)
         for row in run(asked, root):
             print(row, flush=True)
