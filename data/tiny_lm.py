@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding_bag
 
 from vtok.data.synthetic_needles import PLAIN
-from vtok.data.synthetic_scenes import COLOURS, DIRECTIONS, PALETTES, SHAPES, TEXTURES
+from vtok.data.synthetic_scenes import COLOURS, DIRECTIONS, MOST_TOLD, PALETTES, SHAPES, TEXTURES
 from vtok.layers.judge import JudgeConfig
 from vtok.llm import PLACE, LLMConfig, TaskConfig, ask, load_llm
 from vtok.llm.tasks import ask_as, instruction
@@ -173,7 +173,7 @@ class Document(NamedTuple):
 def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: random.Random) -> Document:
     """A clip's texts with exchanged names, or as they are where they are repeated."""
     judged = _shot_to_judge(row, rng) if config.judge and rng.random() < JUDGED else None
-    row, helps = judged or (row, [])
+    row, helps = judged or (_some_shots(row, rng) if config.judge else row, [])
     questions, tasks = row["qa"], config.tasks
     texts = [row["caption"], *(str(q[k]) for q in questions for k in ("question", "answer"))]
     caption, *rest = texts if config.repeat else exchanged(texts, rng)
@@ -232,8 +232,8 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
 
 
 def _shot_to_judge(row: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any], list[bool]] | None:
-    """One shot of a clip with the clip's questions about needles, and of each whether the shot shows its answer; None
-    where there are no such questions."""
+    """One shot of a clip with two of the clip's questions about needles, one that it answers where there is any, and of
+    each whether the shot shows its answer; None where there are no such questions."""
     asked = [q for q in row["qa"] if q.get("type") == "needle"]
     if not asked or not row["captions"]:
         return None
@@ -243,7 +243,23 @@ def _shot_to_judge(row: dict[str, Any], rng: random.Random) -> tuple[dict[str, A
 
     holding = [shot for shot in row["captions"] if any(shows(shot, q) for q in asked)]
     shot = rng.choice(holding if holding and rng.random() < WITH_NEEDLE else row["captions"])
+    of_it, others = ([q for q in asked if shows(shot, q) == told] for told in (True, False))
+    asked = [rng.choice(some) for some in (of_it, others) if some]
+    rng.shuffle(asked)
     return {**row, "caption": shot["text"], "qa": asked}, [shows(shot, q) for q in asked]
+
+
+def _some_shots(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A stretch of a clip of many shots, short ones more often than long ones, and questions about its needles."""
+    shots = row["captions"]
+    if len(shots) <= MOST_TOLD:
+        return row
+    count = int((len(shots) + 1) ** rng.random())
+    first = rng.randrange(len(shots) - count + 1)
+    told, inside = shots[first : first + count], (shots[first]["start_s"], shots[first + count - 1]["end_s"])
+    asked = [q for q in row["qa"] if q.get("type") == "needle"]
+    asked = [q for q in asked if inside[0] <= q["start_s"] and q["end_s"] <= inside[1]]
+    return {**row, "caption": _every_shot(told) or told[0]["text"], "qa": asked}
 
 
 def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:

@@ -107,6 +107,34 @@ def test_rows_of_every_way_and_their_margins(folders, question, tmp_path, capsys
 
 
 @torch.no_grad()
+def test_some_questions_and_some_ways_are_rows_of_the_whole(folders):  # noqa: F811
+    """One question of each clip, the same in any batch, answered as among all; no row of ways not asked for."""
+    model, llm = tempo(folders["llama"])
+    clip, template = needles(), "<video>\nQuestion: {question}\nAnswer:"
+
+    def asked(val: list[Clip], **more) -> dict:
+        evaluator = AnsweringEvaluator(
+            model, llm, val=val, template=template, allocations={20: 1}, progress=False, **more
+        )
+        return evaluator.run()
+
+    whole, some = asked([clip]), asked([clip], questions=1, shares=["even"])
+    alone = asked([clip.rows(slice(i, i + 1)) for i in range(3)], questions=1, shares=["even"])
+    assert {row["method"] for row in some["rows"]} == {"blind", "language", "even"}
+    assert [each["against"] for each in some["allocations"]] == ["even"]
+    found, every = some["per_question"], whole["per_question"]
+    assert found["keys"] == clip.keys and alone["per_question"] == found
+    at = [list(zip(every["keys"], every["ids"])).index(each) for each in zip(found["keys"], found["ids"])]
+    for method in ("blind", "language", "even"):
+        for budget, right in found["right"][method].items():
+            assert right == [every["right"][method][budget][i] for i in at]
+    assert len({asked([clip], questions=1, shares=[], seed=seed)["per_question"]["ids"][0] for seed in range(8)}) == 2
+    for wrong, message in ((dict(questions=0), "ask 1 or more"), (dict(shares=["odd"]), "choose ways to share")):
+        with pytest.raises(ValueError, match=message):
+            asked([clip], **wrong)
+
+
+@torch.no_grad()
 def test_clips_without_questions_stand_beside_others(folders):  # noqa: F811
     """The longest clip of a batch may have none, and so may a whole batch."""
     model, llm = tempo(folders["llama"])

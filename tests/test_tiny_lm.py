@@ -121,7 +121,7 @@ def test_shots_are_judged_by_whether_they_show_the_answer(tmp_path, small):
         if not texts[0].startswith(config.opening):
             assert not any("Yes or No" in text for text in texts)
             continue
-        assert len(texts) == 5
+        assert len(texts) in (2, 3)
         for text in texts[1:]:
             asked = re.fullmatch(
                 r"Question: What colour .* on a plain (\w+) ground\?\nAnswer:(.*) (Yes|No)<end>", text, re.S
@@ -130,7 +130,7 @@ def test_shots_are_judged_by_whether_they_show_the_answer(tmp_path, small):
             said[asked[3] == "Yes"] += 1
             shown = re.search(rf"(plain|flashes) {asked[1]}\b", texts[0]) is not None
             assert (asked[3] == "Yes") == shown, (text, texts[0])
-    assert said[True] > 10 and said[False] > 40
+    assert said[True] > 15 and said[False] > 15
     other = [
         {**row, "qa": [{**q, "type": "colour"} for q in row["qa"]]} for row in tiny.read_texts(tmp_path / "m.jsonl")
     ]

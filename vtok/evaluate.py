@@ -182,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     projector.add_argument("--part-answers", type=int, default=128, help="ids of the answer about a part (default 128)")
     shares = "totals, each shared over segments in several ways, e.g. 128:1,320:4"
     projector.add_argument("--allocations", metavar="TOTAL:MINIMUM,...", help=shares)
+    projector.add_argument("--shares", help="ways beside the model's own (default: even,novelty,similarity,truth)")
+    projector.add_argument("--questions", type=int, help="ask at most so many of each clip, drawn (default: all)")
     projector.add_argument("--facts", metavar="JSONL", help="videos' complexity and duration: what free lengths follow")
     projector.add_argument("--seeds", type=int, default=5, help="of reducers that draw (default 5)")
     parser.add_argument("--ratios", help="compressors of texts: words of the LLM a token (default 5,10,20,40)")
@@ -297,7 +299,7 @@ def _main_projector(
     options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str, fps: float | None
 ) -> int:
     """A projector before its language model: eval.json, report.html and the table."""
-    from vtok.evaluation.allocations import parse_allocations
+    from vtok.evaluation.allocations import SCORES, parse_allocations
     from vtok.evaluation.answering import AnsweringEvaluator, print_answers
     from vtok.evaluation.free_lengths import read_facts
     from vtok.llm import PartsConfig, load_llm
@@ -322,6 +324,8 @@ def _main_projector(
         max_new_tokens=options.answers,
         parts=replace(parts, prompt=options.part_prompt) if options.part_prompt else parts,
         allocations=parse_allocations(options.allocations or ""),
+        shares=tuple(SCORES) if options.shares is None else _names(options.shares),
+        questions=options.questions,
         facts=read_facts(options.facts) if options.facts else None,
         device=device_of(options.device),
         seed=options.seed,

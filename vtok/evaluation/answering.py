@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ from vtok.evaluation.rows import SCHEMA, environment, without_nan
 from vtok.families import reducer as reducing
 from vtok.layers.projector import with_features
 from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
+from vtok.llm.tasks import some_questions
 from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds, shape_of
 from vtok.progress import counting_bar
 from vtok.reducers import REDUCERS
@@ -76,6 +77,7 @@ class AnsweringEvaluator:
         allocations: totals, and the fewest tokens of a segment at each: these are then the budgets, and `shares`, ways
             to share them over segments (`vtok.evaluation.allocations.SCORES`), rows beside the model's own.
         facts: complexity and duration of videos (`free_lengths.read_facts`), which free lengths are held against.
+        questions: asked of a clip at most, drawn by its key and `seed`; None: all of them.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class AnsweringEvaluator:
         allocations: Mapping[int, int] | None = None,
         shares: Sequence[str] = tuple(SCORES),
         facts: Mapping[str, Mapping[str, float]] | None = None,
+        questions: int | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
         progress: bool = True,
@@ -105,6 +108,11 @@ class AnsweringEvaluator:
             raise ValueError(f"eval.controls={unknown} unknown; choose reducers from {', '.join(REDUCERS)}")
         if any(budget < 1 for budget in budgets):
             raise ValueError(f"eval.budgets={list(budgets)}: a budget is at least one token")
+        if questions is not None and questions < 1:
+            raise ValueError(f"questions={questions}: ask 1 or more of a clip")
+        wrong = [name for name in shares if name not in SCORES]
+        if wrong:
+            raise ValueError(f"shares={wrong} unknown; choose ways to share a total from {', '.join(SCORES)}")
         if full is not None and full.embedding_dim != llm.embedding_dim:
             raise ValueError(
                 f"the full-token model's tokens are {full.embedding_dim} wide, the words of {llm.name} "
@@ -117,7 +125,7 @@ class AnsweringEvaluator:
             raise ValueError("tuned: the reducers' projector goes with a full-token model (full) of the same tower")
         self.base = tuned.to(self.device).eval() if tuned is not None else self.full
         self.family = str(model.config.name).rpartition(".")[2]
-        self.val, self.template, self.timestamps = val, template, timestamps
+        self.val, self.template, self.timestamps, self.questions = val, template, timestamps, questions
         self.budgets = sorted(set(allocations or budgets))
         self.minima, self.shares = dict(allocations or {}), list(shares) if allocations else []
         if allocations and not can_allocate(model):
@@ -142,11 +150,9 @@ class AnsweringEvaluator:
         with self.bar, torch.inference_mode():
             total = len(self.val) if hasattr(self.val, "__len__") else None  # type: ignore[arg-type]
             task = self.bar.add_task("questions", total=total)
-            for batch in self.val:
-                clips += len(batch)
-                self._batch(
-                    batch.to(self.device).as_float() if batch.video is not None else batch.to(self.device), rows
-                )
+            for clip in self._clips():
+                clips += len(clip)
+                self._batch(clip, rows)
                 self.bar.advance(task)
             lengths = self._lengths(rows) if self.observed is not None else None
         if not any(row.answers for row in rows.values()):
@@ -180,6 +186,11 @@ class AnsweringEvaluator:
         return tower.identity() if tower is not None else None
 
     # one batch, every method
+
+    def _clips(self) -> Iterator[Clip]:
+        for batch in self.val:
+            clip = batch.to(self.device).as_float() if batch.video is not None else batch.to(self.device)
+            yield clip if self.questions is None else some_questions(clip, self.questions, seed=self.seed)
 
     def _batch(self, clip: Clip, rows: dict[tuple[str, int | None], AnswerRow]) -> None:
         def row(method: str, budget: int | None) -> AnswerRow:
@@ -223,8 +234,7 @@ class AnsweringEvaluator:
             return None
         for name, lengths in controlled(free, seed=self.seed).items():
             model, row = Imposed(self.model, lengths), AnswerRow(name, None)
-            for batch in self.val:
-                clip = batch.to(self.device).as_float() if batch.video is not None else batch.to(self.device)
+            for clip in self._clips():
                 self._ask(row, self._seen(clip, self.model)[0], model, None)
             rows[name, None] = row
             found[name] = paired(rows[self.family, None], row, seed=self.seed)

@@ -7,7 +7,7 @@ a clip's task does not depend on the batch it is in.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -88,6 +88,16 @@ def is_question(entry: Any) -> bool:
         return False
     answer = entry.get("answer")
     return bool(answer) or isinstance(answer, (int, float))
+
+
+def some_questions(clip: Clip, most: int, *, seed: int) -> Clip:
+    """The clips with `most` of their questions each, at most, in their order; a clip's are the same in any batch."""
+    kept = []
+    for key, row in zip(clip.keys, clip.qa or [None] * len(clip)):
+        able = [at for at, entry in enumerate(row or []) if is_question(entry)]
+        at = sorted(draw(seed, 0, f"questions {key}").sample(able, min(most, len(able))))
+        kept.append([(row or [])[i] for i in at])
+    return replace(clip, qa=kept)
 
 
 def draw(seed: int, step: int, name: str) -> random.Random:
