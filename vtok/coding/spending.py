@@ -118,9 +118,9 @@ class BytePurse:
         # tag, checksum, the 0 of lengths that differ, and the rounding of the packed lengths: 1 + 4 + 1 + 1
         record = 8 * (7 + sum(len(varint(n)) for n in numbers)) + self.coder.per_record
         self.count_bits = math.log2(max(group_tokens, 2))
-        # Records of fewer tokens: where steps stop being alike at the end (a short chunk, then its last block), and the
-        # last one. Longer ones are paid for by their tokens.
-        self.record, self.tail = record, 3 * record
+        # Records of fewer tokens: where steps stop being alike at the end (a short chunk, then its last block; a step
+        # of one block has no short chunk before it), and the last one. Longer ones are paid for by their tokens.
+        self.record, self.tail = record, (3 if chunk_tokens > group_tokens else 2) * record
         self.open_tokens = self.fresh_tokens = 0  # of the writer's open record, and not handed on yet
         self.per_token = record / RECORD_TOKENS + self.coder.per_token
         totals = (max(frames, 1), max(frames, 1), max(frames, 1) * group_tokens, max(frames, 1))
