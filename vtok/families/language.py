@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from vtok.budget import AtaConfig, allocate_segments, segment_bounds
 from vtok.layers.base_tokens import BaseConfig
 from vtok.layers.frames import pool_grid, pool_shape, thin
-from vtok.layers.judge import JUDGED, Judge, JudgeConfig, by_clip, first_ids, with_scores
+from vtok.layers.judge import JUDGED, Judge, JudgeConfig, WordMatch, by_clip, first_ids, with_scores
 from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end, run_sums
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.relevance import novelty, word_similarity
@@ -80,8 +80,8 @@ class Config(ProjectorConfig):
     max_frames: int = 1024  # feature frames looked at; longer clips are thinned out evenly
     question: bool = False  # the small model is told the question: tokens are then for that question alone
     # which segments are given more of a clip's tokens; score="": none, all are given as many. novelty asks nothing,
-    # similarity compares the question's words with the patches, yes_no and learned are what the small model makes of
-    # a segment (and of the question where it is told it)
+    # similarity compares the question's words, by learned weights, with the patches, yes_no and learned are what the
+    # small model makes of a segment (and of the question where it is told it)
     ata: AtaConfig = field(default_factory=AtaConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     # of caption_lm
@@ -168,6 +168,7 @@ class Model(SmallReader):
         self.judge: Judge | None = None
         if c.ata.score in JUDGED:
             self.judge = Judge(width, kind=c.ata.score, yes=c.judge.yes, no=c.judge.no)
+        self.match = WordMatch(width) if c.ata.score == "similarity" else None
         # what allocations leave out of the prompt they leave out of the tokens: all of a model's read the same
         self._asks = c.judge.ask if c.ata.score == "yes_no" else ""
         self.eye = None
@@ -303,8 +304,9 @@ class Model(SmallReader):
         elif c.ata.score == "similarity":
             real = torch.arange(visual.shape[1], device=lengths.device) < inside[:, None]
             words = torch.tensor(_padded(told), device=lengths.device)[clips]
-            alike = word_similarity(visual, self.embed_words(words.clamp(min=0)), mask=real, real=words >= 0)
-            scores = by_clip(alike, there)
+            alike = self.match or word_similarity  # of a model that shares by something else: as it is
+            found = alike(visual, self.embed_words(words.clamp(min=0)), mask=real, real=words >= 0)
+            scores = by_clip(found, there)
         return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
 
     @property
@@ -328,7 +330,7 @@ class Model(SmallReader):
         """
         given = source.state_dict()
         if type(source) is type(self):
-            parts = ("eye", "judge", "lm") if self.config.mode == source.config.mode else ("eye", "judge")
+            parts = ["eye", "judge", "match", *["lm"] * (self.config.mode == source.config.mode)]
             new = [part for part in parts if getattr(self, part) is not None and getattr(source, part) is None]
             begun = take_all(self, given, new=[f"{part}." for part in new])
             self.head_taken = True

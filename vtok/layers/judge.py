@@ -1,13 +1,15 @@
-"""What a small language model says of a segment, in the very pass that compresses it: one score each.
+"""What a small language model says of a segment, in the very pass that compresses it, or what its words do: one score
+each.
 
     frames, question, "... Yes or No:"   q_1 ... q_n
                                    |-- state here --Judge--> score
 
 As Tempo (2026, https://arxiv.org/abs/2604.08120) has it: the state that comes before the first query would predict the
 answer's first word, so a score costs no pass of its own; one without queries where queries begin from what they are to
-keep (`queries=pooled`), since the score decides how many there are.
+keep (`queries=pooled`), since the score decides how many there are. `WordMatch` needs no pass at all.
 
-Letters: B clips, G segments of a clip, M segments of the batch, V vocabulary, D width.
+Letters: B clips, G segments of a clip, M segments of the batch, S patches of a segment, W words of a question, V
+vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
-from vtok.layers.relevance import yes_no
+from vtok.layers.relevance import word_similarity, yes_no
 from vtok.types import Tokens
 
 JUDGED = ("yes_no", "learned")  # of ata.score: what a judge tells
@@ -65,6 +67,28 @@ class Judge(nn.Module):
             return self.out(states.to(self.out.weight.dtype)).squeeze(-1).float()
         ids = list(range(len(self.rows)))
         return yes_no(states, self.rows, yes=ids[: self.count], no=ids[self.count :])
+
+
+class WordMatch(nn.Module):
+    """Scores [M] float32: how well patches [M, S, D] meet the words of a question [M, W, D] (`word_similarity`), each
+    word weighed by a learned map of its embedding, at a learned scale.
+
+    The weights begin equal, which is ColBERT's late interaction; the scale begins at 1 / 0.07 and stays below 100, as
+    CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weigh = nn.Linear(width, 1, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        nn.init.zeros_(self.weigh.weight)
+
+    def forward(self, patches: Tensor, words: Tensor, *, mask: Tensor, real: Tensor) -> Tensor:
+        """mask: [M, S] bool, real patches. real: [M, W] bool, real words; a segment without any has 0."""
+        even = nn.functional.layer_norm(words.to(self.weigh.weight.dtype), words.shape[-1:])
+        weights = self.weigh(even)[..., 0].float().masked_fill(~real, -1e4).softmax(-1)
+        alike = word_similarity(patches, words, mask=mask, real=real, weights=weights)
+        return self.log_scale.float().exp().clamp(max=100.0) * alike
 
 
 def first_ids(encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:

@@ -41,7 +41,12 @@ def similarity(features: Features, question: Tensor, segments: Tensor, *, of: st
 
 
 def word_similarity(
-    patches: Tensor, words: Tensor, *, mask: Tensor | None = None, real: Tensor | None = None
+    patches: Tensor,
+    words: Tensor,
+    *,
+    mask: Tensor | None = None,
+    real: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """[M] in [-1, 1]: cosine of each word of a question with the patch of the segment most like it, averaged.
 
@@ -50,12 +55,13 @@ def word_similarity(
     Args:
         patches: [M, S, D] of M segments, as large as words. words: [M, W, D] embeddings of each segment's question.
         mask: [M, S] bool, real patches. real: [M, W] bool, real words; a segment without any has 0.
+        weights: [M, W] of the words, with the sum 1; None: all real ones weigh the same.
     """
     mask = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device) if mask is None else mask
     real = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device) if real is None else real
     cosine = torch.einsum("msd,mwd->msw", F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1))
     best = cosine.masked_fill(~mask[..., None], -torch.inf).amax(1).masked_fill(~real, 0)
-    return best.sum(1) / real.sum(1).clamp(min=1)
+    return best.sum(1) / real.sum(1).clamp(min=1) if weights is None else (best * weights).sum(1)
 
 
 def novelty(features: Features, segments: Tensor, *, memory: int = 0, of: str = "mean") -> Tensor:

@@ -20,7 +20,7 @@ from vtok.llm.tasks import Told, draw, instruction
 from vtok.llm.words import WordsTeacher, count_words
 from vtok.types import Budget, Clip, Tokens
 
-TAUGHT = ("yes_no", "learned")  # of model.ata.score: scores that have gradients
+TAUGHT = ("yes_no", "learned", "similarity")  # of model.ata.score: scores that have gradients
 TEXT = "text"  # objective.teacher: the language model on the words themselves
 
 
