@@ -61,7 +61,8 @@ GROUP = 8  # batches drawn together
 RECIPE = 5  # raised when the same settings would give another model
 MOTION = {*DIRECTIONS, "moves", "stays", "still"}
 SERIES = re.compile(r"For an instant (an? [^.]*) flash on a plain (\w+) ground\.")  # several shapes, one a frame
-JUDGED, WITH_NEEDLE = 0.4, 0.8  # share of the descriptions that are single shots to judge, and of these with a needle
+JUDGED, WITH_NEEDLE = 0.3, 0.8  # share of the descriptions that are single shots to judge, and of these with a needle
+MOST_ASKED = 3  # questions about the needles of a stretch of shots
 RUNS = (2, 3, 4, 5, 6, 8)  # words that are one vector, of a text that is to be repeated
 # of a position's loss: what is asked for, descriptions, and the wording of questions and descriptions
 WEIGHTS = {"answer": 1.0, "description": 0.2, "repeated": 0.5, "wording": 0.02}
@@ -254,11 +255,15 @@ def _some_shots(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     shots = row["captions"]
     if len(shots) <= MOST_TOLD:
         return row
-    count = int((len(shots) + 1) ** rng.random())
-    first = rng.randrange(len(shots) - count + 1)
-    told, inside = shots[first : first + count], (shots[first]["start_s"], shots[first + count - 1]["end_s"])
     asked = [q for q in row["qa"] if q.get("type") == "needle"]
+    if not asked:
+        return row
+    count, one = int((len(shots) + 1) ** (rng.random() ** 1.5)), rng.choice(asked)
+    at = next(i for i, shot in enumerate(shots) if one["end_s"] <= shot["end_s"])
+    first = rng.randint(max(0, at - count + 1), min(at, len(shots) - count))
+    told, inside = shots[first : first + count], (shots[first]["start_s"], shots[first + count - 1]["end_s"])
     asked = [q for q in asked if inside[0] <= q["start_s"] and q["end_s"] <= inside[1]]
+    asked = rng.sample(asked, min(len(asked), MOST_ASKED))
     return {**row, "caption": _every_shot(told) or told[0]["text"], "qa": asked}
 
 
@@ -473,7 +478,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="captions.jsonl of a procedural corpus, or a folder of its shards")
     parser.add_argument("out", type=Path)
     parser.add_argument("--held-out", type=Path, help="such a folder or manifest (all its rows) to measure answers on")
-    for name in ("seed", "steps", "batch_size", "width", "layers"):
+    for name in ("seed", "steps", "batch_size", "width", "layers", "longest"):
         default = getattr(TinyConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--repeat", action="store_true", help="texts are repeated word for word, too")
