@@ -92,7 +92,6 @@ def made(root: Path, corpora: set[str], *, clips: int = 600) -> dict[str, str]:
             data / "tiny_lm.py",
             folders["CORPUS"] / "captions.jsonl",
             folders["LLM"],
-            "--judge",
             "--steps",
             600,
             log=log,

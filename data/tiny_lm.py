@@ -18,9 +18,6 @@ answer, as it does in a large model, which a projector over a frozen model needs
   can be spoken to in mixtures of words, and this makes a small one alike.
 - The questions of a clip stand side by side after its description and do not see one another.
 
-With --judge it also learns to say of single shots, yes or no, whether they help to answer a question about a needle:
-the prompt by which Tempo's small model is asked (`vtok.layers.judge`), which large models answer untaught.
-
 With --repeat it is one for texts (data/demo_texts.py): names stay, and each text is also to be repeated word for word,
 from its words or from runs of several words as one vector each, in order. The frozen reader of a compressor of texts.
 
@@ -50,9 +47,8 @@ from torch.nn.functional import cross_entropy, embedding_bag
 
 from vtok.data.synthetic_needles import PLAIN
 from vtok.data.synthetic_scenes import COLOURS, DIRECTIONS, MOST_TOLD, PALETTES, SHAPES, TEXTURES
-from vtok.layers.judge import JudgeConfig
 from vtok.llm import PLACE, LLMConfig, TaskConfig, ask, load_llm
-from vtok.llm.tasks import ask_as, instruction
+from vtok.llm.tasks import ask_as
 from vtok.types import Clip
 
 NAMES = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), TEXTURES, tuple(PALETTES))
@@ -61,7 +57,6 @@ GROUP = 8  # batches drawn together
 RECIPE = 5  # raised when the same settings would give another model
 MOTION = {*DIRECTIONS, "moves", "stays", "still"}
 SERIES = re.compile(r"For an instant (an? [^.]*) flash on a plain (\w+) ground\.")  # several shapes, one a frame
-JUDGED, WITH_NEEDLE = 0.3, 0.8  # share of the descriptions that are single shots to judge, and of these with a needle
 MOST_ASKED = 3  # questions about the needles of a stretch of shots
 RUNS = (2, 3, 4, 5, 6, 8)  # words that are one vector, of a text that is to be repeated
 # of a position's loss: what is asked for, descriptions, and the wording of questions and descriptions
@@ -86,14 +81,10 @@ class TinyConfig:
     empty: float = 0.05  # share of the descriptions that are left out: without a video, the model guesses evenly
     tasks: TaskConfig = field(default_factory=TaskConfig)  # the prompts
     repeat: bool = False  # texts are repeated word for word too, and may come without questions
-    judge: bool = False  # single shots are judged, too
-    ask: str = JudgeConfig().ask  # how, after the question; and what stands before a shot (configs/language/tempo.yaml)
-    opening: str = "Part of a video, then a question about the whole of it. Keep what helps to answer.\n"
 
     def settings(self) -> dict[str, Any]:
         """What a model is a function of, beside its texts."""
-        left_out = [*["repeat"] * (not self.repeat), *["judge", "ask", "opening"] * (not self.judge)]
-        return {key: value for key, value in asdict(self).items() if key not in left_out}
+        return {key: value for key, value in asdict(self).items() if key != "repeat" or value}
 
 
 def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
@@ -173,8 +164,7 @@ class Document(NamedTuple):
 
 def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: random.Random) -> Document:
     """A clip's texts with exchanged names, or as they are where they are repeated."""
-    judged = _shot_to_judge(row, rng) if config.judge and rng.random() < JUDGED else None
-    row, helps = judged or (_some_shots(row, rng) if config.judge else row, [])
+    row = row if config.repeat else _some_shots(row, rng)
     questions, tasks = row["qa"], config.tasks
     texts = [row["caption"], *(str(q[k]) for q in questions for k in ("question", "answer"))]
     caption, *rest = texts if config.repeat else exchanged(texts, rng)
@@ -199,14 +189,7 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
         if (repeats == 1 or not answer.isdigit())  # what is told twice cannot be counted
         and (motion or answer not in DIRECTIONS)
     ]
-    if helps:
-        prompts = [ask_as(rng.choice(tasks.qa_prompts), {"question": question}) for question in rest[::2]]
-        asked = [
-            (PLACE + instruction(prompt) + config.ask, " Yes" if yes else " No", "answer")
-            for prompt, yes in zip(prompts, helps)
-        ]
-        slots = [[i] for i in ids(config.opening)] + slots
-    elif config.repeat:
+    if config.repeat:
         if slots or not asked:
             asked.append((rng.choice(tasks.reconstruction_prompts), f" {caption}", "repeated"))
     elif rng.random() < 0.3 * bool(slots) or not asked:
@@ -230,24 +213,6 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
         for at, item in enumerate(before[1:] + after, first + 1):
             labels.append((at, item, WEIGHTS[kind] if at >= first + len(before) else WEIGHTS["wording"]))
     return Document(slots, branch, places, labels)
-
-
-def _shot_to_judge(row: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any], list[bool]] | None:
-    """One shot of a clip with two of the clip's questions about needles, one that it answers where there is any, and of
-    each whether the shot shows its answer; None where there are no such questions."""
-    asked = [q for q in row["qa"] if q.get("type") == "needle"]
-    if not asked or not row["captions"]:
-        return None
-
-    def shows(shot: dict[str, Any], question: dict[str, Any]) -> bool:
-        return shot["start_s"] <= question["start_s"] and question["end_s"] <= shot["end_s"]
-
-    holding = [shot for shot in row["captions"] if any(shows(shot, q) for q in asked)]
-    shot = rng.choice(holding if holding and rng.random() < WITH_NEEDLE else row["captions"])
-    of_it, others = ([q for q in asked if shows(shot, q) == told] for told in (True, False))
-    asked = [rng.choice(some) for some in (of_it, others) if some]
-    rng.shuffle(asked)
-    return {**row, "caption": shot["text"], "qa": asked}, [shows(shot, q) for q in asked]
 
 
 def _some_shots(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
@@ -414,7 +379,6 @@ def train_tiny_lm(
         prompt for name in ("caption", "qa", "reconstruction") for prompt in getattr(config.tasks, f"{name}_prompts")
     ]
     spoken = [t for row in texts for t in (row["caption"], *(f"{q['question']} {q['answer']}" for q in row["qa"]))]
-    wording += [f"{config.opening}{config.ask} Yes", f"{config.ask} No"] * config.judge
     tokenizer = make_tokenizer(spoken + [p.replace(PLACE, "") for p in wording] * 20, config)
     torch.manual_seed(config.seed)
     model = transformers.LlamaForCausalLM(
@@ -482,7 +446,6 @@ def main() -> None:
         default = getattr(TinyConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--repeat", action="store_true", help="texts are repeated word for word, too")
-    parser.add_argument("--judge", action="store_true", help="shots are judged by whether they help to answer, too")
     args = vars(parser.parse_args())
     source, out, held_out = (args.pop(name) for name in ("source", "out", "held_out"))
     train_tiny_lm(source, out, TinyConfig(**args), progress=True)
