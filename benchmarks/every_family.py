@@ -88,14 +88,8 @@ def made(root: Path, corpora: set[str], *, clips: int = 600) -> dict[str, str]:
         run("-m", "vtok.cli", "shards", manifest, "--out", folders["CLIPS"], "--quiet", log=log)
     if "frozen" in corpora:
         run(data / "tiny_tower.py", folders["TOWER"], "--corpus", folders["CORPUS"], "--steps", 400, log=log)
-        run(
-            data / "tiny_lm.py",
-            folders["CORPUS"] / "captions.jsonl",
-            folders["LLM"],
-            "--steps",
-            600,
-            log=log,
-        )
+        manifest = folders["CORPUS"] / "captions.jsonl"
+        run(data / "tiny_lm.py", manifest, folders["LLM"], "--steps", 600, log=log)
     if "texts" in corpora:
         folders |= {"TEXTS": root / "texts", "READER": root / "reader"}
         if not (folders["TEXTS"] / "val" / "index.json").is_file():

@@ -12,10 +12,11 @@ from test_language_family import alone, config, folders, videos  # noqa: F401
 
 from vtok.budget import AtaConfig, allocate_segments, segment_bounds
 from vtok.families.language import Config, Model, build
-from vtok.layers.judge import Scored, first_ids
+from vtok.layers.judge import Scored, WordMatch, first_ids
 from vtok.layers.relevance import novelty, word_similarity
 from vtok.llm import LLMConfig, load_llm
-from vtok.types import Clip, Tokens
+from vtok.llm.relevance import ranking_loss
+from vtok.types import Clip, Features, Tokens
 
 torch.set_num_threads(1)
 SCORES = ("novelty", "similarity", "yes_no", "learned")
@@ -176,6 +177,44 @@ def test_novelty_and_similarity_are_those_of_the_frames(folders):  # noqa: F811
     shorter = word_similarity(patches, words, mask=torch.arange(5)[None] < 4, real=torch.tensor([[True, True, False]]))
     assert float(shorter) == pytest.approx(float(cosine[:4, :2].amax(0).mean()))
     assert float(word_similarity(patches, words, real=torch.zeros(1, 3, dtype=torch.bool))) == 0
+
+
+@torch.no_grad()
+def test_words_are_matched_by_learned_weights_at_a_learned_scale():
+    match, patches, words = WordMatch(8), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    mask, real = torch.arange(5)[None] < torch.tensor([[5], [3]]), torch.arange(4)[None] < torch.tensor([[4], [0]])
+    found = match(patches, words, mask=mask, real=real)
+    assert torch.allclose(found, word_similarity(patches, words, mask=mask, real=real) / 0.07) and float(found[1]) == 0
+    real[1, :3] = True
+    match.weigh.weight.copy_(100 * torch.nn.functional.layer_norm(words[0, 2], [8]))
+    alone = word_similarity(patches[:1], words[:1, 2:3], mask=mask[:1])
+    assert torch.allclose(match(patches, words, mask=mask, real=real)[:1], alone / 0.07, atol=1e-4)
+    changed = words.clone()
+    changed[1, 3], patches[1, 3:] = 9.0, 9.0  # padding
+    assert torch.equal(match(patches, changed, mask=mask, real=real), match(patches, words, mask=mask, real=real))
+    match.log_scale.fill_(9.0)
+    assert float(match(patches, words, mask=mask, real=real)[0]) == pytest.approx(100 * float(alone), rel=1e-4)
+
+
+def test_relevance_teaches_similarity_which_words_count(folders):  # noqa: F811
+    """Segments show one of six things, a question names one of them among words that all questions have."""
+    model = tempo(folders["llama"], "similarity", question=False).float().train()
+    torch.manual_seed(0)
+    names, looks = ["red", "ring", "star", "blue", "ground", "left"], torch.randn(6, 5)
+    optimizer = torch.optim.AdamW([*model.eye.parameters(), *model.match.parameters()], 5e-3)
+    hits = []
+    for _ in range(120):
+        shown = torch.stack([torch.randperm(6)[:5] for _ in range(8)])  # [B, G]
+        right = torch.nn.functional.one_hot(torch.randint(5, (8,)), 5).bool()
+        patches = looks[shown].repeat_interleave(2, 1)[:, :, None] + 0.1 * torch.randn(8, 10, 12, 5)
+        prompt = [f"Then the moves over {names[int(i)]} a stays" for i in shown[right]]
+        clip = Clip(list("abcdefgh"), features={"tower": Features(patches, (3, 4))}, prompt=prompt)
+        loss, hit = ranking_loss(model.encode(clip, budget=5).scores, right)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        hits.append(float(hit.float().mean()))
+    assert sum(hits[:3]) / 3 < 0.6 and sum(hits[-10:]) / 10 > 0.95
 
 
 @torch.no_grad()

@@ -127,9 +127,11 @@ class AnsweringEvaluator:
         self.family = str(model.config.name).rpartition(".")[2]
         self.val, self.template, self.timestamps, self.questions = val, template, timestamps, questions
         self.budgets = sorted(set(allocations or budgets))
-        self.minima, self.shares = dict(allocations or {}), list(shares) if allocations else []
         if allocations and not can_allocate(model):
             raise ValueError("allocations are compared of models that share by scores: model.ata.score is none here")
+        self.minima, self.shares = dict(allocations or {}), []
+        if allocations:  # a way that is the model's own has no second row
+            self.shares = [name for name in shares if not SCORES[name] or SCORES[name] != model.config.ata.score]
         self.names = list(dict.fromkeys([*ALWAYS, *reducers])) if full is not None else []
         self.seeds, self.seed, self.max_new_tokens = seeds, seed, max_new_tokens
         self.parts = parts if parts is not None and parts.count > 1 else None
