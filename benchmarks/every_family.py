@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twins import CONFIGS, ROOT, network, run, step_ms, train
+from twins import CONFIGS, ROOT, loss_networks, run, step_ms, train
 
 from vtok.config import load
 
@@ -114,9 +114,7 @@ def overrides(name: str, folders: dict[str, str], *, root: Path, steps: int | No
     own = config.trainer.max_steps if steps is None else steps
     late = config.optim.warmup_steps >= own
     given += [f"optim.warmup_steps={max(own // 4, 1)}"] * late
-    if getattr(config.objective, "perceptual", 0):
-        given.append(f"objective.perceptual_weights={network(root, 'lpips')}")
-    return given
+    return given + loss_networks(config.objective, root)
 
 
 def measured(name: str, *, root: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from every_family import every_family
-from twins import CONFIGS, NETWORKS, network, step_ms, train
+from twins import CONFIGS, loss_networks, step_ms, train
 
 from vtok.config import RunConfig, load
 from vtok.data import synthetic
@@ -150,12 +150,7 @@ def settings(name: str, *, family: str, shards: Path, out: Path) -> tuple[RunCon
         "trainer.log_every=1",
         "trainer.accelerator=cpu",
     ]
-    perceptual, net = ("perceptual", "gram", "scorer"), getattr(plain.objective, "perceptual_net", "")
-    if any(getattr(plain.objective, key, 0) for key in perceptual) and net in NETWORKS:
-        given.append(f"objective.perceptual_weights={network(out, net)}")
-    for key, net in (("video_perceptual", "i3d"), ("flow", "raft")):
-        if getattr(plain.objective, key, 0):
-            given.append(f"objective.{key}_weights={network(out, net)}")
+    given += loss_networks(plain.objective, out)
     if name in BEGINS_WITH:
         given.append(f"init_from={out / f'{BEGINS_WITH[name]}-export'}")
     if name in GOES_ON:

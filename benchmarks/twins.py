@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,3 +85,15 @@ def network(root: Path, name: str) -> Path:
         torch.manual_seed(0)
         torch.save(NETWORKS[name](), path)
     return path
+
+
+def loss_networks(objective: Any, root: Path) -> list[str]:
+    """Overrides that name random weights, made under `root`, for what the losses of a preset look through."""
+    given = []
+    perceptual, net = ("perceptual", "gram", "scorer"), getattr(objective, "perceptual_net", "")
+    if any(getattr(objective, key, 0) for key in perceptual) and net in NETWORKS:
+        given.append(f"objective.perceptual_weights={network(root, net)}")
+    for key, net in (("video_perceptual", "i3d"), ("flow", "raft")):
+        if getattr(objective, key, 0):
+            given.append(f"objective.{key}_weights={network(root, net)}")
+    return given
