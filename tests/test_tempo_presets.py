@@ -37,7 +37,7 @@ def settings(tmp_path_factory) -> list[str]:
 @pytest.mark.long
 def test_the_estimate_is_what_a_step_takes(settings):
     config = load(TINY, settings)
-    assert config.model.ata.score == "yes_no" and config.objective.relevance == 1
+    assert config.model.ata.score == "similarity" and config.objective.relevance == 1
     said, taken = estimate(config), take_step(config)
     for name in ("parameters", "parameters_trained", "parameters_tower", "parameters_llm"):
         assert getattr(said, name) == taken[name], name

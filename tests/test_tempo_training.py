@@ -39,7 +39,7 @@ def videos(long):
 whole = {{"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
 plan = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": whole}}
 sizes = dict(embedding_dim=24, embedding_rms=0.05, num_tokens=6, max_tokens=200, in_dim=5)
-for score in ("learned", "yes_no"):
+for score in ("learned", "yes_no", "similarity"):
     torch.manual_seed(0)
     ata = AtaConfig(score=score, minimum=1, maximum=6)
     own = dict(source="video", window=3, question=True, tower=TowerConfig(name="tower"), ata=ata)
@@ -71,4 +71,4 @@ def test_ranks_of_short_and_long_videos_keep_step(tmp_path):
     tokenizer.save_pretrained(tmp_path / "lm")
     said = ranks(tmp_path, SCRIPT.format(folder=str(tmp_path / "lm")))
     trained = [line for line in said[0].splitlines() if line.startswith("trained")]
-    assert trained == ["trained learned", "trained yes_no"], (said[0][-3000:], said[1][-3000:])
+    assert trained == ["trained learned", "trained yes_no", "trained similarity"], (said[0][-3000:], said[1][-3000:])

@@ -80,7 +80,7 @@ class WordMatch(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.weigh = nn.Linear(width, 1, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # DeepSpeed has no parameters without a dimension
         nn.init.zeros_(self.weigh.weight)
 
     def forward(self, patches: Tensor, words: Tensor, *, mask: Tensor, real: Tensor) -> Tensor:
