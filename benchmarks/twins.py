@@ -94,6 +94,6 @@ def loss_networks(objective: Any, root: Path) -> list[str]:
     if any(getattr(objective, key, 0) for key in perceptual) and net in NETWORKS:
         given.append(f"objective.perceptual_weights={network(root, net)}")
     for key, net in (("video_perceptual", "i3d"), ("flow", "raft")):
-        if getattr(objective, key, 0):
+        if getattr(objective, key, 0) and hasattr(objective, f"{key}_weights"):
             given.append(f"objective.{key}_weights={network(root, net)}")
     return given
