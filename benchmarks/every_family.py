@@ -9,7 +9,7 @@ each family makes of a clip, and what that costs.
     bits      of these: of ids by their codebooks; of vectors 16 for each of their numbers, as bfloat16 has
     quality   tokenizers: PSNR in dB; projectors: questions answered right by the frozen language model, %; compressors
               of texts: F1 of what it repeats, %
-    control   at as many bits or tokens: dct; pooling; sums of runs of words
+    control   at as many bits or tokens: dct; sums of runs of words; projectors stand beside the row `pooling`
     step      ms of wall time: median of all steps but the first five, loading and logging included
     memory    largest resident set of the training process, MiB
 """
@@ -44,10 +44,10 @@ class Entry:
 
     @property
     def kind(self) -> tuple[str, float, str, str]:
-        """(key of eval.json, what it is multiplied by, its unit, the control)."""
+        """(key of eval.json, what it is multiplied by, its unit, the control or "")."""
         if self.corpus == "texts":
             return "token_f1", 100.0, "% F1", "mean_pool"
-        return ("accuracy", 100.0, "%", "pooling") if self.given else ("psnr_db", 1.0, "dB", "dct")
+        return ("accuracy", 100.0, "%", "") if self.given else ("psnr_db", 1.0, "dB", "dct")
 
 
 ENTRIES = {
