@@ -3,6 +3,7 @@
     python benchmarks/families.py --family discrete [--only NAME] [--shards DIR] [--out DIR]
     python benchmarks/families.py --family all [--only NAME] [--steps N] [--out DIR]     one table over all families:
                                                                                          every_family.py
+
 Each preset is trained by `vtok train` in a process of its own (one thread), stages after those they begin with, and
 measured by `vtok.evaluation.evaluator` on held-out clips beside both controls at the same bits. Without --shards it
 writes the procedural corpus of tests/test_tiny.py, with dense maps. A run that is there (--out) is measured only.

@@ -91,8 +91,8 @@ def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
     """[{key, caption, captions, qa}] of the train rows of a manifest (all rows where none is marked), or of a folder of
     shards.
 
-    A row's caption is its `text` where it has one, the sample's txt in shards; else all shots of its timed `captions`,
-    of which a caption leaves some out. repeat: without questions, too.
+    A row's caption is its `text` where it has one, the sample's txt in shards; captions: those of its shots. repeat:
+    without questions, too.
     Raises: ValueError where there is no caption with questions.
     """
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
     every = [
         {
             "key": str(r.get("key") or r.get("file")),
-            "caption": r.get("text") or _every_shot(r.get("captions") or []) or r.get("caption"),
+            "caption": r.get("text") or r.get("caption"),
             "captions": r.get("captions") or [],
             "qa": r.get("qa") or [],
             "split": r.get("split"),
@@ -123,12 +123,6 @@ def read_texts(source: Path, *, repeat: bool = False) -> list[dict[str, Any]]:
     if not texts:
         raise ValueError(f"{source}: no row of the train split with a caption and questions; see data/demo_corpus.py")
     return texts
-
-
-def _every_shot(captions: list[dict[str, Any]]) -> str:
-    """The descriptions of two shots and more in one, as `Scene.caption` tells few of them."""
-    told = [caption["text"] for caption in captions]
-    return " ".join(f"Scene {number}: {text}" for number, text in enumerate(told, 1)) if len(told) > 1 else ""
 
 
 def exchanged(texts: list[str], rng: random.Random) -> list[str]:
@@ -216,20 +210,19 @@ def make_document(row: dict[str, Any], tokenizer: Any, config: TinyConfig, rng: 
 
 
 def _some_shots(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """A stretch of a clip of many shots, short ones more often than long ones, and questions about its needles."""
-    shots = row["captions"]
-    if len(shots) <= MOST_TOLD:
+    """A stretch of a clip of more shots than its caption tells, and questions about its needles: as many shots as a
+    caption tells at most, few more often than many. Other clips, and those without needles, are as they were."""
+    shots, asked = row["captions"], [q for q in row["qa"] if q.get("type") == "needle"]
+    if len(shots) <= MOST_TOLD or not asked:
         return row
-    asked = [q for q in row["qa"] if q.get("type") == "needle"]
-    if not asked:
-        return row
-    count, one = int((len(shots) + 1) ** (rng.random() ** 1.5)), rng.choice(asked)
+    count, one = int((MOST_TOLD + 1) ** (rng.random() ** 1.5)), rng.choice(asked)
     at = next(i for i, shot in enumerate(shots) if one["end_s"] <= shot["end_s"])
     first = rng.randint(max(0, at - count + 1), min(at, len(shots) - count))
-    told, inside = shots[first : first + count], (shots[first]["start_s"], shots[first + count - 1]["end_s"])
-    asked = [q for q in asked if inside[0] <= q["start_s"] and q["end_s"] <= inside[1]]
-    asked = rng.sample(asked, min(len(asked), MOST_ASKED))
-    return {**row, "caption": _every_shot(told) or told[0]["text"], "qa": asked}
+    told = shots[first : first + count]
+    asked = [q for q in asked if told[0]["start_s"] <= q["start_s"] and q["end_s"] <= told[-1]["end_s"]]
+    texts = [f"Scene {number}: {shot['text']}" for number, shot in enumerate(told, 1)]
+    caption = " ".join(texts) if count > 1 else told[0]["text"]
+    return {**row, "caption": caption, "qa": rng.sample(asked, min(len(asked), MOST_ASKED))}
 
 
 def _scenes(caption: str) -> list[tuple[list[str], list[str]]]:

@@ -241,6 +241,7 @@ def shared_policy(
             entropy,
             chunk_tokens=model.max_tokens,
             group_tokens=getattr(model, "num_tokens", model.max_tokens),
+            one_block=getattr(model, "num_tokens", None) == model.max_tokens,
             frames=max(frames, 1) if asked.look_ahead is not None else 1 << 28,
         )
     return Allocated(

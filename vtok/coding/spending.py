@@ -90,7 +90,7 @@ class BytePurse:
 
     Args:
         writer, entropy: of the file, header written. chunk_tokens, group_tokens: most tokens of one step of the stream,
-            and of a block. frames: most that the video can have.
+            and of a block. one_block: whether a step is one block. frames: most that the video can have.
     """
 
     unit = 8
@@ -103,6 +103,7 @@ class BytePurse:
         *,
         chunk_tokens: int,
         group_tokens: int,
+        one_block: bool,
         frames: int,
     ) -> None:
         self.total, self.writer, header = total, writer, writer.header
@@ -120,7 +121,7 @@ class BytePurse:
         self.count_bits = math.log2(max(group_tokens, 2))
         # Records of fewer tokens: where steps stop being alike at the end (a short chunk, then its last block; a step
         # of one block has no short chunk before it), and the last one. Longer ones are paid for by their tokens.
-        self.record, self.tail = record, (3 if chunk_tokens > group_tokens else 2) * record
+        self.record, self.tail = record, (2 if one_block else 3) * record
         self.open_tokens = self.fresh_tokens = 0  # of the writer's open record, and not handed on yet
         self.per_token = record / RECORD_TOKENS + self.coder.per_token
         totals = (max(frames, 1), max(frames, 1), max(frames, 1) * group_tokens, max(frames, 1))
