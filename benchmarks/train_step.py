@@ -5,9 +5,11 @@
 One real run (`vtok.train.train`: logging, TensorBoard and a live progress bar on, validation and checkpoints outside
 the measured steps). Its data stream makes one bare step, with a copy of model and objective, each time a batch is asked
 for; so the two loops alternate step by step, and whatever else the machine does hits both. CPU time of this process,
-all its threads; loading is the same for both (clips in memory). The ratio is (ours / bare) of the median step of a
-repeat, the median over repeats. `all` is that of the sums over all steps: the steps in which operations are counted (1,
-2, 4, 8, 16 ... of a run) and lines are written are in it, and every hiccup of the machine.
+all its threads; loading is the same for both (clips in memory). A ratio is ours / bare of one pair of neighbouring
+steps: the median over the pairs of a repeat, and over repeats. `all` is that of the sums over all steps: the steps in
+which operations are counted (1, 2, 4, 8, 16 ... of a run) and lines are written are in it, and every hiccup of the
+machine. Losses that look through a network whose weights are not named look through one with random weights: the same
+work.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ os.environ["FORCE_COLOR"] = "1"  # a live bar, as on a terminal
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from twins import loss_networks
 
 from vtok.config import RunConfig, load
 from vtok.train import build, train
@@ -101,7 +104,7 @@ class Alternating(pl.LightningDataModule):
 class Measured:
     bare_ms: float  # median step
     ours_ms: float
-    ratios: list[float]  # ours / bare of the median step of each repeat
+    ratios: list[float]  # the median pair's ours / bare of each repeat
     all: float  # ours / bare of all steps
 
 
@@ -116,12 +119,16 @@ def measure(config: RunConfig, *, repeats: int, steps: int) -> Measured:
     data = Alternating(config)
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         config.out = out
+        for given in loss_networks(config.objective, Path(out)):
+            key, path = given.removeprefix("objective.").split("=")
+            if not getattr(config.objective, key):
+                setattr(config.objective, key, path)
         train(config, data=data)
     marks = data.marks[WARM : WARM + repeats * steps + 1]
     bare = [1e3 * (b - a) for (_, a), (_, b) in zip(marks, marks[1:])]
     ours = [1e3 * (b - a) - own for (a, _), (b, _), own in zip(marks, marks[1:], bare)]
     parts = [slice(i * steps, (i + 1) * steps) for i in range(repeats)]
-    ratios = [statistics.median(ours[part]) / statistics.median(bare[part]) for part in parts]
+    ratios = [statistics.median(o / b for o, b in zip(ours[part], bare[part])) for part in parts]
     return Measured(statistics.median(bare), statistics.median(ours), ratios, sum(ours) / sum(bare))
 
 
