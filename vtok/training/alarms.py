@@ -122,9 +122,9 @@ def _codebook(line: Line, low: float, high: float, words: str) -> str | None:
         f"{100 * line['train/codebook_usage']:.2g} % of it with a perplexity of "
         f"{line['train/codebook_perplexity']:.3g}; against even use, usage is {100 * shares[0]:.2g} % and perplexity "
         f"{100 * shares[1]:.2g} % (alarm below {100 * high:g} %). Choose "
-        "model.quantizer.name=fsq, which has no codebook to lose; or for vq: ema_decay=0.99, kmeans_init=true, "
-        "dead_code_threshold=2, a dim of 8 to 32, a smaller codebook_size; or for lfq: a larger entropy; and a lower "
-        "optim.lr with more optim.warmup_steps"
+        "model.quantizer.name=fsq with entropy=0.1, which keeps its digits from one end of their range; or for vq: "
+        "ema_decay=0.99, kmeans_init=true, dead_code_threshold=2, a dim of 8 to 32, a smaller codebook_size; or for "
+        "lfq: a larger entropy; and a lower optim.lr with more optim.warmup_steps"
     )
 
 
