@@ -15,6 +15,7 @@ from vtok.coding import codec
 from vtok.coding.rate_control import Asked
 from vtok.data.encode import write_video
 from vtok.families import discrete, flow
+from vtok.layers.begin import patch_of_token
 from vtok.layers.conv3d import ConvConfig
 from vtok.layers.flow import SamplerConfig
 from vtok.quantize import QuantizerConfig
@@ -272,3 +273,30 @@ def test_files_of_drawn_videos_are_never_larger_than_asked(tmp_path, frames):
     assert coded(tokens_per_second=4).tokens <= max(4 * frames / 8, 1)
     assert coded(psnr_db=60.0).tokens <= whole.tokens
     assert np.stack(list(codec.decode_frames(model, out))).shape == (frames, 16, 16, 3)
+
+
+@torch.no_grad()
+def test_patches_begin_by_reading_the_token_that_lies_where_they_are():
+    torch.manual_seed(0)
+    config = flow.Config(
+        num_frames=1, size=[16, 16], patch=4, num_tokens=16, width=64, head_size=32, encoder_depth=1, decoder_depth=2
+    )
+    model = flow.Model(config).eval()
+    spots = patch_of_token(16, (1, 4, 4), 1).tolist()
+    noised, level = torch.randn(1, 3, 1, 16, 16), torch.full((1, 1), 0.9)
+    codes, yes = torch.rand(1, 1, 16, model.quantizer.dim) * 2 - 1, torch.ones(1, 1, dtype=torch.bool)
+
+    def after_first_block(codes: torch.Tensor, kept: int = 16) -> torch.Tensor:
+        keep = (torch.arange(16) < kept)[None, None]
+        known = null = torch.zeros(1, 1, dtype=torch.bool)
+        tapped = model.velocity(noised, level, codes, keep, valid=yes, known=known, null=null[0], tap=1)[1]
+        assert tapped is not None
+        return tapped[0]
+
+    whole = after_first_block(codes)
+    for token, place in enumerate(spots):
+        other = codes.clone()
+        other[0, 0, token] *= -1
+        moved = (after_first_block(other) - whole).square().sum(-1)
+        assert int(moved.argmax()) == place and moved[place] > 0.25 * moved.sum()
+    assert sorted(spots) == list(range(16)), "every patch has a token"

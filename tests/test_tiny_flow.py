@@ -14,6 +14,7 @@ from test_tiny import lab as lab  # a fixture
 
 import vtok
 from vtok import config as configuration
+from vtok.budget import NestedConfig
 from vtok.data.module import ClipDataModule
 from vtok.export import main_export
 from vtok.train import build, train
@@ -46,8 +47,12 @@ def latents(lab) -> Path:
 
 
 @torch.no_grad()
-def velocity_error(lit, clips) -> float:
+def velocity_error(lit, clips, *, tokens: bool | None = None) -> float:
+    """Mean over clips; tokens: all of them are told, or none; as the objective draws them where it is not said."""
     lit.eval()
+    if tokens is not None:
+        lit.objective.config.nested = NestedConfig("full")
+        lit.objective.config.unconditional = 0.0 if tokens else 1.0
     seen = []
     for index, clip in enumerate(clips):
         torch.manual_seed(index)
@@ -76,5 +81,8 @@ def test_twins_learn(lab, tower, latents, name):
     after = velocity_error(fresh, clips)
     print(f"| {name}_tiny | {config.trainer.max_steps} | {before:.3f} | {after:.3f} |")
     assert after < 0.8 * before
+    told, untold = (velocity_error(fresh, clips, tokens=tokens) for tokens in (True, False))
+    print(f"  told all tokens {told:.3f}, none {untold:.3f}")
+    assert told < 0.95 * untold, "the decoder reads its tokens"
     video = vtok.load(str(export)).decode(fresh.model.encode(clips[0], budget=len(clips[0].video[0, 0])), size=(32, 32))
     assert video.shape == clips[0].video.shape and video.isfinite().all()

@@ -216,7 +216,9 @@ class Model(OverlappedTokenizer):
         places = self.encoder_positions(grid)
         begin_encoder(self.encoder, places, spots, self.patch_in, self.registers, self.to_latent)
         spread(self.decoder_positions)
-        self.decoder_registers.copy_(self.decoder_positions(grid)[spots])
+        places = self.decoder_positions(grid)
+        self.decoder_registers.copy_(places[spots])
+        self.decoder.begin_reading(places, self.from_code)
         residuals = [self.out, self.to_latent] if self.config.registers == "dct" else [self.out]
         for residual in residuals:
             nn.init.zeros_(residual.weight)

@@ -11,12 +11,13 @@ Letters: N patches, D width, K tokens of a time block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from vtok.layers.positions import Positions
-from vtok.layers.transformer import Block, Transformer
+from vtok.layers.transformer import Attention, Block, Transformer
 
 REFERENCE_WIDTH = 768  # of TiTok-B, One-D-Piece-B, LARP and AdapTok: what their learning rates are made for
 _POSITION_STD = 0.4  # of each axis' table: positions and patches then weigh alike in a token
@@ -36,9 +37,11 @@ def patch_of_token(num_tokens: int, grid: tuple[int, int, int], blocks: int) -> 
     return torch.cat([b * patches + torch.arange(num_tokens) * stride % patches for b in range(blocks)])
 
 
-def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> Tensor:
-    """Initial weights of the first block of `net` with which a token attends to what lies at its own place and came
-    through `source`, and takes over what that holds.
+def start_attention(
+    attention: Attention, norm: Callable[[Tensor], Tensor], positions: Tensor, source: nn.Linear
+) -> Tensor:
+    """Initial weights of a first `attention`, which reads through `norm`, with which a token attends to what lies at
+    its own place and came through `source`, and takes over what that holds.
 
     Queries and keys are the principal components of `positions` [N, D], whitened as far as they exceed content; one
     more component tells tokens of `source` (patches in an encoder, codes in a decoder) from those that ask, by a
@@ -46,13 +49,10 @@ def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> T
     Returns: [n, D] orthonormal directions in which places and that constant lie, which are not taken over.
     """
     width = positions.shape[1]
-    if not len(net.blocks) or len(positions) < 2:
+    if len(positions) < 2:
         return positions.new_zeros(0, width)
-    block = net.blocks[0]
-    assert isinstance(block, Block)
-    attention = block.attention
     size = width // attention.num_heads
-    normed = block.norm1(positions)
+    normed = norm(positions)
     centre = normed.mean(0)
     _, values, basis = torch.linalg.svd((normed - centre).double(), full_matrices=False)
     variance = values.float().square() / len(positions)
@@ -77,6 +77,15 @@ def start_attention(net: Transformer, positions: Tensor, source: nn.Linear) -> T
     attention.qkv.bias.copy_(torch.cat([ask.repeat(heads), shift.repeat(heads), -value @ centre]))
     attention.out.weight.copy_(mix.T)
     return basis
+
+
+def _start_first(net: Transformer, positions: Tensor, source: nn.Linear) -> Tensor:
+    """`start_attention` of the first block, where there is one."""
+    if not len(net.blocks):
+        return positions.new_zeros(0, positions.shape[1])
+    block = net.blocks[0]
+    assert isinstance(block, Block)
+    return start_attention(block.attention, block.norm1, positions, source)
 
 
 def spread(positions: Positions) -> None:
@@ -111,7 +120,7 @@ def begin_encoder(
     places: [N, D] positions of the patches; spots: [R] patch of each register; source: gives the patches; reader: takes
     latents from the registers.
     """
-    basis = start_attention(net, places, source)
+    basis = _start_first(net, places, source)
     own = torch.randn_like(registers) * _OWN_STD
     registers.copy_(places[spots] + own - own @ basis.T @ basis)
     learn_as_wide(net, reader)
@@ -126,7 +135,7 @@ def begin_decoder(
     gives the tokens; last: reads the queries.
     """
     registers.copy_(spots)
-    start_attention(net, places, source)
+    _start_first(net, places, source)
     learn_as_wide(net, last)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

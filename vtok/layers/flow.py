@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Generator, Tensor, nn
 
+from vtok.layers.begin import start_attention
 from vtok.layers.transformer import MLP, Attention, flex_blocks
 
 
@@ -119,7 +120,8 @@ class FlowBlock(nn.Module):
 class FlowTransformer(nn.Module):
     """`depth` blocks and a modulated norm over [patches | registers]: [M, L, W] -> patches [M, t P, W].
 
-    Every modulation begins at zero, so that the stack begins as the identity. `flex`, `checkpoint`: as `Transformer`.
+    Every modulation begins at zero, so that the stack begins as the identity, but for `begin_reading`. `flex`,
+    `checkpoint`: as `Transformer`.
     """
 
     def __init__(
@@ -167,6 +169,20 @@ class FlowTransformer(nn.Module):
                 tapped = x[:, :patches]
         shift, scale = self.last(condition).repeat_interleave(spans.patches, 1).chunk(2, -1)
         return torch.addcmul(shift, _norm(x[:, :patches]), 1 + scale), tapped
+
+    @torch.no_grad()
+    def begin_reading(self, places: Tensor, source: nn.Linear) -> None:
+        """Initial values, in place, with which the first block's patches take over, from the first step, what tokens
+        hold that lie where they are: its attention reads by place (`vtok.layers.begin`), its gate for patches is 1.
+
+        places: [N, W] positions of patches; source: gives the tokens.
+        """
+        if not len(self.blocks):
+            return
+        block = self.blocks[0]
+        assert isinstance(block, FlowBlock)
+        start_attention(block.attention, _norm, places, source)
+        block.of_patches.bias[2 * self.width : 3 * self.width] = 1.0
 
 
 def _norm(x: Tensor) -> Tensor:
