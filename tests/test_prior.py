@@ -28,9 +28,11 @@ from vtok.coding.bitstream import Chunk, Reader, Writer, file_key
 from vtok.coding.prior import train_prior
 from vtok.coding.prior_data import row_of, scan, stack, tokens_of_ids
 from vtok.coding.prior_training import Trainer, Training
-from vtok.coding.sample import condition_words, draw_ids
+from vtok.coding.sample import condition_words, conditions, draw_ids
 from vtok.config import loads
 from vtok.data.token_reader import SampleFacts, iter_token_samples
+from vtok.evaluate import _samples
+from vtok.evaluation.report import write_report
 from vtok.families import flexible
 from vtok.layers.token_prior import START, TokenRows
 from vtok.loading import ExportError, Identity, identify, load_prior
@@ -406,6 +408,13 @@ def test_labels_are_learned_and_guidance_goes_beyond(home, tmp_path):
     told = share(condition_words(prior.config, label="l2"))
     assert told > 0.45 and told > 1.4 * share(None)
     assert share(condition_words(prior.config, label="l2"), guidance=3.0) > told
+    told, made = _samples(vtok.load(tmp_path / "out"), str(tmp_path / "out"), [], seed=0)
+    page = write_report({"rows": []}, [], tmp_path / "r.html", samples=made, told=told).read_text()
+    assert told == ["l0", "l0", "l1", "l2"] and page.count('<th scope="row">l0</th>') == 2 and len(made) == 4
+    assert conditions(replace(prior.config, condition="caption"), captions=["no", "an l1"] * 2, count=2) == [
+        "an l1",
+        "",
+    ]
     with pytest.raises(ValueError, match="guidance=2 needs a condition"):
         draw_ids(prior, groups=[2], guidance=2)
     with pytest.raises(ValueError, match="top_p=0"):
@@ -428,7 +437,6 @@ def test_the_sample_command(shipped, tmp_path, capsys):
 def test_eval_counts_bits_under_the_prior_and_the_report_shows_draws(shipped, home, tmp_path):
     from vtok.coding.sample import draw_samples
     from vtok.evaluation.evaluator import Evaluator
-    from vtok.evaluation.report import write_report
 
     model = vtok.load(shipped[0])
     clips = [

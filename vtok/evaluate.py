@@ -129,14 +129,23 @@ def showcase(evaluator: Evaluator, result: dict[str, Any], *, fps: float | None,
     return [out[at] for at in tags if at in out]
 
 
-def _samples(model: Any, path: str, *, seed: int) -> list[dict[int, Any]]:
-    """Samples of the export's prior at several lengths, for the report; [] where it has none."""
-    from vtok.coding.sample import draw_samples
+def _samples(
+    model: Any, path: str, clips: list[dict[str, Any]], *, seed: int
+) -> tuple[list[str], list[dict[int, Any]]]:
+    """Four samples of the export's prior at several lengths, for the report, and what each was told: a label it knows,
+    the caption of one of the report's clips, nothing (""); none where there is no prior."""
+    from vtok.coding.sample import condition_words, conditions, draw_samples
     from vtok.loading import export_folder, prior_of, read_prior_facts
 
-    if prior_of(model) is None:
-        return []
-    return draw_samples(model, read_prior_facts(export_folder(path)), count=4, seed=seed)
+    prior = prior_of(model)
+    if prior is None:
+        return [], []
+    facts, made = read_prior_facts(export_folder(path)), []
+    told = conditions(prior.config, captions=[clip["caption"] for clip in clips], count=4)
+    for number, said in enumerate(told):
+        words = condition_words(prior.config, **({prior.config.condition: said} if said else {}))
+        made += draw_samples(model, facts, count=1, words=words or None, seed=seed + number)
+    return told, made
 
 
 def _names(text: str) -> list[str]:
@@ -450,6 +459,7 @@ def main(argv: list[str] | None = None) -> int:
         from vtok.evaluation.report import write_report
 
         clips = showcase(evaluator, result, fps=data.fps)
-        samples = _samples(model, options.model, seed=options.seed)
-        print(f"report  {write_report(result, clips, out / 'report.html', history=_history(source), samples=samples)}")
+        told, made = _samples(model, options.model, clips, seed=options.seed)
+        shown = dict(history=_history(source), samples=made, told=told)
+        print(f"report  {write_report(result, clips, out / 'report.html', **shown)}")
     return 0

@@ -53,6 +53,18 @@ def condition_words(config: TokenPriorConfig, *, label: str | None = None, capti
     return prefix_of(words, config)[1:]
 
 
+def conditions(config: TokenPriorConfig, *, captions: Sequence[str], count: int) -> list[str]:
+    """What `count` samples are told where nobody says it: labels spread over those the prior knows, or captions, whole
+    ones that it knows a word of; "" each where it can be told nothing."""
+    if config.condition == "label":
+        known = config.vocabulary
+        return [known[at * len(known) // count] for at in range(count)] if known else [""] * count
+    if config.condition == "caption":
+        known = {text: None for text in captions if any(word in config.vocabulary for word in words_of(text))}
+        return [*list(known)[:count], *[""] * (count - len(known))]
+    return [""] * count
+
+
 def draw_ids(
     prior: PriorModel,
     *,

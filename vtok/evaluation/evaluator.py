@@ -4,8 +4,8 @@
     2. a static entropy model fitted on the training clips' ids prices the validation ids; so does the export's prior
     3. controls, fitted on training clips, and codecs, searched per clip, at the mean nominal bits of each budget
 
-Every number is a mean over clips of one number per clip, but for rFVD and rFID, which compare sets of features. What is
-undefined is null, and the row's `note` says why.
+Every number is a mean over clips of one number per clip, but for rFVD, its proxy and rFID, which compare sets of
+features. What is undefined is null, and the row's `note` says why.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vtok.coding.prior_coding import signalling_bits
 from vtok.evaluation.rows import SCHEMA, Row, against_codec, environment, without_nan
 from vtok.layers.perceptual import LPIPS
 from vtok.loading import prior_of
+from vtok.metrics.bands import Bands
 from vtok.metrics.codecs import CODECS, Point, Workers, sweep_clips
 from vtok.metrics.codecs import describe as describe_codec
 from vtok.metrics.controls import CONTROLS, Downsample, fit_control, repeat_last
@@ -118,10 +119,11 @@ class Evaluator:
         self.train = train
         self.control_names, self.codec_names = list(controls), list(codecs)
         self.lpips = lpips.to(self.device) if lpips is not None else None
-        given = {"rfvd": fvd, "rfid": fid}
+        given = {"rfvd": fvd, "rfid": fid, "rfvd_proxy": Bands()}
         # features of originals are computed once for all rows
         self.frechet = {name: FeatureCache(net.to(self.device)) for name, net in given.items() if net is not None}
-        self.weights = {name: {"sha256": c.net.sha256, "features": c.net.about} for name, c in self.frechet.items()}
+        nets = {name: cache.net for name, cache in self.frechet.items() if not cache.net.weightless}
+        self.weights = {name: {"sha256": net.sha256, "features": net.about} for name, net in nets.items()}
         self.fps, self.seed, self.profile = fps, seed, profile
         self.processes, self.codec_clips = processes, codec_clips
         self.bar = counting_bar(show=progress)

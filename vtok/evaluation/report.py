@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from vtok.evaluation.page import (
     tokens_text,
     write_page,
 )
-from vtok.evaluation.sprites import frames_of, sprite, stored, told
+from vtok.evaluation.sprites import frames_of, sprite, stored
+from vtok.evaluation.sprites import told as stored_how
 
 CODECS = ("x264", "x265", "av1")
 
@@ -55,11 +57,19 @@ COLUMNS = [
     Column("rfvd_clips", "rFVD clips", ",.0f"),
     Column("rfid", "rFID", ",.2f"),
     Column("rfid_frames", "rFID frames", ",.0f"),
+    Column("rfvd_proxy", "rFVD proxy, no weights", ",.2f"),
+    Column("rfvd_proxy_clips", "rFVD proxy clips", ",.0f"),
     Column("worse_share", "worse with more tokens", ".1%"),
     Column("below_floor", "clips below the codec's floor", ".0%"),
 ]
 # what is drawn where rows define it: (key, axis title)
-QUALITIES = [("psnr_db", "PSNR, dB"), ("ssim", "SSIM")]
+QUALITIES = [
+    ("psnr_db", "PSNR, dB"),
+    ("ssim", "SSIM"),
+    ("lpips", "LPIPS"),
+    ("rfvd", "rFVD"),
+    ("rfvd_proxy", "rFVD proxy (no weights)"),
+]
 RATES = [("bits_per_pixel", "bits per pixel"), ("tokens_mean", "tokens per clip")]
 
 
@@ -71,6 +81,7 @@ def write_report(
     title: str | None = None,
     history: list[dict[str, Any]] | None = None,
     samples: list[dict[int, Any]] | None = None,
+    told: Sequence[str] = (),
     max_bytes: int = 20_000_000,
 ) -> Path:
     """Write one html file that shows an evaluation; returns its path.
@@ -83,6 +94,7 @@ def write_report(
         title: heading; the model's name otherwise.
         history: the lines of metrics.jsonl, drawn as training curves.
         samples: draws of the prior, each {tokens kept of a group: uint8 [T, H, W, 3]}; their middle frames are shown.
+        told: the label or caption that each of them was drawn for, "" for none.
         max_bytes: above this size the frames are stored again as lossy WebP, and the page says so.
     Raises: ValueError when a clip's arrays are not uint8 [T, H, W, 3] of one shape, or its fps is not positive.
     """
@@ -97,11 +109,11 @@ def write_report(
         tiles=_tiles(rows, family),
         first="player" if kept else "rates",
         sections=[
-            fill(asset("player.html"), how=told(exact)) if kept else "",
+            fill(asset("player.html"), how=stored_how(exact)) if kept else "",
             _gallery_section(kept),
             _rate_section(rows, family),
             _codecs_section(evaluation),
-            _samples_section(samples or []),
+            _samples_section(samples or [], told),
             _usage_section(evaluation, rows, family),
             _table_section(rows, family),
             history_section(history or []),
@@ -140,14 +152,15 @@ def _gallery_section(stored: list[dict[str, Any]]) -> str:
 {"".join(parts)}</section>"""
 
 
-def _samples_section(samples: list[dict[int, Any]]) -> str:
-    """A row a draw of the prior, a column a number of tokens kept."""
+def _samples_section(samples: list[dict[int, Any]], told: Sequence[str]) -> str:
+    """A row a draw of the prior, under what it was told, a column a number of tokens kept."""
     if not samples:
         return ""
-    heads = "".join(f'<th scope="col">{tokens_text(float(budget))}</th>' for budget in samples[0])
+    heads = '<th scope="col">drawn for</th>' * any(told)
+    heads += "".join(f'<th scope="col">{tokens_text(float(budget))}</th>' for budget in samples[0])
     lines = []
     for row, sample in enumerate(samples):
-        cells = ""
+        cells = f'<th scope="row">{html.escape(told[row]) or "nothing said"}</th>' if any(told) else ""
         for budget, value in sample.items():
             frames = frames_of(value, f"sample {row}")
             middle = frames[len(frames) // 2][None]

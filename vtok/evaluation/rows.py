@@ -23,7 +23,11 @@ SCHEMA = 1
 RESAMPLES = 1000  # of the bootstrap
 DISTORTIONS = ("psnr_db", "ssim", "tdiff_psnr_db", "lpips")
 # of whole sets, not means over clips: the metric, the key of its sample's size, the setting its weights come from
-FRECHET = {"rfvd": ("rfvd_clips", "eval.fvd_weights"), "rfid": ("rfid_frames", "eval.fid_weights")}
+FRECHET = {
+    "rfvd": ("rfvd_clips", "eval.fvd_weights"),
+    "rfid": ("rfid_frames", "eval.fid_weights"),
+    "rfvd_proxy": ("rfvd_proxy_clips", "no setting: it needs none"),
+}
 
 
 def bootstrap(values: Tensor, *, seed: int, clusters: Tensor | None = None) -> list[float] | None:
@@ -79,7 +83,7 @@ class Row:
         return float(defined.mean()) if len(defined) else math.nan
 
     def settle(self) -> None:
-        """Turn the sums of rFVD and rFID, 67 MB for the latter, into numbers, once every clip was added."""
+        """Turn the sums of rFVD, its proxy and rFID, 67 MB for the last, into numbers, once every clip was added."""
         for name, metric in self.frechet.items():
             self.extra |= {name: float(metric.compute()), FRECHET[name][0]: int(metric.samples)}
             if remark := metric.remark():

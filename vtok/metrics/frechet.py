@@ -36,6 +36,7 @@ class FeatureNet(nn.Module):
     Attributes:
         dim: D. unit: what a sample is, "clips" or "frames". min_frames: shorter clips give no sample.
         about: the convention in words, for tables. sha256: of the file its weights came from; "" for none.
+        weightless: there are none.
     """
 
     dim: int
@@ -43,6 +44,7 @@ class FeatureNet(nn.Module):
     min_frames: int
     about: str
     sha256: str = ""
+    weightless: bool = False
 
     def features(self, video: Tensor, lengths: Tensor) -> list[Tensor]:
         """Per clip float32 [n, D] (n 0 where the clip is too short). video: uint8 [B, 3, T, H, W], lengths: [B]."""
