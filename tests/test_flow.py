@@ -300,3 +300,27 @@ def test_patches_begin_by_reading_the_token_that_lies_where_they_are():
         moved = (after_first_block(other) - whole).square().sum(-1)
         assert int(moved.argmax()) == place and moved[place] > 0.25 * moved.sum()
     assert sorted(spots) == list(range(16)), "every patch has a token"
+
+
+def test_the_first_steps_tell_every_token(monkeypatch):
+    config = flow.Config(**FLOW)
+    model, seen = flow.Model(config), []
+    whole = flow.Model.forward
+    monkeypatch.setattr(
+        flow.Model,
+        "forward",
+        lambda self, video, lengths, keep, draw, **given: (
+            seen.append((keep, draw.null)) or whole(self, video, lengths, keep, draw, **given)
+        ),
+    )
+    law = NestedConfig("uniform", per="block")
+    lab = flow.Objective(flow.ObjectiveConfig(nested=law, unconditional=0.5, full_steps=3), config)
+    for step, training in ((2, True), (3, True), (2, False)):
+        torch.manual_seed(0)
+        lab.train(training)(model, clip(smooth(16, 9)), step)
+    (early, told), (later, untold), (measured, measured_null) = seen
+    assert bool((early == model.num_tokens).all()) and not told.any()
+    assert later.unique().numel() > 2 and untold.any(), "then the law"
+    assert torch.equal(measured, later) and torch.equal(measured_null, untold), "which validation always follows"
+    with pytest.raises(ValueError, match="objective.full_steps=-1 must be 0 or more"):
+        flow.Objective(flow.ObjectiveConfig(full_steps=-1), config)

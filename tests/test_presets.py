@@ -82,6 +82,7 @@ _COMMON = {
     *(f"objective.flow_{k}" for k in ("pairs", "updates")),  # how much of a batch's motion is looked at, and how long
     # steps, and places in the run that are counted in steps
     *("trainer.max_steps", "optim.warmup_steps", "objective.prior.ramp_steps", "objective.adversarial.start"),
+    "objective.full_steps",
     # how the machine runs it
     *(f"trainer.{k}" for k in ("devices", "num_nodes", "strategy", "precision", "compile", "log_every", "val_every")),
     # width, depth, resolution

@@ -409,6 +409,7 @@ class ObjectiveConfig:
     nested: NestedConfig = field(default_factory=lambda: NestedConfig(mode="pow2", per="block"))
     nested_first: NestedConfig | None = None  # law of the first latent frame, where it is another
     unconditional: float = 0.2  # share of clips decoded without tokens, for guidance
+    full_steps: int = 0  # first steps of a run in which every clip is decoded from all of its tokens instead
     prefix: list[float] = field(default_factory=lambda: [1.0])  # chances of 0, 1, 2 ... latent frames that are known
     prefix_level: float = 0.02  # highest noise level of these ...
     prefix_noisy: float = 0.5  # ... in this share of clips; none in the others
@@ -433,6 +434,8 @@ class Objective(nn.Module):
         for key in ("unconditional", "prefix_level", "prefix_noisy"):
             if not 0 <= getattr(c, key) <= 1:
                 raise ValueError(f"objective.{key}={getattr(c, key)} must lie in [0, 1]")
+        if c.full_steps < 0:
+            raise ValueError(f"objective.full_steps={c.full_steps} must be 0 or more steps")
         if not c.prefix or min(c.prefix) < 0 or sum(c.prefix) <= 0 or c.prefix[0] <= 0:
             raise ValueError(
                 f"objective.prefix={c.prefix} must be the chances of 0, 1, 2 ... known latent frames, that of 0 above 0"
@@ -465,9 +468,11 @@ class Objective(nn.Module):
         c = self.config
         assert clip.video is not None and clip.video.is_floating_point()
         video, lengths = clip.video, clip.frames()
-        keep = self.draw_keep(model, len(clip)).to(video.device)
+        keep, draw = self.draw_keep(model, len(clip)).to(video.device), self.draw(model, lengths)
+        if self.training and step < c.full_steps:  # a decoder that has learned without tokens is slow to turn to them
+            keep, draw.null = torch.full_like(keep, model.num_tokens), torch.zeros_like(draw.null)
         tap = c.align.depth if self.align is not None else None
-        out = model(video, lengths, keep, self.draw(model, lengths), tap=tap)
+        out = model(video, lengths, keep, draw, tap=tap)
         flow = (out.error * out.learned).sum() / out.learned.sum().clamp_min(1)
         total = c.flow * flow + c.quantizer * out.quantized.loss
         report = {f"quantizer_{k}": v for k, v in out.quantized.report.items()}
