@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from test_contract import CONV, clip
+from test_contract import CONV, FLOW, clip
 from test_discrete import learn, make, moving
 
 from vtok.coding import codec
 from vtok.data.encode import write_video
 from vtok.evaluation.evaluator import Evaluator
+from vtok.families import flow
 from vtok.layers.conv3d import ConvConfig
+from vtok.loading import identify, in_tiles
 from vtok.metrics.distortion import clip_psnr
 from vtok.types import Clip, to_uint8
 
@@ -73,25 +77,49 @@ def test_a_file_holds_a_grid_and_its_coarse_level(tmp_path):
         codec.encode_file(make(), tmp_path / "v.mkv", tmp_path / "x.vtok", budget=64)
 
 
+@pytest.mark.parametrize("frames, attention", [(1, "none"), (5, "spatial"), (5, "spatial_temporal")])
 @torch.no_grad()
-def test_tiles_show_no_seam():
+def test_tiles_show_no_seam(frames, attention):
     """Frames of four tiles: beside the borders of tiles the result is as near to that of whole frames as elsewhere."""
-    changes = dict(stride=[1, 4, 4], conv=ConvConfig(**CONV | dict(mult=[1, 2, 2], attention="none")))
+    changes = dict(stride=[1, 4, 4], conv=ConvConfig(**CONV | dict(mult=[1, 2, 2], attention=attention)))
     with torch.enable_grad():
-        model = make(num_frames=1, **changes)
-        learn(model, moving(2, 1), steps=30)
-    pixels = clip(torch.nn.functional.interpolate(moving(1, 1, cells=8), size=(1, 64, 64), mode="trilinear"))
+        model = make(num_frames=frames, **changes)
+        learn(model, moving(2, frames), steps=30)
+    pixels = clip(torch.nn.functional.interpolate(moving(1, frames, cells=8), size=(frames, 64, 64), mode="trilinear"))
     whole = model.decode(model.encode(pixels), size=(64, 64))
-    model.config.tile, model.config.tile_overlap = 10, 4
+    named = identify(model)
+    in_tiles(model, 10)
+    assert identify(model) == named and (model.config.tile, model.config.tile_overlap) == (10, 4)
     tokens = model.encode(pixels)
     tiled = model.decode(tokens, size=(64, 64))
-    assert tokens.lengths.tolist() == [256] and not torch.equal(tiled, whole)
+    assert tokens.lengths.tolist() == [frames * 256] and not torch.equal(tiled, whole)
     step = (tiled - whole).diff(dim=-1).abs().mean((0, 1, 2, 3))  # between neighbouring columns
     borders = torch.zeros(63, dtype=torch.bool)
     borders[[4 * edge + d for edge in (6, 10) for d in (-1, 0)]] = (
         True  # where the overlap of two tiles begins and ends
     )
     assert float(step[borders].mean()) < 3 * float(step[~borders].mean()) + 1e-3
+
+
+def test_files_are_coded_in_tiles_and_read_without(tmp_path, monkeypatch):
+    model = make()
+    learn(model, moving(2, 5), steps=5)
+    monkeypatch.setattr(codec, "load_any", lambda path, revision: copy.deepcopy(model).eval())
+    frames = to_uint8(moving(1, 9))[0].permute(1, 2, 3, 0).repeat_interleave(2, 1).repeat_interleave(2, 2).numpy()
+    write_video(tmp_path / "v.mkv", frames, fps=8, codec="ffv1")
+    files = {}
+    for name, tile in {"whole": [], "tiles": ["--tile", "8,2"], "own": ["--tile", "8"]}.items():
+        codec.main_encode(["MODEL", str(tmp_path / "v.mkv"), "--out", str(tmp_path / f"{name}.vtok"), *tile])
+        codec.main_decode(["MODEL", str(tmp_path / f"{name}.vtok"), "--out", str(tmp_path / f"{name}.mkv"), *tile])
+        codec.main_decode(["MODEL", str(tmp_path / f"{name}.vtok"), "--out", str(tmp_path / f"{name}-whole.mkv")])
+        files[name] = np.stack(list(codec.read_frames(tmp_path / f"{name}.mkv")))
+    assert files["whole"].shape == files["tiles"].shape == frames.shape
+    assert not np.array_equal(files["whole"], files["tiles"]) and not np.array_equal(files["own"], files["tiles"])
+    for tile, said in (("8,5", "model.tile_overlap=5"), ("eight", "--tile eight: write latents a side"), ("0", "1 or")):
+        with pytest.raises(ValueError, match=said):
+            codec.main_decode(["MODEL", "x.vtok", "--out", str(tmp_path / "x.mkv"), "--tile", tile])
+    with pytest.raises(ValueError, match="flow models code whole frames"):
+        in_tiles(flow.Model(flow.Config(**FLOW)), 8)
 
 
 def test_maps_are_fitted_once_and_saved():

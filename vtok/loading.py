@@ -11,7 +11,7 @@ import json
 import logging
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,26 @@ def read_prior_facts(folder: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
         raise ExportError(f"{path} holds no prior's configuration; train one again with `vtok prior`")
     return facts
+
+
+def in_tiles(model: Any, tile: int, *, overlap: int | None = None) -> Any:
+    """`model`, which from now on codes frames larger than `tile` latents a side tile by tile (`vtok.layers.tiling`):
+    memory of one tile, whatever the frame. It stays the model that it is: its files name it as before, and files and
+    tokens made in tiles are decoded with or without.
+
+    overlap: latents that neighbouring tiles share and blend; None: the model's own, half a tile at most.
+    Raises: ValueError for a model that knows whole frames only, or an overlap above half a tile.
+    """
+    if not hasattr(model.config, "tile"):
+        raise ValueError(
+            f"tiles of {tile} latents: {model.config.name} models code whole frames, `discrete` ones tiles"
+        )
+    if tile < 1:
+        raise ValueError(f"tiles of {tile} latents: a tile has 1 or more a side")
+    model.shipped = identify(model)
+    shared = min(model.config.tile_overlap, tile // 2) if overlap is None else overlap
+    model.config = replace(model.config, tile=tile, tile_overlap=shared)
+    return model
 
 
 def load_any(path: str | Path, *, revision: str | None = None) -> Any:

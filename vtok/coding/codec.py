@@ -17,6 +17,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -34,7 +35,7 @@ from vtok.data.decode import VideoReader, probe
 from vtok.data.encode import write_video
 from vtok.data.view import View, fit
 from vtok.layers.perceptual import LPIPS, load_lpips
-from vtok.loading import identify, load_any
+from vtok.loading import identify, in_tiles, load_any
 from vtok.types import Clip, Streaming, Tokens, to_uint8
 
 log = logging.getLogger(__name__)
@@ -426,10 +427,11 @@ def main_encode(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", help="HxW, or `model` for the size it was trained at (default: the video's own)")
     parser.add_argument("--fps", type=Fraction, help="frames per second to keep (default: every frame)")
     parser.add_argument("--device", default="cpu")
+    _add_tile(parser)
     args = parser.parse_args(argv)
     asked = Asked(**{each.name: getattr(args, each.name) for each in fields(Asked)})
     lpips = load_lpips(args.lpips_weights, args.lpips_sha256).to(args.device) if args.lpips_weights else None
-    model = load_any(args.model, revision=args.revision).to(args.device)
+    model = _loaded(args)
     done = encode_file(
         model,
         args.video,
@@ -458,10 +460,31 @@ def main_decode(argv: list[str] | None = None) -> None:
     parser.add_argument("--codec", default="ffv1", help="ffv1 (lossless, default), libx264, libx265, libsvtav1 ...")
     parser.add_argument("--crf", type=float, help="quality of a lossy codec")
     parser.add_argument("--device", default="cpu")
+    _add_tile(parser)
     args = parser.parse_args(argv)
-    model = load_any(args.model, revision=args.revision).to(args.device)
+    model = _loaded(args)
     footer = decode_file(model, args.file, args.out, codec=args.codec, crf=args.crf, progress=True)
     print(f"{args.out}: {footer.frames} frames from {footer.tokens} tokens")
+
+
+def _add_tile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tile",
+        metavar="N[,SHARED]",
+        help="code larger frames by tiles of N latents a side, of which neighbours share some: memory of one tile",
+    )
+
+
+def _loaded(args: argparse.Namespace) -> Any:
+    model = load_any(args.model, revision=args.revision).to(args.device)
+    if args.tile is None:
+        return model
+    found = re.fullmatch(r"(\d+)(?:,(\d+))?", args.tile)
+    if not found:
+        raise ValueError(
+            f"--tile {args.tile}: write latents a side, and those that neighbours share, such as 32 or 32,4"
+        )
+    return in_tiles(model, int(found[1]), overlap=int(found[2]) if found[2] else None)
 
 
 def parse_size(text: str | None, model: Any) -> tuple[int, int] | None:
