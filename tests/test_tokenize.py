@@ -20,13 +20,14 @@ import pytest
 import torch
 from miniature import clip, movie, photo, write_index, write_tar
 from test_codec import direct
-from test_export import make_run
+from test_export import TINY, make_run
 
 import vtok
 from vtok import export as shipping
 from vtok.coding import tokenize as tokenizing
 from vtok.coding.token_coding import Encoder, Settings, decode_ids, decode_sample, piece_facts, tokens_of
 from vtok.coding.tokenize import tokenize
+from vtok.config import loads
 from vtok.data.maps import map_bytes
 from vtok.data.sources import ShardReader, open_sources
 from vtok.data.token_reader import (
@@ -36,6 +37,7 @@ from vtok.data.token_reader import (
     open_token_shards,
 )
 from vtok.data.token_shards import TokenShards
+from vtok.families.discrete import Model
 from vtok.loading import identify
 from vtok.types import Clip, to_uint8
 
@@ -200,7 +202,17 @@ def test_dtype_follows_the_codebook():
     def dtype(*sizes):
         return TokenizerIdentity("m", "", sizes, ()).dtype
 
-    assert dtype(1 << 16) == dtype(4, 1 << 16) == "uint16" and dtype((1 << 16) + 1) == dtype(4, 1 << 18) == "uint32"
+    assert dtype(1 << 16) == dtype(4, 1 << 16) == "uint16" and dtype((1 << 16) + 1) == dtype(4, 1 << 32) == "uint32"
+
+
+def test_ids_above_32_bits_are_refused_rather_than_wrapped():
+    told = rf"codebook of {1 << 40} entries .*model.quantizer.num_codebooks"
+    with pytest.raises(ValueError, match=told):
+        assert TokenizerIdentity("m", "", (4, 1 << 40), ()).dtype
+    quantizer = {"name": "bsq", "codebook_size": 1 << 40}
+    model = Model(loads({"model": {**TINY["discrete"], "quantizer": quantizer}}).model)
+    with pytest.raises(ValueError, match=told):
+        Encoder(model, Settings(fps=None, size=(16, 16)))
 
 
 def test_large_codebooks_and_several_ids_a_token(home, tmp_path):

@@ -29,7 +29,7 @@ from vtok.data.sample import read_facts
 from vtok.data.shard_work import Rejected
 from vtok.data.sources import BrokenSample, Sample, ShardReader
 from vtok.data.strict import DecodeError
-from vtok.data.token_reader import DTYPES, SampleFacts, TokenSample, TokenShardError
+from vtok.data.token_reader import SampleFacts, TokenSample, TokenShardError, id_dtype
 from vtok.data.view import View, fit
 from vtok.data.workers import Notify
 from vtok.types import Clip, Streaming, Tokens, to_uint8
@@ -98,7 +98,7 @@ class Encoder:
             raise ValueError(f"model.channels={self.model.channels}, and data.map='' (RGB video) is to be read")
         self.settings = settings
         self.view = View(num_frames=1, size=settings.size, crop=settings.crop, map=settings.map)
-        self.dtype = DTYPES[max(self.model.codebook_sizes) > 1 << 16]
+        self.dtype = id_dtype(self.model.codebook_sizes)
         self.device = next(iter(self.model.parameters())).device
         self.span = int(self.model.num_frames)
         self._check_budget()

@@ -26,12 +26,25 @@ from vtok.data.sources import Sample, Shard, ShardReader, fetch, open_sources
 IDS = "tokens.npy"  # member of a sample that holds its ids
 KIND = "tokens"  # what index.json says it lists
 HEADER_BYTES = 128  # of a .npy with one or two dimensions, as numpy writes it: so a tar's headers give token counts
-DTYPES = ("uint16", "uint32")
 AGAIN = "run the same `vtok tokenize` command again: it checks every shard by its hash and replaces damaged ones"
 
 
 class TokenShardError(ValueError):
     """A token shard is damaged, or another tokenizer's."""
+
+
+def id_dtype(codebook_sizes: Sequence[int]) -> str:
+    """Of stored ids: uint16 where every codebook has at most 2^16 entries, uint32 up to 2^32.
+
+    Raises: ValueError for a larger codebook, whose ids would wrap around.
+    """
+    largest = max(codebook_sizes)
+    if largest > 1 << 32:
+        raise ValueError(
+            f"a codebook of {largest} entries has ids above 32 bits, which token shards cannot hold: train the "
+            "tokenizer with several ids a token (model.quantizer.num_codebooks) of at most 2^32 entries each"
+        )
+    return "uint16" if largest <= 1 << 16 else "uint32"
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,7 @@ class TokenizerIdentity:
 
     @property
     def dtype(self) -> str:
-        """uint16 where every codebook has at most 65536 entries, else uint32."""
-        return DTYPES[max(self.codebook_sizes) > 1 << 16]
+        return id_dtype(self.codebook_sizes)
 
 
 class SampleFacts(NamedTuple):
