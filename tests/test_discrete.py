@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from test_contract import CONV, DISCRETE, SPACETIME, clip, video
@@ -10,6 +13,7 @@ from vtok.families.discrete import Config, Model, Objective, ObjectiveConfig
 from vtok.layers.conv_plan import ConvConfig
 from vtok.layers.spacetime import SpaceTimeConfig
 from vtok.quantize import QuantizerConfig
+from vtok.training import init_from
 from vtok.types import Clip, ShapeError
 
 
@@ -242,6 +246,38 @@ def test_warm_start_refuses_what_does_not_fit():
     same = make()
     assert same.warm_start(make(num_frames=9)) == "all weights of the source"
     assert not same.fit_statistics([])  # its weights came with maps
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(coarse=[1, 2, 2])], ids=["one", "two_levels"])
+def test_another_quantizer_begins_where_the_sources_decoder_reads(changes, monkeypatch):
+    pixels = moving(2, 5)
+    source: Any = make(**changes, quantizer=QuantizerConfig(levels=[8, 8, 8, 8]))
+    learn(source, pixels, steps=40)
+    source.shipped = SimpleNamespace(model_id="source")
+    monkeypatch.setattr(init_from, "load", lambda path: source)
+    for quantizer in (
+        QuantizerConfig(levels=[8] * 8),
+        QuantizerConfig(levels=[8] * 6, entropy=0.1, entropy_warmup_steps=4),
+        QuantizerConfig(name="vq", codebook_size=64, dim=4, cosine=False),  # as wide, and its codes lie elsewhere
+    ):
+        model = make(**changes, quantizer=quantizer)
+        begun = init_from.begin_from(model, "source", allow=["quantizer"])
+        assert "fitted to training clips: model.to_" in begun.done and begun.done.endswith("model.from_code")
+        without = error(model, pixels)
+        with pytest.raises(ValueError, match="trainer.statistics_clips"):
+            model(pixels, torch.tensor([5, 5]))
+        dropped = model.dropped.clone() if changes else None
+        assert model.fit_statistics([pixels])["explained"] > 0.7, quantizer
+        assert dropped is None or torch.equal(model.dropped, dropped), "learned: the decoder reads it still"
+        assert error(model, pixels) < 1.3 * error(source, pixels) < 0.6 * without, quantizer
+        steps = [value for name, value in model.state_dict().items() if name.endswith("entropy_weight.step")]
+        assert not any(steps), "the warm-up of the entropy term begins with the first step"
+        model(pixels, torch.tensor([5, 5]))
+        assert not model.fit_statistics([pixels])  # once
+    finer = make(**changes, quantizer=QuantizerConfig(levels=[16] * 4))
+    begun = init_from.begin_from(finer, "source", allow=["quantizer"])
+    assert "fitted" not in begun.done and not finer.fit_statistics([pixels]), "a finer grid is read as it was"
+    assert error(finer, pixels) < 1.1 * error(source, pixels)
 
 
 def test_an_image_model_is_inflated_to_video():

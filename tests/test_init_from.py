@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,8 +211,24 @@ def test_stages_of_a_family_say_what_they_add(shipped):
     assert "new, and fitted to training clips: model.to_latent, model.from_code" in begun.done
     with pytest.raises(ValueError, match="trainer.statistics_clips"):
         model(clip(frames=3).video, torch.tensor([3, 3]))  # the maps wait for the clips
+    wider = fresh("discrete", latent_channels=TINY["discrete"].get("latent_channels", 16) + 1)
+    with pytest.raises(ValueError, match=r"tensors differ: .*put model.latent_channels=\d+ back") as caught:
+        begin_from(wider, str(shipped("discrete", quantizer=quantizer)))
+    assert "init_allow" not in str(caught.value), "ids go behind continuous latents without it"
+    with pytest.raises(ValueError, match="quantizer is not needed, ids go behind the latents of the continuous source"):
+        begin_from(fresh("discrete"), str(shipped("discrete", quantizer=quantizer)), allow=["quantizer"])
     scorer = fresh(scorer_depth=1, scorer_levels=2)
     assert "but for model.scorer, which is new" in begin_from(scorer, str(shipped())).done
+
+
+def test_maps_that_rank_0_fitted_are_every_ranks(shipped, tmp_path, capsys):
+    values = {"out": str(tmp_path), "init_from": str(shipped("discrete", quantizer={"name": "identity", "dim": 6}))}
+    lit = build(loads(values | {"model": TINY["discrete"], "data": {"shards": "none"}}))
+    fitted = fresh("discrete").state_dict()
+    lit._trainer = SimpleNamespace(global_rank=1, strategy=SimpleNamespace(broadcast=lambda own: fitted))
+    lit.setup("fit")
+    assert torch.equal(lit.model.from_code.weight, fitted["from_code.weight"])
+    assert torch.isfinite(lit.model(clip(frames=3).video, torch.tensor([3, 3])).recon).all()
 
 
 # projectors

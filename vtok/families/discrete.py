@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from vtok.layers.taking import check_fit
 from vtok.layers.tiling import decode_tiled, encode_tiled
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.types import Clip, LoadTokenizer, Loss, Quantized
+
+CONTINUOUS = ("identity", "dimwise")  # quantizers behind which the latents of a continuous model stay what they are
 
 
 @dataclass
@@ -126,8 +129,8 @@ class Model(GridTokenizer):
         )
         self.config = c
         self._fit = True  # the maps beside the quantizer wait for `fit_statistics`
-        self._wait = False  # and have to: the backbone is a continuous model's
-        self._sources: list[Model] = []  # one of two levels to follow there; in a list, it is no part of this one
+        self._wait = False  # and have to: the backbone is that of a model with other maps, or none
+        self._sources: list[Model] = []  # that one, where it is to be followed; in a list, it is no part of this one
         shape: dict[str, Any] = dict(channels=c.channels, latent_channels=c.latent_channels, stride=stride)
         if c.backbone == "conv":
             self.encoder, self.decoder = ConvEncoder(c.conv, **shape), ConvDecoder(c.conv, **shape)
@@ -159,12 +162,12 @@ class Model(GridTokenizer):
         """One training pass. video: float [B, C, T, H, W] in [-1, 1]. coarse_only: [B] bool, decoded without the fine
         level (two levels only). continuous: [B] bool, decoded from the latents before the quantizer.
 
-        Raises: ValueError after a warm start from a continuous model without `fit_statistics`.
+        Raises: ValueError after a warm start with another quantizer than the source's, without `fit_statistics`.
         """
         if self._wait:
             raise ValueError(
-                "init_from is a continuous model, and the maps into ids were not fitted: set trainer.statistics_clips "
-                "above 0 (256 by default)"
+                "init_from has another quantizer, and the maps beside model.quantizer were not fitted: set "
+                "trainer.statistics_clips above 0 (256 by default)"
             )
         whole = self.whole_groups(video, lengths)
         groups = self.groups(lengths)
@@ -270,12 +273,12 @@ class Model(GridTokenizer):
             )
         own, theirs = self.config, source.config
         state = source.state_dict()
-        if own.backbone == theirs.backbone == "conv" and theirs.conv.temporal_kernel < own.conv.temporal_kernel:
+        if self._inflates(source):
             begun = inflate_2d(state, self)
             self._fit = False
             return f"the weights of the image model, inflated; {len(begun)} tensors of time alone begin as identity"
-        insert = theirs.quantizer.name == "identity" and own.quantizer.name not in ("identity", "dimwise")
-        maps = ("to_latent.", "from_code.", "to_coarse_latent.", "from_coarse_code.", "quantizer.") if insert else ()
+        insert = self.inserts_ids(source)
+        maps = (*(f"{name}." for names in self._levels() for name in names), "quantizer.") if insert else ()
         given, wanted = ({k: v for k, v in s.items() if not k.startswith(maps)} for s in (state, self.state_dict()))
         check_fit(wanted, given)
         self.load_state_dict(given, strict=False)
@@ -297,9 +300,48 @@ class Model(GridTokenizer):
             return "all weights of the source; later frames begin as the first one"
         return "all weights of the source"
 
-    def go_on_as(self, other: Model) -> None:
-        """What `warm_start` settled for `other` beside its weights holds here too (`vtok.training.init_from`)."""
+    def inserts_ids(self, source: nn.Module) -> bool:
+        """Whether `warm_start` puts ids behind the latents of `source`, a continuous model of any width."""
+        if not isinstance(source, Model) or self._inflates(source):
+            return False
+        return source.config.quantizer.name == "identity" and self.config.quantizer.name not in CONTINUOUS
+
+    def _inflates(self, source: Model) -> bool:
+        own, theirs = self.config, source.config
+        return own.backbone == theirs.backbone == "conv" and theirs.conv.temporal_kernel < own.conv.temporal_kernel
+
+    def _levels(self) -> list[tuple[str, str]]:
+        """Names of the maps into the quantizer and back, of each level."""
+        coarse = [("to_coarse_latent", "from_coarse_code")] if self.config.coarse else []
+        return [*coarse, ("to_latent", "from_code")]
+
+    def go_on_as(self, other: Model) -> str:
+        """What `warm_start` settled for `other` beside its weights holds here too (`vtok.training.init_from`).
+
+        Maps beside another quantizer than that of `other` wait for `fit_statistics`, which sets them so that the
+        decoder goes on reading what it read there; returns which these are, for the log.
+        """
         self._fit, self._wait, self._sources = other._fit, other._wait, other._sources
+        names = [name for level in self._levels() for name in level]
+        if self._codes_alike(other) and all(
+            getattr(self, name).weight.shape == getattr(other, name).weight.shape for name in names
+        ):
+            return ""
+        self._fit = self._wait = True
+        self._sources = [other.eval()]
+        return f"; fitted to training clips: {', '.join(f'model.{name}' for name in names)}"
+
+    def _codes_alike(self, other: Model) -> bool:
+        """Whether codes of one width lie where those of `other` do: one grid, finer or coarser, or one codebook."""
+        own, theirs = (model.config.quantizer.name for model in (self, other))
+        if own in CONTINUOUS or own in ("fsq", "rfsq"):
+            return theirs == own or {own, theirs} <= set(CONTINUOUS)
+        return own == theirs and self.codebook_sizes == other.codebook_sizes
+
+    def statistics_taken(self) -> None:
+        """The tensors are of a process whose model was through `fit_statistics`: this one waits for it no more."""
+        self._fit = self._wait = False
+        self._sources.clear()
 
     @torch.no_grad()
     def _fold(self, source: Model) -> None:
@@ -324,8 +366,9 @@ class Model(GridTokenizer):
         """Set the maps beside the quantizer from training clips, before the first step.
 
         Into it: the principal components of what the decoder would read without it (the encoder's latents; after a warm
-        start, what the continuous source's decoder reads), each of unit variance, so that a bounded or binary quantizer
-        uses its levels evenly from the start. Back: the least-squares map from codes to the same.
+        start from a model with another quantizer or none, what its decoder reads), each of unit variance, so that a
+        bounded or binary quantizer uses its levels evenly from the start. Back: the least-squares map from codes to the
+        same.
         A convolutional decoder that begins grey becomes the mean of the videos.
         videos: float [B, C, T, H, W] in [-1, 1]. count: latents to look at, after which no more videos are read.
         Returns: `explained`, the share of the variance that the codes of each level tell; nothing where weights came
@@ -333,7 +376,6 @@ class Model(GridTokenizer):
         """
         if not self._fit:
             return {}
-        self._fit = False
         training = self.training
         self.eval()
         latents, wholes = [], []
@@ -349,19 +391,28 @@ class Model(GridTokenizer):
             found["explained_coarse"] = self._begin_maps(coarse, maps, ("to_coarse_latent", "from_coarse_code"))
             codes = [self.quantizer(maps[0](z.movedim(1, -1)), None).embeddings for z in coarse]
             latents = [z - self.refine(self._read(maps[1], code), None) for z, code in zip(latents, codes)]
-            self.dropped.copy_(torch.cat([z.movedim(1, -1).flatten(0, -2) for z in latents]).mean(0))
+            if not (self._sources and self._sources[0].codebook_sizes):  # which learned it
+                self.dropped.copy_(torch.cat([z.movedim(1, -1).flatten(0, -2) for z in latents]).mean(0))
         found["explained"] = self._begin_maps(latents, (self.to_latent, self.from_code), ("to_latent", "from_code"))
         if isinstance(self.decoder, ConvDecoder) and not self.decoder.last.any():
             begin_with_mean(self.decoder.read_out, [self.decoder.patch(video, None) for video in wholes])
-        self._sources.clear()
-        self._wait = False
+        self.statistics_taken()
         self.train(training)
         return found
 
     def _begin_maps(self, latents: list[Tensor], maps: tuple[nn.Linear, nn.Linear], names: tuple[str, str]) -> float:
-        affine = self._sources[0]._maps(*names) if self._sources else None
-        dim = self.quantizer.dim if self.config.quantizer.name == "identity" else self.quantizer.latent_dim
-        return fit_code_maps(latents, *maps, self.quantizer, dim=dim, affine=affine)
+        affine = read = None
+        for source in self._sources:
+            if self.inserts_ids(source):
+                affine = source._maps(*names)
+            else:
+                read = partial(source._reread, *names)
+        dim = self.quantizer.dim if self.config.quantizer.name in CONTINUOUS else self.quantizer.latent_dim
+        return fit_code_maps(latents, *maps, self.quantizer, dim=dim, affine=affine, read=read)
+
+    def _reread(self, into: str, back: str, latents: Tensor) -> Tensor:
+        """What the decoder reads of latents [N, Z], by the names of the maps beside the quantizer."""
+        return getattr(self, back)(self.quantizer(getattr(self, into)(latents), None).embeddings)
 
     def _quantize(self, project: nn.Linear, latents: Tensor, valid: Tensor) -> Quantized:
         """latents [B, Z, t, h, w], valid [B, G] -> codes [B, t, h, w, D]; padding moves no codebook."""

@@ -115,7 +115,8 @@ def factorised_entropy(log_probabilities: Sequence[Tensor], *, group_bits: int) 
 
 class EntropyWeight(nn.Module):
     """The weight of an entropy term: `entropy`, from `entropy_warmup_factor` times it falling linearly over
-    `entropy_warmup_steps` forward passes of training. The count is a buffer: a resume goes on where it was."""
+    `entropy_warmup_steps` forward passes of training, those without gradients not counted (`vtok.layers.code_maps` fits
+    through one before step 0). The count is a buffer: a resume goes on where it was."""
 
     step: Tensor
 
@@ -132,10 +133,10 @@ class EntropyWeight(nn.Module):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor | float:
-        """The weight now; in training this counts as one step."""
+        """The weight now; in training, with gradients, this counts as one step."""
         if not self.steps:
             return self.weight
         left = (1 - self.step / self.steps).clamp_min(0)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.step.add_(1)
         return self.weight * (1 + (self.factor - 1) * left)

@@ -100,7 +100,7 @@ def _begin(model: Any, source: Any, *, told: str, allow: Sequence[str]) -> Begun
     _resize(model, old, begun, anew)
     begun.taken = _shared(model, source)
     if hasattr(model, "go_on_as"):
-        model.go_on_as(old)
+        begun.done += model.go_on_as(old) or ""
     return begun
 
 
@@ -182,6 +182,11 @@ def _needed(model: Any, source: Any, allow: Sequence[str]) -> set[str]:
             if not keys:
                 why = f"{where} {'is' if ',' not in where else 'are'} the source's" if where else "this family has none"
                 raise ValueError(f"init_allow: {name} is not needed, {why}: leave it out")
+            if name == "quantizer" and _inserts_ids(model, source):
+                raise ValueError(
+                    "init_allow: quantizer is not needed, ids go behind the latents of the continuous source without "
+                    "it: leave it out"
+                )
             own = model.state_dict()
             if name == "quantizer" and _ids(model) != _ids(source):
                 anew |= {tensor for tensor in own if tensor.startswith("quantizer.")}
@@ -201,6 +206,11 @@ def _reading(model: Any, key: str) -> set[str]:
     values = {f.name: copy.deepcopy(getattr(model.config, f.name)) for f in fields(model.config)}
     values[key] += 1
     return set(differing(model.state_dict(), type(model)(type(model.config)(**values)).state_dict()))
+
+
+def _inserts_ids(model: Any, source: Any) -> bool:
+    """Whether the family puts ids behind the source's latents, as one of its stages."""
+    return hasattr(model, "inserts_ids") and model.inserts_ids(source)
 
 
 def _ids(model: Any) -> tuple[Any, ...]:
@@ -238,7 +248,8 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _advice(model: Any, source: Any, allow: Sequence[str]) -> str:
     """What would help a source that does not fit: exceptions that there is reason for, keys to put back."""
-    open_ = {name: _keys(model, source, name) for name in EXCEPTIONS if name not in allow}
+    no_need = {*allow, *(["quantizer"] if _inserts_ids(model, source) else [])}
+    open_ = {name: _keys(model, source, name) for name in EXCEPTIONS if name not in no_need}
     open_ = {name: keys for name, keys in open_.items() if keys}
     out = ""
     if open_:
@@ -248,5 +259,6 @@ def _advice(model: Any, source: Any, allow: Sequence[str]) -> str:
     other = {k: pair for k, pair in _changed(model, source).items() if k.partition(".")[0] not in _EXCEPTED}
     if other:
         told = "; ".join(f"model.{key} was {there!r} and is {here!r}" for key, (there, here) in other.items())
-        out += f". No exception is for {told}"
+        back = " ".join(f"model.{key}={there}" for key, (there, _) in other.items())
+        out += f". No exception is for {told}: put {back} back"
     return out

@@ -133,6 +133,9 @@ class LitCompressor(pl.LightningModule):
                 bar.stop()
             state = self.trainer.strategy.broadcast({k: v.cpu() for k, v in self.model.state_dict().items()})
             self.model.load_state_dict(state)
+            taken = getattr(self.model, "statistics_taken", None)
+            if self.global_rank != 0 and taken is not None:
+                taken()
 
     def on_fit_start(self) -> None:
         if self.config.trainer.channels_last:
