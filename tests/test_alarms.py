@@ -188,8 +188,8 @@ def test_norms_of_parts_make_the_joint_norm():
 # whole runs
 
 
-def counted(patch, *, collapse_at: int = 1 << 30) -> None:
-    """The tiny family reports its ids; from a step on they are all one."""
+def counted(patch, *, collapse_at: int = 1 << 30, tokens: int = 8) -> None:
+    """The tiny family reports its ids, of so many tokens a clip; from a step on they are all one."""
     forward = outside.tiny.Objective.forward
 
     def with_ids(self, model, clip, step):
@@ -197,7 +197,8 @@ def counted(patch, *, collapse_at: int = 1 << 30) -> None:
         with torch.no_grad():
             ids = (model.quantize(clip).round() + 2).long().clamp(0, 4)
         ids = torch.full_like(ids, 2) if step >= collapse_at else ids
-        return Loss(loss.total, {**loss.report, **codebook_report(ids, model.codebook_sizes)})
+        loss.report.pop("tokens")
+        return Loss(loss.total, {**loss.report, **codebook_report(ids[:, :tokens], model.codebook_sizes)})
 
     patch.setattr(outside.tiny.Objective, "forward", with_ids)
 
@@ -234,7 +235,7 @@ def test_a_collapse_ends_the_run_saved_with_advice_and_goes_on_if_told(tmp_path,
 
 
 def test_counts_and_alarms_survive_a_resume_in_the_middle_of_a_line(tmp_path, monkeypatch, capsys):
-    counted(monkeypatch, collapse_at=3)
+    counted(monkeypatch, collapse_at=3, tokens=3)
     trainer = {"max_steps": 12, "log_every": 4, "progress": True, "alarms": {**EAGER, "codebook_collapse": "warn"}}
     whole = training.train(test_train.settings(tmp_path, name="whole", trainer=trainer), data=test_train.Data())
     assert capsys.readouterr().out.count("warning: the codebook has collapsed") == 1
@@ -245,6 +246,9 @@ def test_counts_and_alarms_survive_a_resume_in_the_middle_of_a_line(tmp_path, mo
     cut = training.train(config, data=test_train.Data())
     assert test_train.metrics(whole, timeless=True) == test_train.metrics(cut, timeless=True)
     assert "codebook_collapse" in [row.get("alarm") for row in test_train.metrics(cut)]
+    lines = [row for run in (whole, cut) for row in test_train.metrics(run) if "train/loss" in row]
+    rates = [row["train/tokens_per_s"] / row["train/clips_per_s"] for row in lines]
+    assert rates == pytest.approx([3] * len(rates)), "tokens that were counted, since this process began the line"
 
 
 def test_a_healthy_run_hears_nothing_at_the_most_eager(tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ class Conductor(pl.Callback):
         self.window = {k: list(v) for k, v in state.get("window", {}).items()}
         counts = state.get("codebook_counts")
         self.counts = [counts.to(lit.device) if counts is not None else None, None]
+        self.counted_before = self._counted(lit)
         self.alarms.restore(state.get("alarms", {}))
         self.best = state.get("best")
         self.elapsed_before = state.get("elapsed_s", 0.0)
@@ -270,6 +271,11 @@ class Conductor(pl.Callback):
                 torch.distributed.all_reduce(new)
             self.counts = [new if whole is None else whole + new, None]
 
+    def _counted(self, lit: LitCompressor) -> float:
+        """Tokens of all ranks whose ids are in the window: every codebook counts each once."""
+        counts = self.counts[0]
+        return 0.0 if counts is None else float(counts.sum()) / max(len(getattr(lit.model, "codebook_sizes", ())), 1)
+
     def _count(self, counts: Tensor | None) -> None:
         if counts is not None:
             self.counts[1] = counts if self.counts[1] is None else self.counts[1].add_(counts)
@@ -294,14 +300,17 @@ class Conductor(pl.Callback):
         spent = max(now - self.line_began - self.excluded, 1e-9)
         means = {f"train/{k}": sum(v) / len(v) for k, v in self.window.items()}
         clips_per_s = self.clips * trainer.world_size / spent
-        # what a model keeps per clip under nested dropout, where its objective reports it; its maximum otherwise
-        tokens = means.get("train/tokens", float(getattr(lit.model, "max_tokens", math.nan)))
+        # what its objective reports of a clip; else the ids that were counted since this process began the line, as an
+        # image has fewer than a video; else the model's maximum
+        tokens_per_s = clips_per_s * means.get("train/tokens", float(getattr(lit.model, "max_tokens", math.nan)))
+        if "train/tokens" not in means and (counted := self._counted(lit)):
+            tokens_per_s = (counted - self.counted_before) / spent
         steps = max(lit.steps_done - self.line_step, 1)
         self.seconds_per_step = spent / steps
         means |= {
             "train/lr": lit.lr,
             "train/clips_per_s": clips_per_s,
-            "train/tokens_per_s": clips_per_s * tokens,
+            "train/tokens_per_s": tokens_per_s,
             "train/data_wait_share": min(self.waited / spent, 1.0),
             "train/bad_steps": float(lit.bad_steps),
             "time_s": self._elapsed(),
@@ -318,7 +327,7 @@ class Conductor(pl.Callback):
             f"loss {loss:.4f} | {clips_per_s:.1f} clips/s {means['train/tokens_per_s']:.0f} tokens/s | "
             f"data wait {100 * means['train/data_wait_share']:.0f} %"
         )
-        self.counts = [None, None]
+        self.counts, self.counted_before = [None, None], 0.0
         self.window, self.clips, self.waited, self.excluded = {}, 0, 0.0, 0.0
         self.line_began, self.line_step = now, lit.steps_done
 
