@@ -6,6 +6,7 @@ A new family joins by one entry in FAMILIES. Laws of tokenizers (decode, lookup,
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -216,6 +217,22 @@ def test_shapes_and_lookup(case):
             assert torch.equal(model.lookup(tokens.indices).double(), tokens.embeddings.double())
             limit = torch.tensor(model.codebook_sizes)
             assert int(tokens.indices.min()) >= 0 and bool((tokens.indices < limit).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_videos_that_a_model_cannot_see_are_refused(family):
+    form = next(iter(FAMILIES[family][1]))
+    model, config = build_model(family, form)
+    objective = load_family(family).Objective(load_family(family).Objective.Config(), config)
+    grey = video(2, 5)[:, :1].float()
+    with pytest.raises(ValueError, match="Clip.video has 1 channels, the model takes 3: .*model.channels=1"):
+        objective(model.float().train(), clip(grey), 0)
+    for shape in ((2, 3, 0, 16, 16), (2, 3, 5, 0, 16)):
+        with pytest.raises(ValueError, match=r"frames, height and width must be 1 or more each"):
+            model.encode(clip(torch.zeros(shape)))
+    for key in ("channels", *(["latent_channels"] if family == "discrete" else [])):
+        with pytest.raises(ValueError, match=f"model.{key}=0 must be 1 or more, such as "):
+            dataclasses.replace(config, **{key: 0})
 
 
 @each_form

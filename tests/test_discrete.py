@@ -328,6 +328,7 @@ def test_bad_settings_name_key_value_and_fix():
         (dict(FINE, coarse=[1, 2, 2]), "first_fine=true is for whole frames and one level: .*coarse=\\[1, 2, 2\\]"),
         (dict(FINE, tile=8), "model.tile=8"),
         (dict(FINE, backbone="transformer"), "first_fine=true needs model.backbone=conv"),
+        (dict(tile=-3), "model.tile=-3 must be 0"),
         (dict(stride=[4, 8]), "model.stride=\\[4, 8\\]"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -62,12 +62,17 @@ class Config:
 
     def __post_init__(self) -> None:
         self.size, self.stride, self.coarse = list(self.size), list(self.stride), list(self.coarse)
+        for key in ("channels", "latent_channels"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be 1 or more, such as {getattr(Config, key)}")
         if self.backbone not in ("conv", "transformer"):
             raise ValueError(f"model.backbone={self.backbone!r} is unknown; choose conv or transformer")
         if len(self.size) != 2 or len(self.stride) != 3 or min(*self.size, *self.stride) < 1:
             raise ValueError(f"model.size={self.size} must be (height, width), model.stride={self.stride} (t, h, w)")
         if self.coarse and (len(self.coarse) != 3 or any(n not in (1, 2) for n in self.coarse)):
             raise ValueError(f"model.coarse={self.coarse} must be (t, h, w) of 1 or 2 latents each, or []")
+        if self.tile < 0:
+            raise ValueError(f"model.tile={self.tile} must be 0 (whole frames) or latents a side of a tile")
         if self.tile and not 0 <= 2 * self.tile_overlap <= self.tile:
             raise ValueError(
                 f"model.tile_overlap={self.tile_overlap} must lie between 0 and half of model.tile={self.tile}"

@@ -35,6 +35,7 @@ from vtok.layers.positions import later_as_last
 from vtok.layers.prior import ARPrior, PriorConfig
 from vtok.layers.registers import RegisterTokenizer
 from vtok.layers.scorer import Scorer, measure_lengths
+from vtok.layers.stream import check_pixels
 from vtok.layers.taking import take_all
 from vtok.layers.teacher import clip_digits, differences, digit_sizes, expected_pixels, id_cross_entropy, seen_digits
 from vtok.quantize import QuantizerConfig, build_quantizer
@@ -79,6 +80,9 @@ class Config:
 
     def __post_init__(self) -> None:
         self.size, self.patch = list(self.size), list(self.patch)
+        for key in ("channels", "width", "num_heads", "num_frames", "blocks", "num_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be 1 or more, such as {getattr(Config, key)}")
         if self.mask not in ENCODER_MASKS:
             raise ValueError(f"model.mask={self.mask!r} is unknown; choose one of {', '.join(ENCODER_MASKS)}")
         if self.registers not in ("learned", "pyramid", "dct"):
@@ -395,6 +399,7 @@ class Objective(losses.PixelObjective):
         c = self.config
         assert clip.video is not None and clip.video.is_floating_point()
         video, lengths = clip.video, clip.frames()
+        check_pixels(video, model.config.channels)
         if c.scorer or c.halting:
             return self._score(model, video, lengths)
         mask = None if clip.lengths is None else losses.frame_mask(lengths, video.shape[2])

@@ -91,6 +91,9 @@ class Config:
                 f"model.size={self.size} must be (height, width); patch={self.patch}, num_frames={self.num_frames} and "
                 f"num_tokens={self.num_tokens} 1 or more"
             )
+        for key in ("channels", "width", "head_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be 1 or more, such as {getattr(Config, key)}")
         if self.registers not in ("learned", "dct"):
             raise ValueError(f"model.registers={self.registers!r} is unknown; choose learned or dct")
         if self.registers == "dct" and (self.quantizer.name != "fsq" or self.quantizer.num_codebooks > 1):

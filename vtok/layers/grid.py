@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.layers.stream import StreamedTokenizer, cut_evenly, join, pixels_of
+from vtok.layers.stream import StreamedTokenizer, check_pixels, cut_evenly, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens
 
 
@@ -193,6 +193,7 @@ class GridTokenizer(StreamedTokenizer):
 
     def whole_groups(self, video: Tensor, lengths: Tensor, *, begins: bool = True) -> Tensor:
         """The video continued to whole groups by each clip's last real frame, and to whole cells by its edges."""
+        check_pixels(video, self.channels)
         frames = video.shape[2] - begins
         wanted = -(-frames // self.group_frames) * self.group_frames + begins
         if wanted != video.shape[2] or bool((lengths < wanted).any()):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vtok.layers.stream import StreamedTokenizer, cut_evenly, join, pixels_of
+from vtok.layers.stream import StreamedTokenizer, check_pixels, cut_evenly, join, pixels_of
 from vtok.types import Budget, Clip, Quantized, ShapeError, StreamState, Tokens, resolve_budget
 
 
@@ -89,6 +89,7 @@ class OverlappedTokenizer(StreamedTokenizer):
 
     def padded(self, video: Tensor, lengths: Tensor, frames: int) -> Tensor:
         """The video continued to `frames` frames by each clip's last real one, and to whole cells by its edges."""
+        check_pixels(video, self.channels)
         if frames != video.shape[2] or bool((lengths < frames).any()):
             at = torch.arange(frames, device=video.device).expand(video.shape[0], -1)
             at = torch.minimum(at, (lengths - 1).clamp_min(0)[:, None])

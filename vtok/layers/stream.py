@@ -39,7 +39,7 @@ class StreamedTokenizer(nn.Module):
 
     def step(self, clip: Clip, state: StreamState) -> tuple[Tokens | None, StreamState]:
         """Take any number of frames; return the tokens of every group completed by them, or None."""
-        pixels = pixels_of(self, clip)
+        pixels = pixels_of(self, clip, min_frames=0)
         if tuple(pixels.shape[3:]) != state.size or pixels.shape[0] != state.batch:
             raise ShapeError(
                 f"stream of {state.batch} videos of size {state.size} got a clip of shape {list(pixels.shape)}"
@@ -111,16 +111,30 @@ def cut_evenly(frames: int, each: int, *, first: int = 0) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends) if end > start]
 
 
-def pixels_of(model: Any, clip: Clip) -> Tensor:
+def check_pixels(video: Tensor, channels: int, *, min_frames: int = 1) -> None:
+    """Raises: ShapeError for a video [B, C, T, H, W] of other channels, fewer frames, or no pixel in them."""
+    shape = list(video.shape)
+    if shape[1] != channels:
+        raise ShapeError(
+            f"Clip.video has {shape[1]} channels, the model takes {channels}: give it clips of as many "
+            f"(3 of a video, or those of data.map), or train one with model.channels={shape[1]}"
+        )
+    if shape[2] < min_frames or min(shape[3:]) < 1:
+        raise ShapeError(
+            f"Clip.video {shape} ([B, C, T, H, W]) has no pixel: frames, height and width must be 1 or more each"
+        )
+
+
+def pixels_of(model: Any, clip: Clip, *, min_frames: int = 1) -> Tensor:
     """The clip's video [B, C, T, H, W] in [-1, 1], in the precision of the weights (levels become float32).
 
-    Raises: ShapeError for a clip without video, or of other channels than `model.channels`.
+    Raises: ShapeError for a clip without video, of other channels than `model.channels`, fewer frames, or no pixel
+        in them.
     """
     video = clip.as_float().video
     if video is None:
         raise ShapeError("this model reads Clip.video, and the clip has none")
-    if video.shape[1] != model.channels:
-        raise ShapeError(f"Clip.video has {video.shape[1]} channels, the model takes {model.channels}")
+    check_pixels(video, model.channels, min_frames=min_frames)
     return video.to(next(iter(model.parameters())).dtype)
 
 
