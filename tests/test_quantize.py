@@ -388,7 +388,7 @@ def test_ids_of_peers():
     assert all(torch.equal(convert_ids(ids, levels, to=peer), ids) for peer in ("lucidrains", "vidtok", "cosmos"))
     with pytest.raises(ValueError, match="another formula"):
         convert_ids(ids, levels, to="elastictok")
-    with pytest.raises(ValueError, match="stated for lfq, not quantizer.name='fsq'"):
+    with pytest.raises(ValueError, match="stated for lfq, not model.quantizer.name='fsq'"):
         convert_ids(ids, levels, to="seed_voken")
     with pytest.raises(ValueError, match="choose vtok, lucidrains, vidtok, cosmos, seed_voken"):
         convert_ids(ids, levels, to="magvit")
@@ -414,7 +414,7 @@ def test_lloyd_bins_reach_the_known_least_error_of_a_gaussian(bins, error):
     assert torch.allclose(counts, torch.full((2, bins), 1 / bins), atol=0.005)  # bins of equal probability
     with pytest.raises(ValueError, match=r"must be \[N, 2\]"):
         quantizer.fit(z[:, :1])
-    with pytest.raises(ValueError, match="cannot fill quantizer.bins"):
+    with pytest.raises(ValueError, match="cannot fill model.quantizer.bins"):
         quantizer.fit(z[:2])
     with pytest.raises(ValueError, match="choose lloyd, gaussian"):
         quantizer.fit(z, method="uniform")

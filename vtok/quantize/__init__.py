@@ -71,7 +71,7 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
     if config.name in ("vq", "simvq", "ibq", "rvq"):  # `dim` is the whole width; levels and lfq's bits are of a part
         if config.dim % count:
             raise ValueError(
-                f"quantizer.dim={config.dim} cannot be cut into quantizer.num_codebooks={count} equal parts: choose a "
+                f"model.quantizer.dim={config.dim} cannot be cut into num_codebooks={count} equal parts: choose a "
                 "multiple"
             )
         config = replace(config, dim=config.dim // count)

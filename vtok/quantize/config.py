@@ -66,24 +66,26 @@ _NOT_NEGATIVE = (
 def check(config: QuantizerConfig) -> None:
     """Raises: ValueError for an unknown name, a value out of range, or a key changed that the quantizer never reads."""
     if config.name not in KEYS:
-        raise ValueError(f"quantizer.name={config.name!r} is unknown; choose {', '.join(KEYS)}")
+        raise ValueError(f"model.quantizer.name={config.name!r} is unknown; choose {', '.join(KEYS)}")
     default, keys = QuantizerConfig(), KEYS[config.name]
     for key in (f.name for f in fields(config) if f.name not in ("name", *keys)):
         value: Any = getattr(config, key)
         if value != getattr(default, key):
             readers = ", ".join(name for name, its in KEYS.items() if key in its)
             raise ValueError(
-                f"quantizer.{key}={value} does not apply to quantizer.name={config.name}: leave it out (it belongs to "
-                f"{readers}; {config.name} reads {', '.join(keys)})"
+                f"model.quantizer.{key}={value} does not apply to model.quantizer.name={config.name}: leave it "
+                f"out (it belongs to {readers}; {config.name} reads {', '.join(keys)})"
             )
     for key, least in _COUNTS.items():
         if getattr(config, key) < least:
-            raise ValueError(f"quantizer.{key}={getattr(config, key)} must be {least} or more")
+            raise ValueError(f"model.quantizer.{key}={getattr(config, key)} must be {least} or more")
     for key in _NOT_NEGATIVE:
         value = getattr(config, key)
         if value is not None and value < 0:
-            raise ValueError(f"quantizer.{key}={value} must be 0 or more")
+            raise ValueError(f"model.quantizer.{key}={value} must be 0 or more")
     if not config.entropy_temperature > 0:
-        raise ValueError(f"quantizer.entropy_temperature={config.entropy_temperature} must be above 0")
+        raise ValueError(f"model.quantizer.entropy_temperature={config.entropy_temperature} must be above 0")
     if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"quantizer.ema_decay={config.ema_decay} must be in [0, 1): 0 trains the codebook by gradient")
+        raise ValueError(
+            f"model.quantizer.ema_decay={config.ema_decay} must be in [0, 1): 0 trains the codebook by gradient"
+        )

@@ -48,10 +48,10 @@ class Identity(nn.Module):
             return Quantized(drawn, None, self.kl * kl, {"kl": kl.detach()})
 
     def lookup(self, indices: Tensor) -> Tensor:
-        raise ValueError("quantizer.name=identity makes continuous tokens: they have no indices to look up")
+        raise ValueError("model.quantizer.name=identity makes continuous tokens: they have no indices to look up")
 
     def expect(self, probabilities: list[Tensor]) -> Tensor:
-        raise ValueError("quantizer.name=identity makes continuous tokens: they have no ids to expect")
+        raise ValueError("model.quantizer.name=identity makes continuous tokens: they have no ids to expect")
 
 
 def gaussian_bins(mean: Tensor, std: Tensor, *, bins: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,9 @@ class Dimwise(nn.Module):
         if latents.ndim != 2 or latents.shape[1] != self.dim:
             raise ValueError(f"latents must be [N, {self.dim}], have {list(latents.shape)}")
         if len(latents) < self.config.bins:
-            raise ValueError(f"{len(latents)} latents cannot fill quantizer.bins={self.config.bins}: give more of them")
+            raise ValueError(
+                f"{len(latents)} latents cannot fill model.quantizer.bins={self.config.bins}: give more of them"
+            )
         if not bool(latents.isfinite().all()):
             raise ValueError("latents hold NaN or infinity: check the model that made them")
         if method == "lloyd":

@@ -127,8 +127,8 @@ class EntropyWeight(nn.Module):
         if self.steps:
             if not self.weight:
                 raise ValueError(
-                    f"quantizer.entropy_warmup_steps={self.steps} warms up an entropy term that is off: set "
-                    "quantizer.entropy above 0, or entropy_warmup_steps=0"
+                    f"model.quantizer.entropy_warmup_steps={self.steps} warms up an entropy term that is off: set "
+                    "model.quantizer.entropy above 0, or entropy_warmup_steps=0"
                 )
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 

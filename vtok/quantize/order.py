@@ -54,6 +54,8 @@ def convert_ids(indices: Tensor, config: QuantizerConfig, *, to: str = "vtok", s
         if not kinds:
             raise ValueError(f"convention {end!r} is unknown; choose {', '.join([*SAME, *REVERSED])}")
         if config.name not in kinds:
-            raise ValueError(f"convention {end!r} is stated for {', '.join(kinds)}, not quantizer.name={config.name!r}")
+            raise ValueError(
+                f"convention {end!r} is stated for {', '.join(kinds)}, not model.quantizer.name={config.name!r}"
+            )
     turns = sum(config.name in REVERSED.get(end, ()) for end in (source, to))
     return reverse_bits(indices, bits=config.codebook_size.bit_length() - 1) if turns == 1 else indices

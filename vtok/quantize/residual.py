@@ -93,7 +93,9 @@ class ResidualFSQ(nn.Module):
         super().__init__()
         levels, self.config = list(config.levels), config
         if not levels or min(levels) < 2 or math.prod(levels) >= 1 << 31:
-            raise ValueError(f"quantizer.levels={levels}: every level must be 2 or more, their product below 2^31")
+            raise ValueError(
+                f"model.quantizer.levels={levels}: every level must be 2 or more, their product below 2^31"
+            )
         self.dim = self.latent_dim = len(levels)
         self.codebook_sizes = (math.prod(levels),) * config.num_quantizers
         self.index_factors = (tuple(levels),) * config.num_quantizers

@@ -35,7 +35,9 @@ class FSQ(nn.Module):
     def __init__(self, levels: list[int], config: QuantizerConfig | None = None):
         super().__init__()
         if not levels or min(levels) < 3 or math.prod(levels) >= 1 << 31:  # the bound of 2 levels is lopsided
-            raise ValueError(f"quantizer.levels={levels}: every level must be 3 or more, their product below 2^31")
+            raise ValueError(
+                f"model.quantizer.levels={levels}: every level must be 3 or more, their product below 2^31"
+            )
         self.config = config or QuantizerConfig()
         self.commitment = self.config.commitment or 0.0
         self.entropy_weight = EntropyWeight(self.config, 0.0)
@@ -113,8 +115,8 @@ class LFQ(nn.Module):
         self.dim = self.latent_dim = config.codebook_size.bit_length() - 1
         if 1 << self.dim != config.codebook_size or not 1 <= self.dim <= 62:
             raise ValueError(
-                f"quantizer.codebook_size={config.codebook_size}: quantizer.name={config.name} needs a power of two of "
-                "at most 2^62"
+                f"model.quantizer.codebook_size={config.codebook_size}: name={config.name} needs a power of two of at "
+                "most 2^62"
             )
         self.codebook_sizes = (config.codebook_size,)
         self.index_factors = ((2,) * self.dim,)

@@ -246,7 +246,7 @@ class GradientVQ(VectorQuantizer):
         super().__init__(config)
         if config.kmeans_init or config.dead_code_threshold:
             raise ValueError(
-                "quantizer.ema_decay=0 trains the codebook by gradient, without k-means start or re-seeding: set "
+                "model.quantizer.ema_decay=0 trains the codebook by gradient, without k-means start or re-seeding: set "
                 f"kmeans_init=false and dead_code_threshold=0 (have {config.kmeans_init}, {config.dead_code_threshold})"
             )
         bound = 1 / config.codebook_size
