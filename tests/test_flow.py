@@ -242,6 +242,7 @@ def test_bad_settings_name_the_key(changed, message):
     [
         (dict(prefix=[0.0, 1.0]), "objective.prefix=.*that of 0 above 0"),
         (dict(unconditional=1.5), "objective.unconditional=1.5"),
+        (dict(flow=-1.0), "objective.flow=-1.0 must be 0 or above"),
         (dict(nested=NestedConfig("pow2", min_tokens=9)), "min_tokens=9"),
     ],
 )

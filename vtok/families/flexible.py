@@ -383,6 +383,9 @@ class Objective(losses.PixelObjective):
         scored = c.scorer and c.scorer_metric == "lpips"
         if scored and c.perceptual_net != "lpips":
             raise ValueError("objective.scorer_metric=lpips needs objective.perceptual_net=lpips")
+        for key, weight in (("teacher", c.teacher), ("prior.weight", c.prior.weight)):
+            if weight < 0:
+                raise ValueError(f"objective.{key}={weight} must be 0 or above")
         if c.teacher and m.head != "teacher":
             raise ValueError(f"objective.teacher={c.teacher} needs model.head=teacher")
         super().__init__(c, channels=m.channels, frames=m.num_frames, size=(m.size[0], m.size[1]), distances=scored)

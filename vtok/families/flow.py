@@ -434,6 +434,9 @@ class Objective(nn.Module):
         for law in (c.nested, c.nested_first):
             if law is not None:
                 nested_keep(m.num_tokens, 1, config=law)  # a law that does not fit fails here
+        for key, weight in (("flow", c.flow), ("quantizer", c.quantizer), ("align.weight", c.align.weight)):
+            if weight < 0:
+                raise ValueError(f"objective.{key}={weight} must be 0 or above")
         for key in ("unconditional", "prefix_level", "prefix_noisy"):
             if not 0 <= getattr(c, key) <= 1:
                 raise ValueError(f"objective.{key}={getattr(c, key)} must lie in [0, 1]")

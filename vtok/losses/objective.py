@@ -11,6 +11,7 @@ from vtok.layers.i3d import load_i3d_distance
 from vtok.layers.optical_flow import load_flow
 from vtok.layers.perceptual import load_perceptual
 from vtok.losses.adversarial import Adversarial, AdversarialConfig
+from vtok.losses.adversarial import check as check_adversarial
 from vtok.losses.pixels import LogVariance, flow_distance, gram, perceptual, reconstruction, video_perceptual
 
 
@@ -60,7 +61,8 @@ class PixelObjective(nn.Module):
         super().__init__()
         self.config = c = config
         self.perceptual = self.video_perceptual = self.flow = self.log_variance = self.adversarial = None
-        for key in ("perceptual", "gram", "video_perceptual", "flow", "perceptual_frames", "flow_pairs"):
+        weights = ("l1", "l2", "log_l2", "perceptual", "gram", "video_perceptual", "flow", "quantizer")
+        for key in (*weights, "perceptual_frames", "flow_pairs"):
             if getattr(c, key) < 0:
                 raise ValueError(f"objective.{key}={getattr(c, key)} must be 0 or above")
         if c.gram and c.perceptual_net not in ("lpips", "vgg19"):
@@ -108,6 +110,7 @@ class PixelObjective(nn.Module):
             self.perceptual = load_perceptual(
                 c.perceptual_net, c.perceptual_weights, sha256=c.perceptual_sha256, side=c.perceptual_side
             )
+        check_adversarial(c.adversarial)  # without one too: a typing error shows now, not when a later stage has one
         if c.log_variance not in ("none", "mean", "sum"):
             raise ValueError(f"objective.log_variance={c.log_variance!r} is unknown; choose none, mean or sum")
         if c.log_variance != "none":
