@@ -48,6 +48,7 @@ SPACETIME = dict(
     decoder_spatial="t",
     window=[2, 2],
 )
+TRANSFORMER: dict[str, Any] = dict(backbone="transformer", conv=ConvConfig(), transformer=SpaceTimeConfig(**SPACETIME))
 DISCRETE_FORMS = {
     "conv": dict(),
     "conv_factorised": dict(
@@ -84,13 +85,9 @@ DISCRETE_FORMS = {
     "tiled": dict(stride=[2, 8, 8], tile=2, tile_overlap=1, conv=ConvConfig(**CONV | dict(mult=[1, 1, 1, 1]))),
     "two_levels": dict(coarse=[2, 2, 2]),
     "two_levels_in_space": dict(coarse=[1, 2, 2], quantizer=QuantizerConfig(name="vq", codebook_size=32, dim=6)),
-    "transformer": dict(backbone="transformer", stride=[2, 4, 4], transformer=SpaceTimeConfig(**SPACETIME)),
-    "transformer_peg": dict(
-        backbone="transformer", stride=[2, 4, 4], transformer=SpaceTimeConfig(**SPACETIME, peg=True)
-    ),
-    "transformer_two_levels": dict(
-        backbone="transformer", stride=[4, 8, 8], coarse=[1, 1, 2], transformer=SpaceTimeConfig(**SPACETIME)
-    ),
+    "transformer": dict(TRANSFORMER, stride=[2, 4, 4]),
+    "transformer_peg": dict(TRANSFORMER, stride=[2, 4, 4], transformer=SpaceTimeConfig(**SPACETIME, peg=True)),
+    "transformer_two_levels": dict(TRANSFORMER, stride=[4, 8, 8], coarse=[1, 1, 2]),
     "lfq": dict(quantizer=QuantizerConfig(name="lfq", codebook_size=256)),
     "kl": dict(quantizer=QuantizerConfig(name="identity", dim=6, kl=1e-3)),
 }

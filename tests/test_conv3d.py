@@ -247,7 +247,7 @@ def test_what_does_not_fit_says_so():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "group"}, "norm='group' is unknown; choose layer, rms"),
+        ({"norm": "group"}, "model.conv.norm='group' is unknown; choose layer, rms"),
         ({"temporal_padding": "reflect"}, "temporal_padding='reflect' is unknown"),
         ({"sampling": "joint", "spatial_up": "residual"}, "sampling=joint"),
         ({"mult": []}, r"mult=\[\] must hold"),
@@ -256,6 +256,8 @@ def test_what_does_not_fit_says_so():
         ({"mid_blocks": 0}, "mid_blocks=0"),
         ({"decoder_res_blocks": 0}, "decoder_res_blocks=0"),
         ({"temporal_window": 0}, "temporal_window=0"),
+        ({"temporal_window": 8}, "model.conv.temporal_window=8 needs attention=spatial_temporal, not spatial: leave"),
+        ({"patch_size": 2}, "model.conv.patch_size=2 needs patch=haar: leave it out"),
     ],
 )
 def test_bad_configurations_name_the_key(changes, message):
@@ -267,7 +269,7 @@ def test_bad_configurations_name_the_key(changes, message):
     ("changes", "stride", "message"),
     [
         ({}, (4, 16, 16), r"mult=\[1, 2, 4, 4\] has room for 3"),
-        ({}, (3, 8, 8), "must be three powers of two"),
+        ({}, (3, 8, 8), r"model.stride=\[3, 8, 8\] must be three powers of two"),
         ({"temporal_levels": [2]}, (4, 8, 8), r"temporal_levels=\[2\] must be 2 different levels below 3"),
         ({"temporal_kernel": 1}, (4, 8, 8), "temporal_kernel=1 cannot halve time"),
     ],
@@ -339,7 +341,9 @@ def test_a_convolution_that_would_skip_frames_is_refused():
 @torch.no_grad()
 def test_attention_over_time_is_bounded_and_blind_to_the_clock():
     torch.manual_seed(0)
-    attention = TimeAttention(8, ConvConfig(width=8, mult=[1], num_heads=2, temporal_window=3)).double()
+    attention = TimeAttention(
+        8, ConvConfig(width=8, mult=[1], num_heads=2, attention="spatial_temporal", temporal_window=3)
+    ).double()
     x = torch.randn(1, 8, 9, 5, 1, dtype=torch.float64)
     y = attention(x)
     shifted = attention(torch.cat([torch.randn(1, 8, 7, 5, 1, dtype=torch.float64), x], 2))
@@ -358,7 +362,7 @@ def test_attention_over_time_is_bounded_and_blind_to_the_clock():
 def test_an_inflated_image_model_is_that_image_model(form, mode):
     image_form = form | {"temporal_kernel": 1}
     if form.get("attention") == "spatial_temporal":
-        image_form["attention"] = "spatial"
+        image_form |= {"attention": "spatial", "temporal_window": ConvConfig.temporal_window}
     images = build(image_form, (1, 8, 8))
     videos = build(form, (4, 8, 8), seed=2)
     for image, video in zip(images, videos):

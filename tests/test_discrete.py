@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_contract import CONV, DISCRETE, SPACETIME, clip, video
+from test_contract import CONV, DISCRETE, TRANSFORMER, clip, video
 
 from vtok.families.discrete import Config, Model, Objective, ObjectiveConfig
 from vtok.layers.conv_plan import ConvConfig
@@ -178,8 +178,8 @@ def test_one_network_of_ids_and_of_latents(form):
 @torch.no_grad()
 def test_a_continuous_source_goes_on_in_front_of_the_quantizer(backbone):
     """After a warm start the encoder gives what the source's decoder read: its video, but for the ids."""
-    changes = dict(backbone=backbone, transformer=SpaceTimeConfig(**SPACETIME), stride=[2, 4, 4])
-    changes |= dict(conv=ConvConfig(**CONV | dict(mult=[1, 2, 2])))
+    conv = dict(conv=ConvConfig(**CONV | dict(mult=[1, 2, 2])))
+    changes: dict[str, Any] = dict(stride=[2, 4, 4]) | (conv if backbone == "conv" else TRANSFORMER)
     source = make(**changes, quantizer=QuantizerConfig(name="identity", dim=6, kl=1e-6))
     for parameter in source.parameters():
         parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -327,7 +327,12 @@ def test_bad_settings_name_key_value_and_fix():
         (dict(coarse=[1, 1, 1]), "no coarser"),
         (dict(FINE, coarse=[1, 2, 2]), "first_fine=true is for whole frames and one level: .*coarse=\\[1, 2, 2\\]"),
         (dict(FINE, tile=8), "model.tile=8"),
-        (dict(FINE, backbone="transformer"), "first_fine=true needs model.backbone=conv"),
+        (
+            dict(backbone="transformer", conv=ConvConfig(first_fine=True)),
+            "model.conv.first_fine=True does not apply to model.backbone=transformer: leave it out",
+        ),
+        (dict(transformer=SpaceTimeConfig(width=64)), "model.transformer.width=64 does not apply to .*backbone=conv"),
+        (dict(tile_overlap=2), "model.tile_overlap=2 does not apply to whole frames"),
         (dict(tile=-3), "model.tile=-3 must be 0"),
         (dict(stride=[4, 8]), "model.stride=\\[4, 8\\]"),
     ):

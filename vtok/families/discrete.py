@@ -17,7 +17,7 @@ Q ids a token, Z channels of the backbone's latents.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,7 @@ class Config:
             raise ValueError(
                 f"model.tile_overlap={self.tile_overlap} must lie between 0 and half of model.tile={self.tile}"
             )
+        self._check_read()
         if self.coarse == [1, 1, 1]:
             raise ValueError("model.coarse=[1, 1, 1] is no coarser than the fine level; leave it [] for one level")
         if self.first_fine and (self.coarse or self.tile):
@@ -84,14 +85,28 @@ class Config:
                 f"model.conv.first_fine=true is for whole frames and one level: leave out model.coarse={self.coarse} "
                 f"and model.tile={self.tile}"
             )
-        if self.backbone != "conv" and self.conv.first_fine:
-            raise ValueError(f"model.conv.first_fine=true needs model.backbone=conv, not {self.backbone}")
         span = self.stride[0] * (self.coarse[0] if self.coarse else 1)
         if self.num_frames < 1 or (self.num_frames - 1) % span:
             near = 1 + round((self.num_frames - 1) / span) * span
             raise ValueError(
                 f"model.num_frames={self.num_frames} must be 1 + a multiple of {span} (stride x coarse in time): "
                 f"{near} is near"
+            )
+
+    def _check_read(self) -> None:
+        """Raises: ValueError for a key that was changed and that nothing reads."""
+        other, values = ("transformer", self.transformer) if self.backbone == "conv" else ("conv", self.conv)
+        default = type(values)()
+        for key in (f.name for f in fields(values)):
+            if getattr(values, key) != getattr(default, key):
+                raise ValueError(
+                    f"model.{other}.{key}={getattr(values, key)} does not apply to model.backbone={self.backbone}: "
+                    f"leave it out, or set model.backbone={other}"
+                )
+        if not self.tile and self.tile_overlap != Config.tile_overlap:
+            raise ValueError(
+                f"model.tile_overlap={self.tile_overlap} does not apply to whole frames (model.tile=0): leave it out, "
+                "or set model.tile"
             )
 
     @property

@@ -36,7 +36,7 @@ def begins(module: nn.Module, cache: Cache | None) -> bool:
 
 def check_padding(padding: str) -> None:
     if padding not in ("replicate", "zero"):
-        raise ValueError(f"temporal_padding={padding!r} is unknown; choose replicate or zero")
+        raise ValueError(f"model.conv.temporal_padding={padding!r} is unknown; choose replicate or zero")
 
 
 class CausalConv3d(nn.Conv3d):

@@ -67,37 +67,47 @@ class ConvConfig:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(choices)}")
+                raise ValueError(f"model.conv.{name}={value!r} is unknown; choose {', '.join(choices)}")
         check_padding(self.temporal_padding)
         counts = ("width", "num_res_blocks", "decoder_res_blocks", "mid_blocks", "temporal_kernel", "patch_size")
         for name in (*counts, "num_heads", "temporal_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise ValueError(f"model.conv.{name}={value} must be at least 1")
+        default = type(self)
+        if self.patch == "none" and self.patch_size != default.patch_size:
+            raise ValueError(f"model.conv.patch_size={self.patch_size} needs patch=haar: leave it out, or set that")
+        if self.attention != "spatial_temporal" and self.temporal_window != default.temporal_window:
+            raise ValueError(
+                f"model.conv.temporal_window={self.temporal_window} needs attention=spatial_temporal, not "
+                f"{self.attention}: leave it out, or set that"
+            )
         if not self.mult or min(self.mult) < 1:
-            raise ValueError(f"mult={self.mult} must hold a positive number for each level")
+            raise ValueError(f"model.conv.mult={self.mult} must hold a positive number for each level")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+            raise ValueError(f"model.conv.dropout={self.dropout} must be in [0, 1)")
         if self.attention != "none" and self.width * self.mult[-1] % self.num_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} does not divide width x mult[-1] = {self.width * self.mult[-1]}"
+                f"model.conv.num_heads={self.num_heads} does not divide width x mult[-1] = {self.width * self.mult[-1]}"
             )
         if self.sampling == "joint" and (self.halve_up or self.first_fine or self.sampling_kernel == "time"):
             raise ValueError(
-                f"halve_up={self.halve_up}, first_fine={self.first_fine}, sampling_kernel={self.sampling_kernel} are "
-                "for convolutions of space and time apart: set sampling=separate"
+                f"model.conv.halve_up={self.halve_up}, first_fine={self.first_fine}, sampling_kernel="
+                f"{self.sampling_kernel} are for convolutions of space and time apart: set sampling=separate"
             )
         if self.halve_up and (self.spatial_up == "residual" or any(m * self.width % 2 for m in self.mult)):
             raise ValueError(
-                f"halve_up=true needs even channels and spatial_up=interpolate or depth_to_space, not "
+                f"model.conv.halve_up=true needs even channels and spatial_up=interpolate or depth_to_space, not "
                 f"width={self.width}, mult={self.mult}, spatial_up={self.spatial_up}"
             )
         if self.first_fine and self.adaptive_norm:
-            raise ValueError("first_fine=true has codes of two grids, which adaptive_norm=true cannot follow: set one")
+            raise ValueError(
+                "model.conv.first_fine=true has codes of two grids, which adaptive_norm=true cannot follow: set one"
+            )
         pairs = (self.temporal_down, self.spatial_down), (self.temporal_up, self.spatial_up)
         if self.sampling == "joint" and any(time != space for time, space in pairs):
             raise ValueError(
-                "sampling=joint is one convolution over space and time: set temporal_down like "
+                "model.conv.sampling=joint is one convolution over space and time: set temporal_down like "
                 f"spatial_down={self.spatial_down} and temporal_up like spatial_up={self.spatial_up}"
             )
 
@@ -111,7 +121,7 @@ def sampling_plan(config: ConvConfig, stride: Axes) -> tuple[Axes, list[Axes], l
     """
     if len(stride) != 3 or any(n < 1 or n & (n - 1) for n in stride):
         raise ValueError(
-            f"stride={tuple(stride)} must be three powers of two (frames, height, width), such as 4 x 8 x 8"
+            f"model.stride={list(stride)} must be three powers of two (frames, height, width), such as 4 x 8 x 8"
         )
     size = config.patch_size if config.patch == "haar" else 1
     patch: Axes = (min(size, stride[0]), min(size, stride[1]), min(size, stride[2]))
@@ -119,25 +129,28 @@ def sampling_plan(config: ConvConfig, stride: Axes) -> tuple[Axes, list[Axes], l
     gaps = len(config.mult) - 1
     if max(times, rows, columns) > gaps:
         raise ValueError(
-            f"stride={tuple(stride)} halves {max(times, rows, columns)} times after a patch of {patch}, but "
-            f"mult={config.mult} has room for {gaps}, between its levels; give mult more entries"
+            f"model.stride={list(stride)} halves {max(times, rows, columns)} times after a patch of {patch}, but "
+            f"model.conv.mult={config.mult} has room for {gaps}, between its levels; give mult more entries"
         )
     if times and config.temporal_kernel < 2:
-        raise ValueError(f"temporal_kernel=1 cannot halve time, which stride={tuple(stride)} asks for; choose 3")
+        raise ValueError(
+            f"model.conv.temporal_kernel=1 cannot halve time, which model.stride={list(stride)} asks for; choose 3"
+        )
 
     def halving(levels: list[int] | None, name: str) -> set[int]:
         chosen = list(range(gaps - times, gaps)) if levels is None else list(levels)
         if len(chosen) != times or len(set(chosen)) != times or not set(chosen) <= set(range(gaps)):
             raise ValueError(
-                f"{name}={chosen} must be {times} different levels below {gaps}, one for each halving of time that "
-                f"stride={tuple(stride)} needs after a patch of {patch}"
+                f"model.conv.{name}={chosen} must be {times} different levels below {gaps}, one for each halving of "
+                f"time that model.stride={list(stride)} needs after a patch of {patch}"
             )
         return set(chosen)
 
     if config.first_fine and (not gaps or min(rows, columns) < gaps):
         raise ValueError(
-            f"first_fine=true leaves the first frame out of the last halving of space, and mult={config.mult} has none "
-            f"behind its last level but one at stride={tuple(stride)} after a patch of {patch}: give mult fewer entries"
+            f"model.conv.first_fine=true leaves the first frame out of the last halving of space, and "
+            f"mult={config.mult} has none behind its last level but one at model.stride={list(stride)} after a patch "
+            f"of {patch}: give mult fewer entries"
         )
     encoder = halving(config.temporal_levels, "temporal_levels")
     given = config.decoder_temporal_levels
