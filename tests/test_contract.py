@@ -296,7 +296,8 @@ def test_streamed_equals_offline(case, dtype):
         pytest.skip("this family does not stream")
     model.to(dtype)
     pixels = video(2, 19, (13, 22)).to(dtype)
-    offline = model.encode(clip(pixels))
+    times = torch.arange(19.0).expand(2, -1) / 8 + torch.tensor([[0.0], [3.0]])
+    offline = model.encode(Clip(["0", "1"], pixels, times=times))
     whole = model.decode(offline, size=(13, 22))
     for cuts in ((19,), (1,) * 19, (3, 8, 7, 1)):
         state, decode_state = model.init_state(2, (13, 22)), model.init_decode_state(2, (13, 22))
@@ -305,7 +306,8 @@ def test_streamed_equals_offline(case, dtype):
             if length is None:
                 tokens = model.flush(state)
             else:
-                tokens, state = model.step(clip(pixels[:, :, at : at + length]), state)
+                part = slice(at, at + length)
+                tokens, state = model.step(Clip(["0", "1"], pixels[:, :, part], times=times[:, part]), state)
                 at += length
             if tokens is not None:
                 pieces.append(tokens)
@@ -318,6 +320,7 @@ def test_streamed_equals_offline(case, dtype):
         assert (streamed - offline.embeddings).abs().max() < PRECISIONS[dtype]
         if offline.indices is not None:
             assert torch.equal(torch.cat([p.indices for p in pieces], 1), offline.indices)
+        assert torch.equal(torch.cat([p.times for p in pieces], 1), offline.times)
         error = (torch.cat(frames, 2) - whole).abs().max()
         assert error < max(TOLERANCE.get(case, 0), PRECISIONS[dtype])
         assert state.buffer is None

@@ -5,6 +5,7 @@ Letters: B clips, C channels, T frames, H height, W width, K tokens, Q ids a tok
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,12 +47,37 @@ class StreamedTokenizer(nn.Module):
             )
         if clip.lengths is not None and bool((clip.lengths != pixels.shape[2]).any()):
             raise ShapeError("a stream takes clips without padding: every video of the batch advances together")
+        self._note_times(clip, state)
         state.buffer = pixels if state.buffer is None else torch.cat([state.buffer, pixels], 2)
-        return self._drain(state, final=False), state
+        return self._with_times(self._drain(state, final=False), state), state
 
     def flush(self, state: StreamState) -> Tokens | None:
         """Tokens of the frames left over, as the end of the video; None when there are none."""
-        return self._drain(state, final=True)
+        return self._with_times(self._drain(state, final=True), state)
+
+    @staticmethod
+    def _note_times(clip: Clip, state: StreamState) -> None:
+        """Keep the seconds of frames until their tokens are given out. Raises: ShapeError where some have none."""
+        assert clip.video is not None
+        if not clip.video.shape[2]:
+            return
+        if state.cache.setdefault("timed", clip.times is not None) != (clip.times is not None):
+            raise ShapeError(
+                "Clip.times are given for some frames of a stream and not for others: give them in every step or none"
+            )
+        if clip.times is not None:
+            waiting = state.cache.get("times")
+            state.cache["times"] = clip.times if waiting is None else torch.cat([waiting, clip.times], 1)
+
+    def _with_times(self, tokens: Tokens | None, state: StreamState) -> Tokens | None:
+        """`tokens` with the seconds of their groups, where the stream's clips had times."""
+        waiting = state.cache.get("times")
+        if tokens is None or waiting is None:
+            return tokens
+        assert tokens.frames is not None
+        begins, state.cache["begun"] = "begun" not in state.cache, True
+        state.cache["times"] = waiting[:, int(tokens.frames[0]) :]
+        return replace(tokens, times=self._group_times(waiting, tokens.frames, begins=begins))
 
     def _slots(self, tokens: Tokens, groups: int) -> tuple[Tensor, Tensor]:
         """Ragged nested tokens back in their places: codes [B, G, K, D] (zero where absent), keep [B, G, K] bool."""
@@ -67,9 +93,10 @@ class StreamedTokenizer(nn.Module):
         keep = torch.zeros(batch, groups * count + 1, dtype=torch.bool, device=where.device).scatter(1, where, True)
         return codes[:, :-1].reshape(batch, groups, count, dim), keep[:, :-1].reshape(batch, groups, count)
 
-    def _group_times(self, times: Tensor, lengths: Tensor) -> Tensor:
-        """[B, G, 2] seconds of the first and last frame of every group of whole clips."""
-        parts = torch.tensor(self.group_lengths(int(lengths.max()), begins=True), device=times.device)
+    def _group_times(self, times: Tensor, lengths: Tensor, *, begins: bool = True) -> Tensor:
+        """[B, G, 2] seconds of the first and last frame of every group of clips, which are whole or (`begins=False`) go
+        on from others."""
+        parts = torch.tensor(self.group_lengths(int(lengths.max()), begins=begins), device=times.device)
         last = parts.cumsum(0) - 1
         edges = torch.minimum(torch.stack([last - parts + 1, last], -1).flatten(), lengths[:, None] - 1)
         return times.gather(1, edges).unflatten(1, (-1, 2))
@@ -151,6 +178,7 @@ def join(pieces: list[Tokens]) -> Tokens | None:
         return torch.cat([getattr(piece, name) for piece in pieces], 1)
 
     frames = torch.stack([piece.frames for piece in pieces if piece.frames is not None]).sum(0)
+    timed = all(piece.times is not None for piece in pieces)
     return Tokens(
         embeddings=cat("embeddings"),
         lengths=torch.stack([piece.lengths for piece in pieces]).sum(0),
@@ -159,5 +187,6 @@ def join(pieces: list[Tokens]) -> Tokens | None:
         rank=cat("rank"),
         indices=None if pieces[0].indices is None else cat("indices"),
         codebook_sizes=pieces[0].codebook_sizes,
+        times=cat("times") if timed else None,
         frames=frames,
     )
