@@ -146,7 +146,13 @@ def test_what_rests_is_named_in_the_document_counted_and_in_no_optimizer(tmp_pat
     lit = build(config)
     _write_run_files(config, lit)
     rests = {name for name, p in lit.model.named_parameters() if not p.requires_grad}
-    assert f"at rest (optim.freeze, optim.train_only): {len(rests)} tensors of the model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"at rest (optim.freeze, optim.train_only): {len(rests)} tensors of the model" in said
+    assert "warning: model.registers" in said and "rest as they began, untrained: init_from is empty" in said
+    assert "model.decoder" not in said.partition("warning")[2]
+    lit.model.from_files = tuple(frozen.replace("model.", "").split(","))  # as a family's `build` says it
+    _write_run_files(config, lit)
+    assert "warning" not in capsys.readouterr().out
     learns = {id(p) for group in lit.configure_optimizers().param_groups for p in group["params"]}
     assert learns == {id(p) for name, p in lit.model.named_parameters() if name not in rests}
     seen = clip(frames=4)

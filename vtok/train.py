@@ -42,7 +42,7 @@ from vtok.training.keys import check_keys
 from vtok.training.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.training.lit_projector import LitProjector
 from vtok.training.loop import Conductor, ToldToStop, touch
-from vtok.training.optim import SCHEDULES
+from vtok.training.optim import SCHEDULES, untrained_at_rest
 from vtok.types import ShapeError
 
 log = logging.getLogger(__name__)
@@ -501,6 +501,12 @@ def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
     if config.optim.freeze or config.optim.train_only:
         rests = [p.numel() for p in lit.model.parameters() if not p.requires_grad]
         print(f"at rest (optim.freeze, optim.train_only): {len(rests)} tensors of the model, {sum(rests) / 1e6:.2f} M")
+        untrained = untrained_at_rest(lit.model)
+        if untrained and not config.init_from:
+            print(
+                f"warning: {', '.join(untrained)} rest as they began, untrained: init_from is empty. Set it to an "
+                "export, or let them learn (optim.freeze, optim.train_only)"
+            )
 
 
 def environment(config: RunConfig) -> dict[str, Any]:

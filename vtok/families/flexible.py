@@ -350,6 +350,7 @@ def build(config: Config, *, load: LoadTokenizer) -> Model:
     config.teacher_config = found
     model = Model(config)
     model.teacher.load_state_dict(teacher.state_dict(), strict=True)
+    model.from_files = ("teacher",)
     return model
 
 

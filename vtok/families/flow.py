@@ -392,6 +392,7 @@ def build(config: Config, *, load: LoadTokenizer) -> Model:
     config.latents_config = found
     model = Model(config)
     model.space.adopt(source)
+    model.from_files = ("space",)
     return model
 
 

@@ -505,4 +505,5 @@ def build(config: Config, *, load: Callable[[str], Any] | None = None) -> Model:
     asks = model.queries or (model.captioner and model.captioner.queries)
     if asks is not None:
         asks.begin_like(found.embed(torch.arange(known, device=found.device)))
+    model.from_files = ("lm", "judge", "queries", "captioner.queries")
     return model

@@ -87,6 +87,16 @@ def total_norms(gradients: list[Tensor], parts: list[str]) -> tuple[Tensor, dict
     return norms.norm(), {name: n.norm() for name, n in zip(names, norms.split(list(counts)))}
 
 
+def untrained_at_rest(model: nn.Module) -> list[str]:
+    """Parts of a model without `init_from` that rest as they began: neither this run nor another trains them.
+
+    Not those that came from files of their own, which `model.from_files` names (set by the family's `build`).
+    """
+    own = tuple(f"{name}." for name in getattr(model, "from_files", ()))
+    resting = [n for n, p in model.named_parameters() if not (p.requires_grad or own and f"{n}.".startswith(own))]
+    return [f"model.{part}" for part in dict.fromkeys(name.partition(".")[0] for name in resting)]
+
+
 def freeze(module: nn.Module, optim: OptimConfig) -> list[nn.Module]:
     """Switch off the parameters that `optim.freeze` and `optim.train_only` name; returns the modules wholly at rest,
     which stay in eval mode too (a frozen codebook must not follow its latents).
