@@ -172,6 +172,8 @@ def test_sizes_of_discrete_twins_follow_rules(name):
         assert (full.model.latent_channels, tiny.model.latent_channels) == (wide, narrow)
         for key in ("encoder_spatial", "decoder_spatial"):
             assert set(getattr(full.model.transformer, key)) == set(getattr(tiny.model.transformer, key))
+    warm, short = (c.model.quantizer.entropy_warmup_steps for c in (full, tiny))  # of both or of none, and it ends
+    assert bool(warm) == bool(short) and short <= min(warm, tiny.trainer.max_steps) and warm <= full.trainer.max_steps
     for config in (full, tiny):  # each clip of a part is an image or as long as the model's
         assert config.data.num_frames == config.model.num_frames and config.data.size == config.model.size
     assert len(full.data.size_scales or []) == len(tiny.data.size_scales or [])
