@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -10,10 +11,18 @@ import time
 import pytest
 import test_train
 
+import vtok
 from vtok import train as training
 from vtok.cli import main
 from vtok.config import to_yaml
 from vtok.info.run_info import summary, text
+
+
+def test_the_package_runs_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vtok", "--version"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module("vtok", run_name="__main__")
+    assert capsys.readouterr().out == f"{vtok.__version__}\n"
 
 
 class Asking(test_train.Data):
