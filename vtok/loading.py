@@ -114,14 +114,19 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, family: str |
         raise ExportError(f"{folder / WEIGHTS} holds {wrong[:3]}, names that vtok does not write: is it an export?")
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     sha256 = weights_sha256(state)
-    if (
-        sha256.hex() != facts["weights_sha256"]
-        or model_id(facts["family"], facts["model"], sha256) != facts["model_id"]
-    ):
+    stated = str(facts["weights_sha256"])
+    if sha256.hex() != stated:
         raise ExportError(
-            f"{folder}: the weights or the model's configuration are not those that config.json was written for "
-            f"(sha256 {sha256.hex()[:16]}..., stated {str(facts['weights_sha256'])[:16]}...): the files are damaged or "
-            "mixed up; export or download again"
+            f"{folder / WEIGHTS}: the weights are not those that config.json was written for (sha256 "
+            f"{sha256.hex()[:16]}..., stated {stated[:16]}...): the files are damaged or mixed up; export or "
+            "download again"
+        )
+    found = model_id(facts["family"], facts["model"], sha256)
+    if found != facts["model_id"]:
+        raise ExportError(
+            f"{folder / 'config.json'}: the weights are as stated, family and model are not (they make model_id "
+            f"{found}, stated {facts['model_id']}): it was edited, or the files are damaged or mixed up; export or "
+            "download again"
         )
     model = module.Model(config)
     try:
