@@ -282,3 +282,24 @@ def test_losses_reach_the_latents(case):
 def test_settings_that_do_not_fit(settings, match):
     with pytest.raises(ValueError, match=match):
         build_quantizer(QuantizerConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(levels=[5, 4, 3]),
+        dict(name="lfq", codebook_size=16),
+        dict(name="bsq", codebook_size=16),
+        dict(name="rfsq", levels=[5, 4]),
+        dict(levels=[5, 4], num_codebooks=2),
+    ],
+)
+def test_ids_past_the_codebook_are_refused_rather_than_wrapped(settings):
+    quantizer = build_quantizer(QuantizerConfig(**settings))
+    size = quantizer.codebook_sizes[0]
+    ids = torch.zeros(2, 3, len(quantizer.codebook_sizes), dtype=torch.int64)
+    assert quantizer.lookup(ids).shape == (2, 3, quantizer.dim) and quantizer.lookup(ids[:0]).shape[0] == 0
+    for wrong in (size, -1):
+        ids[1, 2, -1] = wrong
+        with pytest.raises(ValueError, match=rf"ids lie in .*, the codebook has {size} entries"):
+            quantizer.lookup(ids)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtok.quantize.config import QuantizerConfig
 from vtok.quantize.gradients import as_float32, straight_through
-from vtok.quantize.scalar import BSQ, FSQ, LFQ
+from vtok.quantize.scalar import BSQ, FSQ, LFQ, check_ids
 from vtok.quantize.vector import IBQ, VQ, GradientVQ, SimVQ
 from vtok.types import Quantized
 
@@ -28,6 +28,8 @@ class ResidualVQ(nn.Module):
     Zeghidour et al. 2021, https://arxiv.org/abs/2107.03312, algorithm 1. Euclidean; every step is a VQ (ema_decay > 0)
     or a GradientVQ, its loss summed. Ids equal vector-quantize-pytorch's ResidualVQ. The gradient passes straight
     through once: the library passes it through at every step, which multiplies it by the number of steps.
+
+    Steps are greedy: the vector of some ids may be encoded as others, whose first code lies nearer to it.
 
     forward: z [..., D] -> embeddings [..., D], indices [..., num_quantizers] each in [0, V).
     """
@@ -127,7 +129,9 @@ class ResidualFSQ(nn.Module):
             return Quantized(straight_through(bounded, codes), indices, bounded.new_zeros(()), {})
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices [..., Q'] -> float32 embeddings [..., D]; fewer ids than Q give the coarser embedding."""
+        """indices [..., Q'] -> float32 embeddings [..., D]; fewer ids than Q give the coarser embedding. Raises: see
+        `check_ids`."""
+        check_ids(indices, self.codebook_sizes[0])
         digits = indices[..., None] // self.basis % self.levels  # [..., Q', D]
         values = digits.float() * (2.0 / (self.levels - 1)) - 1.0
         return (values * self.scales[: indices.shape[-1]]).sum(-2)

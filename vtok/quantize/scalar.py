@@ -17,6 +17,18 @@ from vtok.quantize.gradients import EntropyWeight, as_float32, factorised_entrop
 from vtok.types import Quantized
 
 
+def check_ids(indices: Tensor, size: int) -> None:
+    """Raises: ValueError for ids outside [0, size), which digits would wrap around; on the CPU alone, as elsewhere to
+    ask is to wait for the device (`vtok.coding.token_coding.tokens_of` asks before the ids go there)."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool(((indices < 0) | (indices >= size)).any()):
+        raise ValueError(
+            f"ids lie in [{int(indices.min())}, {int(indices.max())}], the codebook has {size} entries: they are of "
+            "another model, or damaged"
+        )
+
+
 class FSQ(nn.Module):
     """Finite scalar quantization: bound every dimension by tanh and round it to L levels.
 
@@ -84,7 +96,8 @@ class FSQ(nn.Module):
             return Quantized(codes, indices, loss, report)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices [..., 1] -> the same float32 embeddings [..., D] that `forward` gave."""
+        """indices [..., 1] -> the same float32 embeddings [..., D] that `forward` gave. Raises: see `check_ids`."""
+        check_ids(indices, self.codebook_sizes[0])
         digits = indices // self.basis % self.levels
         return (digits - self.levels // 2).float() / (self.levels // 2)
 
@@ -157,7 +170,9 @@ class LFQ(nn.Module):
             return Quantized(straight_through(z, codes), indices, loss, report)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices [..., 1] -> embeddings [..., D] in {-1, 1} (BSQ: that over the square root of D)."""
+        """indices [..., 1] -> embeddings [..., D] in {-1, 1} (BSQ: that over the square root of D). Raises: see
+        `check_ids`."""
+        check_ids(indices, self.codebook_sizes[0])
         return ((indices // self.basis % 2).float() * 2 - 1) * self.scale
 
     def expect(self, probabilities: list[Tensor]) -> Tensor:
