@@ -148,6 +148,7 @@ class Model(RegisterTokenizer):
     """What ships: `encode`, `decode`, `lookup` and their streaming forms (`vtok.layers.chunked`)."""
 
     config: Config
+    from_files: tuple[str, ...] = ()  # parts that `build` filled with weights
 
     def __init__(self, config: Config):
         super().__init__(config, build_quantizer(config.quantizer))

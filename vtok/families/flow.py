@@ -143,6 +143,8 @@ def _cached_mask(
 class Model(OverlappedTokenizer):
     """What ships: `encode`, `decode`, `lookup` and their streaming forms (`vtok.layers.overlapped`)."""
 
+    from_files: tuple[str, ...] = ()  # parts that `build` filled with weights
+
     def __init__(self, config: Config):
         c, quantizer = config, build_quantizer(config.quantizer)
         if c.latents and c.latents_config is None:

@@ -154,6 +154,7 @@ class Model(SmallReader):
     caption_lm; a clip then has as many tokens as there is to tell of it, and lengths of its own can be imposed."""
 
     any_budget = True
+    from_files: tuple[str, ...] = ()  # parts that `build` filled with weights
 
     def __init__(self, config: Config):
         super().__init__(config, speaks=config.mode == "caption_lm")

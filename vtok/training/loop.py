@@ -327,7 +327,8 @@ class Conductor(pl.Callback):
             f"loss {loss:.4f} | {clips_per_s:.1f} clips/s {means['train/tokens_per_s']:.0f} tokens/s | "
             f"data wait {100 * means['train/data_wait_share']:.0f} %"
         )
-        self.counts, self.counted_before = [None, None], 0.0
+        self.counts = [None, None]
+        self.counted_before = 0.0
         self.window, self.clips, self.waited, self.excluded = {}, 0, 0.0, 0.0
         self.line_began, self.line_step = now, lit.steps_done
 
