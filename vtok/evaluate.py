@@ -460,6 +460,6 @@ def main(argv: list[str] | None = None) -> int:
 
         clips = showcase(evaluator, result, fps=data.fps)
         told, made = _samples(model, options.model, clips, seed=options.seed)
-        shown = dict(history=_history(source), samples=made, told=told)
-        print(f"report  {write_report(result, clips, out / 'report.html', **shown)}")
+        page = out / "report.html"
+        print(f"report  {write_report(result, clips, page, history=_history(source), samples=made, told=told)}")
     return 0

@@ -45,7 +45,7 @@ class Bands(FeatureNet):
         if frames < self.min_frames:
             return torch.zeros(0, self.dim)
         planes = np.einsum("dc,cthw->dthw", np.array(TO_YCC), clip.cpu().numpy() / 255.0)
-        energy = np.square(dctn(planes, axes=(1, 2, 3), norm="ortho"))
+        energy = np.square(np.asarray(dctn(planes, axes=(1, 2, 3), norm="ortho")))
         down, across = np.arange(height) / (2 * height), np.arange(width) / (2 * width)
         space = np.searchsorted(SPACE, np.hypot(down[:, None], across), side="left")
         time = np.searchsorted(TIME, np.arange(frames) / (2 * frames), side="left")
