@@ -1,18 +1,22 @@
 """Lengths of time blocks: never more than was asked, measured as the decoder will see them, better than one for all."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from test_codec import BLOCKS, make_model, moving
+from test_contract import FLOW, LATENTS
 
 from vtok.coding import codec
 from vtok.coding.bitstream import Reader
 from vtok.coding.prior_coding import PriorModel
 from vtok.coding.rate_control import Asked
-from vtok.coding.trial import Trial, groups_of, mse_of, squared_error
+from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come
 from vtok.data.encode import write_video
 from vtok.export import fit_entropy
-from vtok.families import flexible
+from vtok.families import flexible, flow
+from vtok.layers.flow import SamplerConfig
 from vtok.layers.token_prior import TokenPrior, TokenPriorConfig
 from vtok.loading import Identity, identify
 from vtok.types import Clip
@@ -132,6 +136,80 @@ def test_tokens_of_the_whole_video_are_never_passed_and_all_spent(tmp_path, fitt
         assert codec.encode_file(blocks, source, out, asked=Asked(tokens=50, look_ahead=ahead)).tokens <= 50
         with pytest.raises(ValueError, match="tokens=9 is too small.* ask for 10 or more"):
             codec.encode_file(fitted, source, out, asked=Asked(tokens=9, look_ahead=ahead))
+
+
+def flow_model(num_frames, num_tokens):
+    """A tokenizer whose chunks share a frame, in steps of 1 + 4 n frames, then 4 n; with noise, so that ids differ."""
+    torch.manual_seed(0)
+    sampler = SamplerConfig(steps=1)
+    config = dict(FLOW, num_frames=num_frames, num_tokens=num_tokens, sampler=sampler, latents_config=LATENTS)
+    model = flow.Model(flow.Config(**config)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.shipped = Identity(*with_entropy(model))
+    return model
+
+
+def told(monkeypatch, model, frames):
+    """Encoding `frames` reads the network once, and decoding is not tried: a block's curve follows from its ids."""
+    steps = list(codec.stream_steps(model, frames))
+
+    def again(_model, given):
+        assert len(list(given)) == len(frames)
+        yield from steps
+
+    def measure(self, group, lengths):
+        return [(1 + int(group.ids.sum()) % 97) * 1e3 / k for k in lengths]
+
+    monkeypatch.setattr(codec, "stream_steps", again)
+    monkeypatch.setattr(Trial, "measure", measure)
+    monkeypatch.setattr(Trial, "accept", lambda self, group, length: None)
+    return steps
+
+
+@pytest.mark.parametrize("coding", ["packed", "static", "ar"])
+@pytest.mark.parametrize(("num_frames", "num_tokens", "count"), [(17, 16, 56), (9, 4, 47), (9, 4, 5), (1, 4, 7)])
+def test_bytes_hold_where_chunks_share_a_frame(tmp_path, monkeypatch, num_frames, num_tokens, count, coding):
+    """Every budget from the least on is met, with nothing ahead, some or all; the error names one that is."""
+    model, out = flow_model(num_frames, num_tokens), tmp_path / "x.vtok"
+    source = video(tmp_path / "in.mkv", uneven(count))  # it states no frames: they follow from its duration
+    steps = told(monkeypatch, model, uneven(count))
+    assert [frames_of_groups(model, step) for step in steps] == steps_to_come(model, count, begins=True)
+    whole = codec.encode_file(model, source, out, coding=coding)
+    for ahead in (None, 0) if coding == "ar" else (None, 0, 4):
+
+        def encode(limit, ahead=ahead):
+            return codec.encode_file(model, source, out, coding=coding, asked=Asked(bytes=limit, look_ahead=ahead))
+
+        with pytest.raises(ValueError, match="ask for that or more") as caught:
+            encode(60)
+        out.unlink(missing_ok=True)
+        least = int(str(caught.value).split(" bytes, ask")[0].split()[-1])
+        with pytest.raises(ValueError, match="too small"):
+            encode(least - 1)
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+        done = encode(least)
+        assert done.bytes <= least and done.frames == count
+        if coding == "packed" or ahead is None:
+            assert (done.bytes, done.tokens) == (least, done.groups)  # nothing smaller is possible
+        for limit in range(least + 3, whole.bytes, max(17, (whole.bytes - least) // 2)):
+            done = encode(limit)
+            assert out.stat().st_size == done.bytes <= limit
+        assert encode(whole.bytes + 99).tokens == whole.tokens or coding == "ar"
+
+
+def test_a_video_longer_than_its_container_says_is_never_larger(tmp_path, fitted, monkeypatch):
+    """No file is left where the room was counted on frames that are not those that came."""
+    source, out = video(tmp_path / "in.mkv", uneven(40)), tmp_path / "x.vtok"
+    info = codec.probe(source)
+    monkeypatch.setattr(codec, "probe", lambda path: replace(info, frames=20))
+    for limit in (110, 115, 120, 130, 150):
+        try:
+            assert codec.encode_file(fitted, source, out, asked=Asked(bytes=limit, look_ahead=0)).bytes <= limit
+        except ValueError as error:
+            assert f"bytes={limit} is too small" in str(error) and not list(tmp_path.glob(".*"))
+            assert not out.exists()
+        out.unlink(missing_ok=True)
 
 
 def test_where_it_matters_it_is_better_than_one_length_for_all(tmp_path, fitted):

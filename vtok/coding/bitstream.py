@@ -200,10 +200,8 @@ class Writer:
             raise ValueError(f"a group holds {most} tokens, more than the budget of {self.header.budget}")
         if len(chunk.counts) > MAX_GROUPS or not chunk.counts:
             raise ValueError(f"a step holds {len(chunk.counts)} groups; a record holds 1 to {MAX_GROUPS}")
-        pending = self._pending
-        alike = pending and (len(pending[0].counts), pending[0].frames) == (len(chunk.counts), chunk.frames)
-        full = sum(len(c.indices) for c in pending) >= RECORD_TOKENS
-        if pending and (not alike or full or (len(pending) + 1) * len(chunk.counts) > MAX_GROUPS // 16):
+        record = _Record([(c.counts, c.frames) for c in self._pending])
+        if not record.takes(chunk.counts, chunk.frames):
             self._flush()
         self._pending.append(chunk)
 
@@ -227,15 +225,33 @@ class Writer:
         twin.close(frames=frames)
         return sink.size
 
+    def most_with(self, steps: Iterable[tuple[Sequence[int], int | None]], *, frames: int) -> int:
+        """Most bytes of the file if steps of (tokens of each group, frames) came next and nothing after them, whatever
+        their ids are: what it takes with every open record packed, and no record is ever larger."""
+        sizes, size, totals = self.header.codebook_sizes, self.bytes, dict(self._totals)
+        records, record = [], _Record([(c.counts, c.frames) for c in self._pending])
+        for counts, step_frames in steps:
+            if not record.takes(counts, step_frames):
+                records.append(record)
+                record = _Record()
+            record.add(counts, step_frames)
+        for each in [*records, record]:
+            if each.steps:
+                body = len(each.head()) + packed_bytes(sizes, each.tokens)
+                size += 1 + len(varint(body)) + body + 4
+                totals["groups"] += len(each.counts)
+                totals["tokens"] += each.tokens
+                totals["records"] += 1
+        totals["frames"] = frames
+        return size + 1 + sum(len(varint(n)) for n in totals.values()) + DIGEST_BYTES + END_BYTES
+
     def _flush(self) -> None:
         chunks, self._pending = self._pending, []
         if not chunks:
             return
-        counts = [n for chunk in chunks for n in chunk.counts]
+        record = _Record([(c.counts, c.frames) for c in chunks])
+        body, counts = record.head(), record.counts
         indices = np.concatenate([chunk.indices for chunk in chunks])
-        frames = chunks[0].frames
-        body = b"".join(map(varint, (len(chunks), len(chunks[0].counts), 0 if frames is None else frames + 1)))
-        body += varint(counts[0] + 1) if len(set(counts)) == 1 else _packed_counts(counts)
         tag, ids = RECORD, self._coder.encode(indices, counts)
         if packed_bytes(self.header.codebook_sizes, len(indices)) < len(ids):
             tag, ids = PLAIN, pack(indices, self.header.codebook_sizes)
@@ -255,6 +271,33 @@ class Writer:
         self._sha.update(frame)
         self._file.write(frame)
         self.bytes += len(frame)
+
+
+class _Record:
+    """What a record says before its ids: its steps, each (tokens of each group, frames)."""
+
+    def __init__(self, steps: Iterable[tuple[Sequence[int], int | None]] = ()) -> None:
+        self.steps = self.tokens = self.groups = 0  # groups: of one step
+        self.counts: list[int] = []
+        self.frames: int | None = None
+        for counts, frames in steps:
+            self.add(counts, frames)
+
+    def takes(self, counts: Sequence[int], frames: int | None) -> bool:
+        """Whether it stays open for this step: while it has room, and its steps are alike."""
+        alike = (self.groups, self.frames) == (len(counts), frames)
+        room = self.tokens < RECORD_TOKENS and (self.steps + 1) * len(counts) <= MAX_GROUPS // 16
+        return not self.steps or (alike and room)
+
+    def add(self, counts: Sequence[int], frames: int | None) -> None:
+        self.steps, self.groups, self.frames = self.steps + 1, len(counts), frames
+        self.tokens += sum(counts)
+        self.counts += counts
+
+    def head(self) -> bytes:
+        out = b"".join(map(varint, (self.steps, self.groups, 0 if self.frames is None else self.frames + 1)))
+        alike = len(set(self.counts)) == 1
+        return out + (varint(self.counts[0] + 1) if alike else _packed_counts(self.counts))
 
 
 class _Counted:

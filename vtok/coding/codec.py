@@ -61,9 +61,14 @@ def stream_tokens(
 
 
 def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
-    """Every token of a stream of frames uint8 [H, W, 3], step by step, each with the frames it stands for."""
+    """Every token of a stream of frames uint8 [H, W, 3], step by step, each with the frames it stands for.
+
+    A step is a chunk of the model: all are alike but the first and the last two, so they share records of a file
+    (`vtok.coding.trial.steps_to_come`).
+    """
     _check_model(model)
     piece = int(getattr(model.config, "num_frames", 16))
+    extra = int(getattr(model, "extra_frames", 0))
     device = next(iter(model.parameters())).device
     held: list[np.ndarray] = []
     given: list[np.ndarray] = []  # to the model, not yet coded
@@ -95,7 +100,7 @@ def stream_steps(model: Any, frames: Iterable[np.ndarray]) -> Iterator[Step]:
         if frame.shape != size:
             raise ValueError(f"the frame size changes from {size[:2]} to {frame.shape[:2]}; give a size to resize to")
         held.append(frame)
-        if len(held) == piece and (tokens := advance()) is not None:
+        if len(held) == piece - (0 if state is None else extra) and (tokens := advance()) is not None:
             yield step(tokens)
     if held and (tokens := advance()) is not None:
         yield step(tokens)
@@ -233,7 +238,8 @@ def encode_file(
         asked_value=as_fraction(getattr(asked, asked.name)) if asked.own_lengths else Fraction(0),
         look_ahead=asked.look_ahead if asked.name in ("tokens", "bytes") else 0,
     )
-    total = (fps is None and info.frames) or math.ceil(info.duration_s * rate) or 1
+    # containers round to milliseconds: a duration that is a hair above whole frames has no frame more
+    total = (fps is None and info.frames) or max(1, math.ceil((Fraction(info.duration_s) - Fraction(1, 1000)) * rate))
     count = 0
 
     def counted(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -255,9 +261,13 @@ def encode_file(
                 writer.write(chunk.truncate(lengths[0].tolist()))
             footer = writer.close(frames=count)
             size_bytes = file.tell()
+            if asked.bytes is not None and size_bytes > asked.bytes:
+                raise ValueError(
+                    f"bytes={asked.bytes} is too small: the file takes {size_bytes} bytes. {video_path} has {count} "
+                    f"frames, not {total} as it states; leave out the look-ahead, which counts on them, or ask for more"
+                )
             file.flush()
             os.fsync(file.fileno())
-    assert asked.bytes is None or size_bytes <= asked.bytes, (size_bytes, asked)
     return Encoded(footer.frames, footer.groups, footer.tokens, size_bytes, shape, float(rate), policy.report())
 
 

@@ -48,14 +48,18 @@ from vtok.coding.trial import (
     mse_of,
     squared_error,
     stand_alone,
+    steps_to_come,
+    unlike_steps,
     usual_frames,
 )
 from vtok.layers.halting import next_level
 from vtok.layers.perceptual import LPIPS
+from vtok.layers.stream import StreamedTokenizer
 from vtok.types import Clip, Tokens
 
 log = logging.getLogger(__name__)
 Held = TypeVar("Held")
+TOLERANCE = 1e-6  # bits, of sums in float64: prices are rounded up by whole bytes
 NEAR = 256  # blocks that a decision weighs one by one; of those further off, a sample
 WAYS = ("budget", "tokens_per_second", "tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")
 
@@ -241,7 +245,7 @@ def shared_policy(
             entropy,
             chunk_tokens=model.max_tokens,
             group_tokens=getattr(model, "num_tokens", model.max_tokens),
-            one_block=getattr(model, "num_tokens", None) == model.max_tokens,
+            runs=unlike_steps(model),
             frames=max(frames, 1) if asked.look_ahead is not None else 1 << 28,
         )
     return Allocated(
@@ -363,31 +367,48 @@ class Allocated:
         self.past: deque[tuple[Tensor, Tensor]] = deque(maxlen=NEAR)
         self.seen = 0  # frames so far
         self.block = usual_frames(model)  # of a block, where the model says
+        self.at_least = False  # whether nothing but one token a block is within the setting
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
-        if self.look_ahead is None:
-            while self._load(steps):
-                pass
-            if self.alone:
-                yield from self._rest(0)
-                return
-        second = self._second_pass() if self.look_ahead is None else None
+        if self.look_ahead is not None:
+            yield from self._streamed(steps, self.look_ahead)
+            return
+        while self._load(steps):
+            pass
+        if self.alone:
+            yield from self._rest(0)
+            return
+        second = self._second_pass()
+        for at in range(len(self.sizes)):
+            out: list[int] = []
+            while len(out) < self.sizes[at]:
+                out.append(self._decide(at, out, second))
+            yield out
+            self.purse.handed_on()
+
+    def _streamed(self, steps: Iterator[Step], look_ahead: int) -> Iterator[list[int]]:
         at, more = 0, True
+
+        def look() -> bool:
+            """Whether there is more to come once so many blocks are known beyond the next."""
+            while more and len(self.known) <= look_ahead:
+                if not self._load(steps):
+                    return False
+            return more
+
         while True:
-            while more and self.look_ahead is not None and len(self.known) <= self.look_ahead:
-                more = self._load(steps)
+            more = look()
             if not self.known:
                 return
-            if more and self.seen >= self.frames > 0:  # by its container, the video ends here
+            if more and self.seen >= self.frames:  # by its container, the video ends here
                 more = self._load(steps)
             if not more and self.alone:
                 yield from self._rest(at)
                 return
-            out = []
-            for _ in range(self.sizes[at]):
-                while more and self.look_ahead is not None and len(self.known) <= self.look_ahead:
-                    more = self._load(steps)
-                out.append(self._decide(second))
+            out: list[int] = []
+            while len(out) < self.sizes[at]:
+                more = look()
+                out.append(self._decide(at, out, None))
             at += 1
             yield out
             self.purse.handed_on()
@@ -441,7 +462,8 @@ class Allocated:
             frames = [next(source) for _ in range(known.group.num_frames)]
             yield torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
 
-    def _decide(self, second: Iterator[Tensor] | None) -> int:
+    def _decide(self, at: int, before: list[int], second: Iterator[Tensor] | None) -> int:
+        """Tokens of the next block, of step `at`, whose earlier blocks have `before`."""
         first = self.known[0]
         if second is not None:
             first.group.frames = next(second)
@@ -454,23 +476,65 @@ class Allocated:
         like = later[:: -(-len(later) // NEAR)] if later else list(self.past)
         (distortion, prices), total = _stack(near), self.purse.left()
         past = _stack(like) if like else (distortion[:0], prices[:0])
-        missing = reserve + float(prices.amin(1).sum()) - total
-        if missing > 0:
-            raise self.purse.short_of(missing)
-        level = allocate_ahead(
-            distortion,
-            prices,
-            past_distortion=past[0],
-            past_rate=past[1],
-            unknown=unknown + len(later),
-            total=total,
-            reserve=reserve,
-        )
+        least, others = reserve + float(prices.amin(1).sum()), unknown + len(self.known) - 1
+        # Prices are bounds one by one; what the lengths of all steps make of the file is closer, and takes longer.
+        if least > total or others < NEAR:
+            total = max(total, least - self._beyond([*before, 1], at))
+
+        def beyond(level: int) -> float:
+            """How far the setting may be passed, in prices, if the block has this level and all others the least."""
+            rest = reserve + float(prices[1:].amin(1).sum()) if self.purse.firm else others * self.purse.least
+            priced = float(prices[0, level]) + rest - self.purse.left()
+            return 0.0 if priced <= TOLERANCE else min(priced, self._beyond([*before, level + 1], at))
+
+        level = 0
+        if not self.at_least:
+            missing = beyond(0)
+            if missing > 0 and self.look_ahead is None and not at and not before:
+                missing = self._exactly_beyond()
+                self.at_least = missing <= 0
+            if missing > 0:
+                raise self.purse.short_of(missing)
+        if not self.at_least and total > least:
+            level = allocate_ahead(
+                distortion,
+                prices,
+                past_distortion=past[0],
+                past_rate=past[1],
+                unknown=unknown + len(later),
+                total=total,
+                reserve=reserve,
+            )
+            if beyond(level) > 0:
+                low, high = 0, level
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    low, high = (middle, high) if beyond(middle) <= 0 else (low, middle)
+                level = low
         self.known.popleft()
         if self.look_ahead is not None:
             self.past.append((first.distortion, first.prices))
         self._settle(first, level)
         return level + 1
+
+    def _beyond(self, lengths: list[int], at: int) -> float:
+        """How far the setting is passed at most, in units of price, if step `at` begins with these lengths and every
+        block after them has one token, whatever its ids are."""
+        if self.look_ahead is not None and not isinstance(self.model, StreamedTokenizer):
+            return math.inf  # its next steps are not known
+        known = zip(self.sizes[at:], self.step_frames[at:])
+        plan: list[tuple[list[int], int | None]] = [([1] * count, frames) for count, frames in known]
+        plan[0][0][: len(lengths)] = lengths
+        if self.look_ahead is not None:
+            coming = steps_to_come(self.model, self.frames - self.seen, begins=False)
+            plan += [([1] * len(groups), sum(groups)) for groups in coming]
+        most = self.purse.most(plan, frames=max(self.frames, self.seen) if self.look_ahead is not None else self.seen)
+        return float(most - self.purse.total) * self.purse.unit
+
+    def _exactly_beyond(self) -> float:
+        """The same of one token for every block of a video that is known as a whole, measured by writing."""
+        size = self._size(torch.zeros(len(self.known), dtype=torch.int64), 0)
+        return float(size - self.purse.total) * self.purse.unit
 
     def _settle(self, known: _Known, level: int) -> None:
         if not self.alone:

@@ -10,7 +10,7 @@ Letters: K tokens of a time block, Q ids a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class Purse(Protocol):
     """What may be spent on a video. `total` and prices are in one unit, tokens or bits."""
 
     total: int  # of the setting
+    firm: bool  # whether prices of blocks not yet chosen hold whatever the blocks before them become
     least: float  # what a block costs at most at one token
     unit: int  # price units in one unit of the setting: 8 bits a byte, 1 token a token
 
@@ -50,6 +51,11 @@ class Purse(Protocol):
         """What the setting counts, exactly, if these chunks came next and nothing after them."""
         ...
 
+    def most(self, steps: Iterable[tuple[Sequence[int], int | None]], *, frames: int) -> int:
+        """What it counts at most, whatever the ids, if steps of (tokens of each group, frames) came after those that
+        were handed on, and nothing after them."""
+        ...
+
     def short_of(self, missing: float) -> ValueError:
         """The error of a setting that is `missing` too small."""
         ...
@@ -58,10 +64,10 @@ class Purse(Protocol):
 class TokenPurse:
     """Tokens of the whole video."""
 
-    least, unit = 1.0, 1
+    least, unit, firm = 1.0, 1, True
 
     def __init__(self, total: int) -> None:
-        self.total, self.paid = total, 0.0
+        self.total, self.paid, self.given = total, 0.0, 0
 
     def prices(self, ids: np.ndarray, *, chosen: bool) -> Tensor:
         return torch.arange(1, len(ids) + 1, dtype=torch.float64)
@@ -73,10 +79,13 @@ class TokenPurse:
         self.paid += price
 
     def handed_on(self) -> None:
-        pass
+        self.given = round(self.paid)
 
     def size(self, chunks: Sequence[Chunk], *, frames: int) -> int:
-        return round(self.paid) + sum(sum(chunk.counts) for chunk in chunks)
+        return self.given + sum(sum(chunk.counts) for chunk in chunks)
+
+    def most(self, steps: Iterable[tuple[Sequence[int], int | None]], *, frames: int) -> int:
+        return self.given + sum(sum(counts) for counts, _ in steps)
 
     def short_of(self, missing: float) -> ValueError:
         return ValueError(
@@ -90,7 +99,7 @@ class BytePurse:
 
     Args:
         writer, entropy: of the file, header written. chunk_tokens, group_tokens: most tokens of one step of the stream,
-            and of a block. one_block: whether a step is one block. frames: most that the video can have.
+            and of a block. runs: of steps alike that a stream has at most. frames: most that the video can have.
     """
 
     unit = 8
@@ -103,7 +112,7 @@ class BytePurse:
         *,
         chunk_tokens: int,
         group_tokens: int,
-        one_block: bool,
+        runs: int,
         frames: int,
     ) -> None:
         self.total, self.writer, header = total, writer, writer.header
@@ -113,15 +122,15 @@ class BytePurse:
             self.coder: Coder = PackedCoder(header.codebook_sizes)
         else:
             self.coder = StaticCoder(entropy) if isinstance(entropy, StaticModel) else PriorCoder(entropy)
+        self.firm = not isinstance(entropy, PriorModel)
         record_tokens = RECORD_TOKENS + chunk_tokens
         most = min(MAX_RECORD, math.ceil(record_tokens * self.coder.worst / 8) + 3 * record_tokens + 64)
         numbers = (most, RECORD_TOKENS, chunk_tokens, frames + 1, group_tokens, group_tokens)
         # tag, checksum, the 0 of lengths that differ, and the rounding of the packed lengths: 1 + 4 + 1 + 1
         record = 8 * (7 + sum(len(varint(n)) for n in numbers)) + self.coder.per_record
         self.count_bits = math.log2(max(group_tokens, 2))
-        # Records of fewer tokens: where steps stop being alike at the end (a short chunk, then its last block; a step
-        # of one block has no short chunk before it), and the last one. Longer ones are paid for by their tokens.
-        self.record, self.tail = record, (2 if one_block else 3) * record
+        # A run of steps alike can end in a record of fewer tokens; longer records are paid for by their tokens.
+        self.record, self.tail = record, runs * record
         self.open_tokens = self.fresh_tokens = 0  # of the writer's open record, and not handed on yet
         self.per_token = record / RECORD_TOKENS + self.coder.per_token
         totals = (max(frames, 1), max(frames, 1), max(frames, 1) * group_tokens, max(frames, 1))
@@ -152,6 +161,9 @@ class BytePurse:
 
     def size(self, chunks: Sequence[Chunk], *, frames: int) -> int:
         return self.writer.size_with(chunks, frames=frames)
+
+    def most(self, steps: Iterable[tuple[Sequence[int], int | None]], *, frames: int) -> int:
+        return self.writer.most_with(steps, frames=frames)
 
     def short_of(self, missing: float) -> ValueError:
         least = self.total + math.ceil(missing / 8)

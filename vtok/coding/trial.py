@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,29 @@ def frames_of_groups(model: Any, step: Step) -> list[int]:
     if isinstance(model, StreamedTokenizer):
         return model.group_lengths(frames, begins=step.begins)
     return cut_evenly(frames, -(-frames // groups))
+
+
+def steps_to_come(model: Any, frames: int, *, begins: bool) -> list[list[int]]:
+    """Frames of each group of every step that so many frames of a stream will make, given as `stream_steps` gives them.
+
+    A step is a whole chunk; at the end come the whole groups of a short one, then by itself what is left of a group.
+    """
+    usual, out = usual_frames(model), []
+    while frames > 0:
+        piece = min(model.num_frames - (0 if begins else model.extra_frames), frames)
+        groups = model.group_lengths(piece, begins=begins)
+        whole = len(groups) - (len(groups) > 1 and groups[-1] < usual)
+        out += [part for part in (groups[:whole], groups[whole:]) if part]
+        frames, begins = frames - piece, False
+    return out
+
+
+def unlike_steps(model: Any) -> int:
+    """Runs of steps alike that a stream has at most: a first step, whole ones, a short one, a last group."""
+    if not isinstance(model, StreamedTokenizer):
+        return 4
+    lengths = range(1, 3 * model.num_frames + 1)
+    return max(len(list(groupby(steps_to_come(model, frames, begins=True)))) for frames in lengths)
 
 
 def usual_frames(model: Any) -> int:

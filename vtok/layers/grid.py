@@ -123,6 +123,7 @@ class GridTokenizer(StreamedTokenizer):
         self.first_apart = first_apart
         self.channels, self.stride, self.level_strides = channels, stride, levels
         self.num_frames, self.trained_size = num_frames, size
+        self.extra_frames = int(num_frames > 1)  # the first group is one frame
         self.group_frames = stride[0] * max(level[0] for level in levels)
         # height and width are padded to whole cells of the coarsest level
         self.cell = tuple(stride[axis] * max(level[axis] for level in levels) for axis in (1, 2))

@@ -48,6 +48,7 @@ class OverlappedTokenizer(StreamedTokenizer):
         super().__init__()
         self.channels, self.num_frames, self.group_frames = channels, num_frames, group_frames
         self.chunk_groups = 1 + (num_frames - 1) // group_frames
+        self.extra_frames = int(self.chunk_groups > 1)  # later chunks begin with a frame of the one before
         self.cell, self.num_tokens = cell, num_tokens
         self.max_tokens = num_tokens * self.chunk_groups
         self.embedding_dim = embedding_dim
@@ -116,7 +117,7 @@ class OverlappedTokenizer(StreamedTokenizer):
             quantized = self.encode_chunks(self.padded(pixels, lengths, self._frames_of(most)))
             coded = [quantized]
         else:
-            stride = self.num_frames - (self.chunk_groups > 1)
+            stride = self.num_frames - self.extra_frames
             video = self.padded(pixels, lengths, (count - 1) * stride + self.num_frames)
             chunks = video.unfold(2, self.num_frames, stride)  # [B, C, chunks, H, W, T]
             every = self.encode_chunks(rearrange(chunks, "B C m H W T -> (B m) C T H W"))
@@ -204,7 +205,7 @@ class OverlappedTokenizer(StreamedTokenizer):
     # ---- streaming: a step's Tokens count their groups from 0, `state.done` groups came before
 
     def _drain(self, state: StreamState, *, final: bool) -> Tokens | None:
-        shared = int(self.chunk_groups > 1)
+        shared = self.extra_frames
         given = state.cache.setdefault("groups", 0)  # of the buffered chunk, already given out
         pieces: list[Tokens] = []
         while state.buffer is not None:

@@ -22,6 +22,7 @@ class StreamedTokenizer(nn.Module):
     channels: int
     codebook_sizes: tuple[int, ...]
     num_tokens: int  # of a group, where tokens are nested
+    extra_frames = 0  # a stream's first chunk brings so many frames more than later ones
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Token ids [..., Q] -> embeddings [..., D]."""
