@@ -416,6 +416,24 @@ def test_a_static_file_is_never_larger_than_a_packed_one(counts):
         assert np.array_equal(chunks[0].indices, tokens.indices[0].numpy())
 
 
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(1, 2)), max_size=40),
+    st.integers(0, 20),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_most_a_file_can_take_is_what_packed_ids_take(steps, before):
+    facts = dict(model_id="m", key=bytes(8), size=(16, 16), fps=Fraction(8))
+    writer = Writer(io.BytesIO(), Header(**facts, codebook_sizes=(1000, 7)))
+    chunks = [Chunk(np.zeros((sum(counts), 2), np.int64), tuple(counts), frames) for counts, frames in steps]
+    for chunk in chunks[:before]:
+        writer.write(chunk)
+    most = writer.most_with(steps[before:], frames=99)
+    for chunk in chunks[before:]:
+        writer.write(chunk)
+    writer.close(frames=99)
+    assert writer._file.tell() == most
+
+
 def test_what_a_file_costs_beside_its_ids():
     """73 bytes: 45 of header, 10 a record, 18 at the end."""
     header = dict(model_id="flexible-0123456789ab", frames=16)

@@ -1,6 +1,8 @@
 """Lengths of time blocks: never more than was asked, measured as the decoder will see them, better than one for all."""
 
+import io
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from test_codec import BLOCKS, make_model, moving
 from test_contract import FLOW, LATENTS
 
 from vtok.coding import codec
-from vtok.coding.bitstream import Reader
+from vtok.coding.bitstream import Chunk, DamagedFile, Header, Reader, Writer, file_key
+from vtok.coding.entropy import varint
 from vtok.coding.prior_coding import PriorModel
 from vtok.coding.rate_control import Asked
 from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come
@@ -196,6 +199,65 @@ def test_bytes_hold_where_chunks_share_a_frame(tmp_path, monkeypatch, num_frames
             done = encode(limit)
             assert out.stat().st_size == done.bytes <= limit
         assert encode(whole.bytes + 99).tokens == whole.tokens or coding == "ar"
+
+
+def forged(model, coding, *, counts=(4, 4), groups=2, frames=4, ids=b"", real=False):
+    """A file of one step whose checksums all agree, of bytes `ids` that no encoder made (real: of zeros, coded)."""
+    who = identify(model)
+    entropy, out = who.coder(coding), io.BytesIO()
+    facts = dict(model_id=who.model_id, key=file_key(who.weights_sha256, entropy), size=(16, 16), fps=Fraction(25))
+    writer = Writer(out, Header(**facts, codebook_sizes=tuple(model.codebook_sizes), coding=coding), entropy=entropy)
+    if real:
+        width = len(model.codebook_sizes)
+        writer.write(Chunk(np.zeros((sum(counts), width), np.int64), tuple(counts), frames))
+    else:
+        body = b"".join(map(varint, (1, groups, 1 + frames, counts[0] + 1))) + ids
+        writer._put(b"R" + varint(len(body)) + body)
+        writer._totals.update(groups=groups, tokens=groups * counts[0], records=1)
+    writer.close(frames=frames or 4)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("coding", ["packed", "static", "ar"])
+def test_forged_records_are_damage(tmp_path, blocks, coding):
+    """Whatever ids a file claims under valid checksums, decoding says DamagedFile or gives frames."""
+    path, rng, seen = tmp_path / "x.vtok", np.random.default_rng(0), set()
+    for trial in range(24):
+        ids = (b"\xff" * 60, bytes(40), rng.integers(0, 256, 60).astype(np.uint8).tobytes())[trial % 3]
+        path.write_bytes(forged(blocks, coding, counts=[int(rng.integers(1, 33))], ids=ids[: int(rng.integers(61))]))
+        try:
+            seen.add(len(list(codec.decode_frames(blocks, path))))
+        except DamagedFile:
+            seen.add("damaged")
+    assert "damaged" in seen and seen <= {4, "damaged"}
+
+
+@pytest.mark.parametrize("coding", ["packed", "static", "ar"])
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (dict(counts=[40, 40]), "a group of 40 tokens, this model has 32"),
+        (dict(counts=[4, 4, 4]), "4 frames has 3 groups"),
+        (dict(counts=[4]), "4 frames has 1 groups"),
+        (dict(counts=[4, 4], frames=None), "states no frames"),
+        (dict(counts=[4, 4], frames=0), "states 0 frames"),
+        (dict(counts=[4, 4], frames=1 << 22), "has 2 groups"),
+    ],
+)
+def test_steps_that_a_model_does_not_make_are_damage(tmp_path, blocks, coding, step, message):
+    path = tmp_path / "x.vtok"
+    path.write_bytes(forged(blocks, coding, **step, real=True))
+    with pytest.raises(DamagedFile, match=message):
+        list(codec.decode_frames(blocks, path))
+
+
+def test_nothing_is_decoded_of_a_record_that_claims_millions_of_tokens(tmp_path, blocks, monkeypatch):
+    monkeypatch.setattr("vtok.coding.bitstream.decode_static", None)
+    path = tmp_path / "x.vtok"
+    path.write_bytes(forged(blocks, "static", counts=[(1 << 23) - 2], ids=b"ab"))
+    assert path.stat().st_size < 100
+    with pytest.raises(DamagedFile, match="a group of 8388606 tokens"):
+        list(codec.decode_frames(blocks, path))
 
 
 def test_a_video_longer_than_its_container_says_is_never_larger(tmp_path, fitted, monkeypatch):

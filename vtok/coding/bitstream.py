@@ -94,6 +94,7 @@ MAX_HEADER = 1 << 16
 MAX_RECORD = 1 << 24  # bytes; a longer record is damage, and is refused before memory is asked for
 MAX_GROUPS = 1 << 16  # groups of one record
 EntropyModel = StaticModel | PriorModel
+StepCheck = Callable[[Sequence[int], int | None], None]  # tokens of each group, frames
 MODELS = {"static": StaticModel, "ar": PriorModel}
 FILES = {"static": "entropy.safetensors", "ar": "prior.safetensors"}
 
@@ -322,12 +323,21 @@ class Reader:
         self._file, self._name = file, name
         self._sha, self._crc = hashlib.sha256(), 0
         self._entropy: EntropyModel | None = None
+        self._check_step: StepCheck | None = None
         self.footer: Footer | None = None
         self.header = self._read_header()
 
-    def expect(self, model_id: str, weights_sha256: bytes, *, entropy: EntropyModel | None = None) -> None:
+    def expect(
+        self,
+        model_id: str,
+        weights_sha256: bytes,
+        *,
+        entropy: EntropyModel | None = None,
+        check_step: StepCheck | None = None,
+    ) -> None:
         """Require that the file was made with this model, and with `entropy`: the static model or the prior, whichever
-        its coding needs.
+        its coding needs. check_step: told the tokens of each group and the frames of every step before any of its ids
+        is decoded; its ValueError says why no such step can be, and becomes a DamagedFile.
 
         Raises: WrongModel naming both; OtherBuild where the prior's probabilities come out otherwise here.
         """
@@ -358,7 +368,7 @@ class Reader:
                 f"({entropy.build}) they are {here[cut:].hex()}, which would decode to other ids. Decode it on a build "
                 "like the first, or encode the video again with coding 'static'"
             )
-        self._entropy = entropy
+        self._entropy, self._check_step = entropy, check_step
 
     def __iter__(self) -> Iterator[Chunk]:
         if self.header.coding in KINDS and self._entropy is None:
@@ -413,6 +423,9 @@ class Reader:
         # An id costs at least 2**-22 of a bit, so no count can be checked by the bytes alone: bound it first.
         if sum(counts) > MAX_RECORD or (header.budget and max(counts) > header.budget):
             raise DamagedFile(f"{self._name}: a record of {sum(counts)} tokens")
+        if self._check_step is not None:
+            for c in range(chunks):
+                self._check_step(counts[c * groups : (c + 1) * groups], frames - 1 if frames else None)
         if packed:
             indices = unpack(body[at:], sum(counts), header.codebook_sizes)
             if isinstance(coder, PriorStream):

@@ -30,13 +30,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtok.coding.bitstream import CODINGS, Chunk, DamagedFile, Footer, Header, Reader, Writer, file_key, read_footer
 from vtok.coding.rate_control import Asked, as_fraction, cut, shared_policy, simple_policy
-from vtok.coding.trial import Step
+from vtok.coding.trial import Step, StepsOf
 from vtok.data.decode import VideoReader, probe
 from vtok.data.encode import write_video
 from vtok.data.view import View, fit
 from vtok.layers.perceptual import LPIPS, load_lpips
 from vtok.loading import identify, in_tiles, load_any
-from vtok.types import Clip, Streaming, Tokens, to_uint8
+from vtok.types import Clip, ShapeError, Streaming, Tokens, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -291,10 +291,17 @@ def decode_frames(model: Any, vtok_path: str | Path) -> Iterator[np.ndarray]:
         total = read_footer(file, name=name).frames
         file.seek(0)
         reader = Reader(file, name=name)
-        reader.expect(who.model_id, who.weights_sha256, entropy=who.coder(reader.header.coding))
+        check = StepsOf(model, reader.header.size)
+        reader.expect(who.model_id, who.weights_sha256, entropy=who.coder(reader.header.coding), check_step=check.check)
         tokens = (_as_tokens(chunk, model) for chunk in reader)
-        count = 0
-        for frame in stream_frames(model, tokens, size=reader.header.size):
+        frames, count = stream_frames(model, tokens, size=reader.header.size), 0
+        while True:
+            try:
+                frame = next(frames, None)
+            except ShapeError as error:  # checksums and counts are right, and yet no model of this shape made it
+                raise DamagedFile(f"{name} is damaged: {error}") from error
+            if frame is None:
+                break
             count += 1
             if count <= total:
                 yield frame

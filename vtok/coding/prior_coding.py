@@ -217,7 +217,10 @@ class PriorStream:
                 digits = np.zeros((1, 1, self.last.shape[1]), np.int64)
                 for s in range(digits.shape[2]):
                     table = frequencies(self.exact.logits(inner, digits, rank, s))[0, 0]
-                    digits[..., s] = decoder.decode(coder.model.Categorical(table, perfect=False, lazy=True))
+                    try:
+                        digits[..., s] = decoder.decode(coder.model.Categorical(table, perfect=False, lazy=True))
+                    except AssertionError as error:  # constriction's word for data that no encoder makes
+                        raise ValueError(f"coded ids cannot be: {error}") from error
                 self.accept(digits)
                 rows.append(digits[0, 0])
         symbols = np.stack(rows) if rows else np.zeros((0, self.last.shape[1]), np.int64)

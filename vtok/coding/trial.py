@@ -5,7 +5,7 @@ Letters: S lengths, T frames, H height, W width, G groups (time blocks), K token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtok.layers.chunked import ChunkedTokenizer
+from vtok.layers.grid import GridTokenizer
 from vtok.layers.perceptual import LPIPS
 from vtok.layers.stream import StreamedTokenizer, cut_evenly
 from vtok.metrics.distortion import clip_lpips
@@ -87,6 +88,37 @@ def steps_to_come(model: Any, frames: int, *, begins: bool) -> list[list[int]]:
         out += [part for part in (groups[:whole], groups[whole:]) if part]
         frames, begins = frames - piece, False
     return out
+
+
+class StepsOf:
+    """Which steps the stream of a model can have, checked one after the other: nothing of a file is decoded before.
+
+    A model that is not a `StreamedTokenizer` is only asked for its frames.
+    """
+
+    def __init__(self, model: Any, size: tuple[int, int]) -> None:
+        self.model, self.size, self.begins = model, size, True
+
+    def check(self, counts: Sequence[int], frames: int | None) -> None:
+        """Raises: ValueError for a step of so many tokens a group, and frames, that this model does not make."""
+        if not frames:
+            raise ValueError(f"a step of {len(counts)} groups states {'no' if frames is None else 0} frames")
+        model = self.model
+        if not isinstance(model, StreamedTokenizer):
+            return
+        # first whether they can be alike at all: the frames are a number in a file, a list of their groups is memory
+        near = frames <= len(counts) * usual_frames(model)
+        groups = len(model.group_lengths(frames, begins=self.begins)) if near else 0
+        if groups != len(counts):
+            raise ValueError(f"a step of {frames} frames has {len(counts)} groups, this model makes others of them")
+        nested = getattr(model, "num_tokens", None)
+        if nested is not None and max(counts) > nested:
+            raise ValueError(f"a group of {max(counts)} tokens, this model has {nested}")
+        if isinstance(model, GridTokenizer):
+            most = model.token_counts(1 + groups * model.group_frames, self.size)[-1]
+            if sum(counts) > most:
+                raise ValueError(f"a step of {sum(counts)} tokens in {groups} groups, this model has at most {most}")
+        self.begins = False
 
 
 def unlike_steps(model: Any) -> int:
