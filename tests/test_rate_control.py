@@ -15,7 +15,7 @@ from vtok.coding.bitstream import Chunk, DamagedFile, Header, Reader, Writer, fi
 from vtok.coding.entropy import varint
 from vtok.coding.prior_coding import PriorModel
 from vtok.coding.rate_control import Asked
-from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come
+from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come, usual_frames
 from vtok.data.encode import write_video
 from vtok.export import fit_entropy
 from vtok.families import flexible, flow
@@ -340,6 +340,31 @@ def test_what_is_tried_is_what_the_decoder_will_see(kind):
         here = slice(start, start + group.num_frames)
         assert np.square(decoded[here] - frames[here]).sum() == pytest.approx(error, rel=1e-3)
         start += group.num_frames
+
+
+@pytest.mark.parametrize("kind", ["whole", "blocks", "shared"])
+def test_a_rate_is_never_passed_and_a_short_last_block_takes_its_token_from_those_before(kind):
+    kinds = {"whole": {}, "blocks": dict(BLOCKS)}
+    model = flow_model(9, 4) if kind == "shared" else make_model(**kinds[kind])
+    usual = usual_frames(model)
+    for frames in (2, 5, 6, 9, 14):
+        groups = sum(map(len, steps_to_come(model, frames, begins=True)))
+
+        def coded(rate, frames=frames):
+            out = codec.stream_tokens(model, uneven(frames), tokens_per_second=rate)
+            return [n for tokens in out for n in tokens.group[0].bincount().tolist()]
+
+        for rate in (25 / usual, 37.5 / usual, 50 / usual):
+            lengths: list[int] = []
+            while not lengths:
+                try:
+                    lengths = coded(rate)
+                except ValueError as error:  # named as far as the stream is known: the end may ask for more
+                    asked = float(str(error).split("ask for ")[1].split(" ")[0])
+                    assert rate < asked <= 50 / usual or frames < 2 * usual
+                    rate = asked
+            assert len(lengths) == groups and min(lengths) >= 1 and sum(lengths) <= rate * frames / 25 + 1e-9
+    assert coded(50 / usual, usual + 1)[-1] == 1
 
 
 @pytest.mark.parametrize(

@@ -166,18 +166,48 @@ class FixedLength:
 
 
 class Rate:
-    """As many tokens by the end of each block as a clock allows, at least one a block."""
+    """As many tokens by the end of each block as a clock allows, at least one a block.
+
+    A last block can be too short for a token of its own: it takes one from a block before it. One step is held back for
+    that, so that the rate is never passed.
+    """
 
     def __init__(self, model: Any, *, tokens_per_second: Fraction | float, fps: Fraction) -> None:
         self.model, self.rate, self.fps = model, as_fraction(tokens_per_second), fps
-        self.frames = self.debt = 0
+        self.usual = usual_frames(model)
+        self.frames = self.blocks = 0
+        self.debt = 0  # tokens given beyond the clock: of a first block of one frame, and of a short last one
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        held: list[int] | None = None
         for step in steps:
-            yield self._by_clock(step)
+            now = self._by_clock(step)
+            self._pay(now)
+            if held is not None:
+                self._pay(held)
+                yield held
+            held = now
+        if self.debt and self.frames > 1:  # a video of one frame has one token at any rate
+            self._refuse(f"{self.frames} frames in {self.blocks}")
+        if held is not None:
+            yield held
 
     def report(self) -> str:
         return ""
+
+    def _pay(self, lengths: list[int]) -> None:
+        """Take what was given beyond the clock from these blocks, the last first, each keeping one token."""
+        for g in reversed(range(len(lengths))):
+            taken = min(self.debt, lengths[g] - 1)
+            lengths[g], self.debt = lengths[g] - taken, self.debt - taken
+
+    def _refuse(self, what: str, *, block: int = 0) -> None:
+        least = max(self.fps * self.blocks / self.frames, self.fps / block if block else 0)
+        seconds = float((block or self.frames) / self.fps)
+        raise ValueError(
+            f"tokens_per_second={float(self.rate):g} is less than a token a block of {what} ({seconds:.3f} s); ask for "
+            f"{math.ceil(least * 1000) / 1000:.3f} or more"
+        )
 
     def _by_clock(self, step: Step) -> list[int]:
         if step.tokens.frames is None:
@@ -189,14 +219,12 @@ class Rate:
             # exactly in the long run, and never passed.
             start, end = (int(self.rate * n / self.fps) for n in (self.frames, self.frames + here))
             length = end - start - self.debt
-            self.debt = max(1 - length, 0)  # of a first block of one frame, and of a short last one
-            if self.debt and here == max(parts) and not (step.begins and g == 0 and here == 1):
-                raise ValueError(
-                    f"tokens_per_second={float(self.rate):g} leaves a block of {here} frames "
-                    f"({float(here / self.fps):.3f} s) without a token; ask for {float(self.fps / here):.3f} or more"
-                )
+            self.debt = max(1 - length, 0)
+            self.frames, self.blocks = self.frames + here, self.blocks + 1
+            alone = step.begins and g == 0 and here == 1
+            if self.debt and here >= (self.usual or max(parts)) and not alone:
+                self._refuse(f"{here} frames", block=here)
             out.append(min(max(1, length), most))
-            self.frames += here
         return out
 
 
