@@ -222,3 +222,5 @@ def test_search_scans_where_more_tokens_are_worse():
     assert not found.monotone and found.met and found.length == 12  # on the menu
     rising = search_length(lambda ks: [float(k) for k in ks], most=16, target=0.5)
     assert not rising.monotone and not rising.met and rising.length == 1
+    late = search_length(lambda ks: [[9, 8, 1, 2, 5][k - 1] for k in ks], most=5, target=3)  # the longest misses it
+    assert late.met and not late.monotone and (late.length, late.distortion) == (3, 1)

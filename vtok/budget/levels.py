@@ -254,9 +254,9 @@ def search_length(
 ) -> Found:
     """The fewest tokens whose distortion is at most `target`: by bisection, as long as more tokens are better.
 
-    Every probe is compared with those around it. The first that lies outside them ends the bisection: distortion is
-    then measured over the whole `menu`, and the fewest tokens that meet the target there (or at a probe) are taken.
-    Where nothing meets it, the length of least distortion is.
+    Every probe is compared with those around it. The first that lies outside them ends the bisection, as does a longest
+    length that misses the target: distortion is then measured over the whole `menu`, and the fewest tokens that meet the
+    target there (or at a probe) are taken. Where nothing meets it, the length of least distortion is.
 
     Args:
         measure: distortions of lengths in [1, most]. menu: lengths to scan, `spread_lengths(most)` by default.
@@ -269,9 +269,11 @@ def search_length(
         known[middle] = measure([middle])[0]
         monotone = known[high] <= known[middle] <= known[low]
         low, high = (low, middle) if known[middle] <= target else (middle, high)
-    if not monotone:
+    if not monotone or known[most] > target:
         rest = [k for k in menu or spread_lengths(most) if k not in known]
         known |= dict(zip(rest, measure(rest))) if rest else {}
+        curve = [known[k] for k in sorted(known)]
+        monotone = monotone and all(more <= fewer for fewer, more in zip(curve, curve[1:]))
     enough = [k for k, value in known.items() if value <= target]
     length = min(enough) if enough else min(known, key=lambda k: (known[k], k))
     return Found(length, known[length], bool(enough), monotone, len(known))
