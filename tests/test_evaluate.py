@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from vtok.evaluate import print_table, showcase
-from vtok.evaluation.evaluator import Evaluator, default_budgets
+from vtok.evaluation import evaluator as evaluator_room
+from vtok.evaluation.evaluator import Evaluator, bits_of_lengths, default_budgets
 from vtok.evaluation.rows import bootstrap, without_nan
 from vtok.families.flexible import Config, Model
 from vtok.metrics.distortion import clip_psnr
@@ -132,6 +134,35 @@ def test_rows_are_measured_on_the_same_windows_and_are_strict_json(model):
         assert clip["original"].shape == (clip["original"].shape[0], 16, 16, 3) and clip["fps"] == pytest.approx(8.0)
         assert clip["psnr_db"]["4"] == pytest.approx(scores["4"][at], abs=1e-3)
         assert {"1", "4", "8", "dct", "mean_colour"} <= set(clip["reconstructions"])
+
+
+def test_lengths_that_do_not_follow_from_the_budget_are_counted(model, monkeypatch):
+    """Even shares are told by the header once; what a model chose costs what its record spends, in every count."""
+
+    def rows(change):
+        own = Model.encode
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "encode", lambda self, clip, *, budget=None: change(own(self, clip, budget=budget)))
+            settings = dict(train=batches(4, seed=2), budgets=[8, 13], controls=[], progress=False)
+            return Evaluator(model, val=long, **settings).run()["rows"]
+
+    long = [replace(b, video=b.video.repeat(1, 1, 2, 1, 1), lengths=None, times=None) for b in batches(4, seed=1)]
+    even = rows(lambda tokens: tokens)
+    uneven = rows(lambda tokens: tokens.truncate(torch.tensor([[4, 2]] * len(tokens.lengths))))
+    for row, other in zip(even, uneven):
+        assert row["tokens_mean"] == row["budget"] and other["tokens_mean"] == 6
+        assert row["bits_mean"] == pytest.approx(row["budget"] * math.log2(64000))
+        assert other["signalling_bits_mean"] == 8 * (3 + 1)  # 0, least, span, and two lengths in a byte
+        assert other["bits_mean"] == pytest.approx(6 * math.log2(64000) + 32)
+        assert other["bits_per_pixel"] == pytest.approx(other["bits_mean"] / (8 * 16 * 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator_room, "bits_of_lengths", lambda tokens, **_: torch.zeros(len(tokens.lengths)))
+        free = rows(lambda tokens: tokens.truncate(torch.tensor([[4, 2]] * len(tokens.lengths))))
+    assert uneven[0]["entropy_bits_mean"] == pytest.approx(free[0]["entropy_bits_mean"] + 32)
+    tokens = model.encode(long[0], budget=13)
+    assert bits_of_lengths(tokens, budget=13, most=8).tolist() == [0.0] * 4
+    assert bits_of_lengths(tokens, budget=14, most=8).tolist() == [32.0] * 4  # its total is not the budget's
+    assert bits_of_lengths(model.encode(long[0]), budget=99, most=8).tolist() == [0.0] * 4
 
 
 def test_without_training_clips_or_times_the_nulls_have_reasons(model):

@@ -255,8 +255,8 @@ def search_length(
     """The fewest tokens whose distortion is at most `target`: by bisection, as long as more tokens are better.
 
     Every probe is compared with those around it. The first that lies outside them ends the bisection, as does a longest
-    length that misses the target: distortion is then measured over the whole `menu`, and the fewest tokens that meet the
-    target there (or at a probe) are taken. Where nothing meets it, the length of least distortion is.
+    length that misses the target: distortion is then measured over the whole `menu`, and the fewest tokens that meet
+    the target there (or at a probe) are taken. Where nothing meets it, the length of least distortion is.
 
     Args:
         measure: distortions of lengths in [1, most]. menu: lengths to scan, `spread_lengths(most)` by default.

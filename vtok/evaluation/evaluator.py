@@ -1,7 +1,8 @@
 """A tokenizer at every budget, beside its controls and real codecs, on the same windows in the same run.
 
     1. the model over the validation clips at each budget: distortion, nominal bits, use of its codebooks
-    2. a static entropy model fitted on the training clips' ids prices the validation ids; so does the export's prior
+    2. a static entropy model fitted on the training clips' ids prices the validation ids; so does the export's prior;
+       lengths that a model chose for itself are added to every count (`bits_of_lengths`)
     3. controls, fitted on training clips, and codecs, searched per clip, at the mean nominal bits of each budget
 
 Every number is a mean over clips of one number per clip, but for rFVD, its proxy and rFID, which compare sets of
@@ -32,11 +33,26 @@ from vtok.metrics.distortion import clip_lpips, clip_psnr, clip_ssim, clip_tdiff
 from vtok.metrics.frechet import FeatureCache, FeatureNet, FrechetDistance
 from vtok.metrics.rate import CodebookUsage
 from vtok.progress import counting_bar
-from vtok.types import Clip, Tokens, to_uint8
+from vtok.types import Clip, Tokens, share, to_uint8
 
 log = logging.getLogger(__name__)
 BETWEEN = (0.5, 0.5**0.5, 2**0.5, 2.0)  # rates of a codec's curve beside the budgets', of the largest one's
 COUNTED = {"bits_mean": "bits", "entropy_bits_mean": "entropy_bits", "ar_bits_mean": "ar_bits"}
+
+
+def bits_of_lengths(tokens: Tokens, *, budget: int, most: int) -> Tensor:
+    """[B] float64: what must be said of how many tokens each group of a clip holds, once its budget is known.
+
+    0 where they are the even share of the budget, or `most`, all that a group has, in each: a `.vtok` file says the
+    budget once, in its header, and the lengths follow. Else what its record spends on them
+    (`vtok.coding.prior_coding.signalling_bits`).
+    """
+    bits = signalling_bits(tokens)
+    for row, (group, mask) in enumerate(zip(tokens.group.cpu(), tokens.mask.cpu())):
+        counts = group[mask].bincount().tolist() or [0]
+        if counts == share(min(budget, most * len(counts)), len(counts)):
+            bits[row] = 0
+    return bits
 
 
 def default_budgets(max_tokens: int) -> list[int]:
@@ -241,6 +257,12 @@ class Evaluator:
         if tokens is not None:
             row.add(tokens=tokens, tokens_per_second=tokens / seconds)
 
+    def _bits_of_lengths(self, tokens: Tokens, budget: int) -> Tensor:
+        if self.menu or not tokens.codebook_sizes:  # a grid's lengths are the budget's; continuous tokens have no rate
+            return torch.zeros(len(tokens.lengths), dtype=torch.float64)
+        most = getattr(self.model, "num_tokens", self.model.max_tokens)
+        return bits_of_lengths(tokens, budget=budget, most=most)
+
     def _model_rows(self) -> list[Row]:
         rows = [Row(self.family, budget) for budget in self.budgets]
         sizes = tuple(self.model.codebook_sizes)
@@ -252,7 +274,8 @@ class Evaluator:
             for at, (row, budget) in enumerate(zip(rows, self.budgets)):
                 for part, tokens, recon, encoding, decoding in self._coded(clip, budget, row):
                     self._score(row, part, recon)
-                    self._rate(row, part, tokens.bits, tokens.lengths.double())
+                    told = self._bits_of_lengths(tokens, budget)
+                    self._rate(row, part, tokens.bits + told, tokens.lengths.double())
                     each = [1.0 / len(part)] * len(part)
                     row.add(encode_s=[encoding * e for e in each], decode_s=[decoding * e for e in each])
                     if usage:
@@ -260,9 +283,9 @@ class Evaluator:
                     if sizes:
                         row.add(signalling_bits=signalling_bits(tokens))
                     if entropy is not None:
-                        row.add(entropy_bits=entropy.bits(tokens))
+                        row.add(entropy_bits=entropy.bits(tokens) + told)
                     if prior is not None:
-                        row.add(ar_bits=prior.bits(tokens))
+                        row.add(ar_bits=prior.bits(tokens) + told)
         for at, row in enumerate(rows):
             row.extra = usage[at].compute() if usage else {}
             row.settle()
