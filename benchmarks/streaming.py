@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,11 @@ def windows(frames: np.ndarray, length: int) -> list[Clip]:
     return [Clip(keys=[str(i)], video=video[None]) for i, video in enumerate(cut)]
 
 
+def window_budget(model: Any, budget: int, *, length: int) -> int:
+    """Tokens of a window of `length` frames at `budget` tokens a time block."""
+    return budget * len(model.group_lengths(length, begins=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="export folder of a trained tokenizer")
@@ -107,8 +113,8 @@ def main() -> None:
             streamed = np.stack(list(codec.stream_frames(model, tokens, size=size)))
             clips, recon = windows(original, length), windows(decoded, length)
             psnr = torch.cat([clip_psnr(b.video, a.video) for a, b in zip(clips, recon)]).mean()  # type: ignore[arg-type]
-            groups = length // getattr(model, "block_frames", length)
-            found = Evaluator(model, val=clips, budgets=[budget * groups], controls=[], fps=args.fps, progress=False)
+            whole = window_budget(model, budget, length=length)
+            found = Evaluator(model, val=clips, budgets=[whole], controls=[], fps=args.fps, progress=False)
             measured = found.run()["rows"][0]["psnr_db"]
             (e1, d1), (e2, d2) = peaks["short"], peaks["long"]
             print(

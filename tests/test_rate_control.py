@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from vtok.coding import codec
 from vtok.coding.bitstream import Chunk, DamagedFile, Header, Reader, Writer, file_key
 from vtok.coding.entropy import varint
 from vtok.coding.prior_coding import PriorModel
-from vtok.coding.rate_control import Asked
+from vtok.coding.rate_control import Allocated, Asked, Predicted
+from vtok.coding.spending import TokenPurse
 from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come, usual_frames
 from vtok.data.encode import write_video
 from vtok.export import fit_entropy
@@ -384,6 +386,23 @@ def test_settings_that_cannot_be(tmp_path, fitted, asked, message):
     with pytest.raises(ValueError, match=message):
         codec.encode_file(fitted, video(tmp_path / "in.mkv", uneven(5)), tmp_path / "x.vtok", asked=Asked(**asked))
     assert [p.name for p in tmp_path.iterdir()] in ([], ["in.mkv"])
+
+
+def test_the_benchmark_of_streams_gives_the_evaluator_what_the_file_had(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from streaming import window_budget
+
+    flow_9, whole, blocks = flow_model(9, 4), make_model(), make_model(**BLOCKS)
+    assert window_budget(flow_9, 3, length=9) == 9  # frames 1, 4, 4
+    assert window_budget(whole, 3, length=4) == 3 and window_budget(blocks, 3, length=4) == 6
+
+
+def test_only_flexible_can_predict():
+    model = flow_model(9, 4)
+    with pytest.raises(ValueError, match="halting head, which only family flexible can have: ask for psnr_db"):
+        Predicted(model, psnr_db=30)
+    with pytest.raises(ValueError, match="scorer, which only family flexible can have: leave it out"):
+        Allocated(model, (16, 16), purse=TokenPurse(9), predicted=True)
 
 
 def test_a_scorer_shares_out_without_decoding(tmp_path, monkeypatch):

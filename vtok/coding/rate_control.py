@@ -326,8 +326,11 @@ class Predicted:
 
     def __init__(self, model: Any, *, psnr_db: float) -> None:
         if not hasattr(model, "halting"):
+            fix = (
+                "set model.halting_depth and train it" if hasattr(model.config, "halting_depth") else "ask for psnr_db"
+            )
             raise ValueError(
-                "predicted_psnr_db needs a model with a halting head: set model.halting_depth and train it "
+                f"predicted_psnr_db needs a model with a halting head, which only family flexible can have: {fix} "
                 "(configs/flexible/halting.yaml)"
             )
         self.model, self.psnr_db = model, psnr_db
@@ -384,7 +387,8 @@ class Allocated:
         if look_ahead is not None and frames < 1:
             raise ValueError("look_ahead needs a container that states its number of frames: leave it out")
         if predicted and not hasattr(model, "scorer"):
-            raise ValueError("predicted=true needs a model with a scorer: set model.scorer_depth and train it")
+            fix = "set model.scorer_depth and train it" if hasattr(model.config, "scorer_depth") else "leave it out"
+            raise ValueError(f"predicted=true needs a model with a scorer, which only family flexible can have: {fix}")
         self.model, self.purse, self.look_ahead, self.predicted = model, purse, look_ahead, predicted
         self.frames, self.again = frames, again
         self.trial, self.scout = (Trial(model, size, squared_error) for _ in range(2))
