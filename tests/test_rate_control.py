@@ -15,7 +15,7 @@ from vtok.coding import codec
 from vtok.coding.bitstream import Chunk, DamagedFile, Header, Reader, Writer, file_key
 from vtok.coding.entropy import varint
 from vtok.coding.prior_coding import PriorModel
-from vtok.coding.rate_control import Allocated, Asked, Predicted
+from vtok.coding.rate_control import Allocated, Asked, Predicted, Searched
 from vtok.coding.spending import TokenPurse
 from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come, usual_frames
 from vtok.data.encode import write_video
@@ -367,6 +367,40 @@ def test_a_rate_is_never_passed_and_a_short_last_block_takes_its_token_from_thos
                     rate = asked
             assert len(lengths) == groups and min(lengths) >= 1 and sum(lengths) <= rate * frames / 25 + 1e-9
     assert coded(50 / usual, usual + 1)[-1] == 1
+
+
+def test_chunks_drawn_together_are_measured_together_and_mended(monkeypatch):
+    """What lengths are judged by in the end is the error of the decoded file, and none that can be met is missed."""
+    model, frames, size = flow_model(9, 8), uneven(16), (16, 16)  # steps of 1 + 2, 1, 1 blocks: two chunks
+    with torch.inference_mode():
+        steps = list(codec.stream_steps(model, frames))
+        each = [groups_of(model, step) for step in steps]
+        lengths, start, errors = [3, 8, 1, 5, 2], trial_of(model).mark(), []
+        for chunk, here in ((each[0], lengths[:3]), (each[1] + each[2], lengths[3:])):
+            errors += trial_of(model).measure_together(chunk, here, start)
+            trial = trial_of(model)
+            trial.state = start
+            for group, length in zip(chunk, here):
+                trial.accept(group, length)
+            start = trial.state
+        kept = [s.tokens.truncate(torch.tensor([k])) for s, k in zip(steps, (lengths[:3], lengths[3:4], lengths[4:]))]
+        decoded = np.stack(list(codec.stream_frames(model, kept, size=size))).astype(np.float64)
+    at = 0
+    for group, error in zip([group for step in each for group in step], errors):
+        here = slice(at, at + group.num_frames)
+        assert np.square(decoded[here] - frames[here]).sum() == pytest.approx(error, rel=1e-3)
+        at += group.num_frames
+    alone, together = {1: 9.0, 2: 1.0}, []
+
+    def whole(self, groups, lengths, start):
+        together.append(len(groups))
+        return [1.0 if k >= 4 or g == 0 else 2.0 for g, k in enumerate(lengths)]
+
+    monkeypatch.setattr(Trial, "measure", lambda self, group, ks: [alone.get(k, 1.0 / k) for k in ks])
+    monkeypatch.setattr(Trial, "measure_together", whole)
+    policy = Searched(model, size, target=1.0, distance=squared_error)
+    assert list(policy.lengths(iter(steps))) == [[2, 4, 4], [2], [4]]
+    assert set(together) == {3, 2} and "3 got more tokens once their chunk was decoded whole" in policy.report()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtok.budget import allocate_ahead, allocate_lagrange, interpolate_lengths, search_length, spread_lengths
+from vtok.budget import Found, allocate_ahead, allocate_lagrange, interpolate_lengths, search_length, spread_lengths
 from vtok.coding.bitstream import Chunk, StaticModel, Writer
 from vtok.coding.prior_coding import PriorModel
 from vtok.coding.spending import BytePurse, Purse, TokenPurse
@@ -40,6 +40,7 @@ from vtok.coding.trial import (
     Group,
     Step,
     Trial,
+    drawn_together,
     frames_of_groups,
     groups_of,
     lpips_distance,
@@ -55,7 +56,7 @@ from vtok.coding.trial import (
 from vtok.layers.halting import next_level
 from vtok.layers.perceptual import LPIPS
 from vtok.layers.stream import StreamedTokenizer
-from vtok.types import Clip, Tokens
+from vtok.types import Clip, StreamState, Tokens
 
 log = logging.getLogger(__name__)
 Held = TypeVar("Held")
@@ -291,33 +292,76 @@ def shared_policy(
 
 
 class Searched:
-    """The fewest tokens of each block whose distortion is within the target (`vtok.budget.search_length`)."""
+    """The fewest tokens of each block whose distortion is within the target (`vtok.budget.search_length`).
+
+    A block is tried as if the video ended with it. Where frames of a chunk are drawn together, later blocks of the
+    chunk change it: there a whole chunk is decoded again once its lengths are found, and blocks that fall short get
+    more tokens until none does, or they have all.
+    """
 
     def __init__(self, model: Any, size: tuple[int, int], *, target: float, distance: Distance) -> None:
         self.model, self.target = model, target
         self.trial = Trial(model, size, distance)
-        self.blocks = self.missed = self.scanned = self.probes = 0
+        self.together = drawn_together(model)
+        self.blocks = self.missed = self.scanned = self.probes = self.mended = self.fell = 0
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:
+        for chunk in self._chunks(steps):
+            start, groups = self.trial.mark(), [group for step in chunk for group in step]
+            found = [self._search(group) for group in groups]
+            lengths = [each.length for each in found]
+            if self.together and len(groups) > 1:
+                self._mend(groups, lengths, start, [each.met for each in found])
+            for step in chunk:
+                yield lengths[: len(step)]
+                del lengths[: len(step)]
+
+    def _chunks(self, steps: Iterator[Step]) -> Iterator[list[list[Group]]]:
+        """The groups of each step; steps that share a chunk, as a stream's last two can, come together."""
+        held: list[list[Group]] = []
         for step in steps:
-            out = []
-            for group in groups_of(self.model, step):
+            held.append(groups_of(self.model, step))
+            have = sum(map(len, held))
+            if not self.together or have >= self.together + (self.blocks == 0):
+                yield held
+                held = []
+        if held:
+            yield held
 
-                def measure(lengths: list[int], group: Group = group) -> list[float]:
-                    return self.trial.measure(group, lengths)
+    def _search(self, group: Group) -> Found:
+        found = search_length(
+            lambda lengths: self.trial.measure(group, lengths), most=most_tokens(group.tokens), target=self.target
+        )
+        self.trial.accept(group, found.length)
+        self.blocks, self.missed = self.blocks + 1, self.missed + (not found.met)
+        self.scanned, self.probes = self.scanned + (not found.monotone), self.probes + found.probes
+        return found
 
-                found = search_length(measure, most=most_tokens(group.tokens), target=self.target)
-                self.trial.accept(group, found.length)
-                self.blocks, self.missed = self.blocks + 1, self.missed + (not found.met)
-                self.scanned, self.probes = self.scanned + (not found.monotone), self.probes + found.probes
-                out.append(found.length)
-            yield out
+    def _mend(self, groups: list[Group], lengths: list[int], start: StreamState, met: list[bool]) -> None:
+        """Lengthen, in place, the blocks that miss the target once their chunk is decoded whole after `start`."""
+        before = list(lengths)
+        while True:
+            distortion = self.trial.measure_together(groups, lengths, start)
+            self.probes += len(groups)
+            short = [g for g, value in enumerate(distortion) if met[g] and value > self.target]
+            grown = False
+            for g in short:
+                longer = [k for k in spread_lengths(most_tokens(groups[g].tokens)) if k > lengths[g]]
+                lengths[g], grown = (longer[0], True) if longer else (lengths[g], grown)
+            if not grown:
+                break
+        self.mended, self.fell = self.mended + sum(a != b for a, b in zip(lengths, before)), self.fell + len(short)
+        self.trial.state = start
+        for group, length in zip(groups, lengths):
+            self.trial.accept(group, length)
 
     def report(self) -> str:
         if not self.blocks:
             return ""
         words = f"{self.probes / self.blocks:.1f} decodes a block"
         words += f"; {self.scanned} of {self.blocks} blocks scanned: more tokens were worse" if self.scanned else ""
+        words += f"; {self.mended} got more tokens once their chunk was decoded whole" if self.mended else ""
+        words += f"; {self.fell} fall below it for what comes after them in their chunk" if self.fell else ""
         return words + (f"; {self.missed} of {self.blocks} blocks do not reach it at any length" if self.missed else "")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtok.layers.chunked import ChunkedTokenizer
 from vtok.layers.grid import GridTokenizer
+from vtok.layers.overlapped import OverlappedTokenizer
 from vtok.layers.perceptual import LPIPS
 from vtok.layers.stream import StreamedTokenizer, cut_evenly
 from vtok.metrics.distortion import clip_lpips
@@ -173,6 +174,27 @@ class Trial:
             out += self.distance(to_uint8(video), frames.expand(len(here), -1, -1, -1, -1)).tolist()
         return out
 
+    def mark(self) -> StreamState:
+        """The state after the blocks accepted so far, which later ones leave alone."""
+        return _repeat_state(self.state, 1)
+
+    @torch.inference_mode()
+    def measure_together(self, groups: list[Group], lengths: list[int], start: StreamState) -> list[float]:
+        """The distortion of each of the blocks after `start` once all of them are decoded at these lengths."""
+        state, parts = _repeat_state(start, 1), []
+        for group, length in zip(groups, lengths):
+            video, state = self.model.decode_step(group.tokens.truncate(torch.tensor([[length]])), state)
+            parts.append(video)
+        parts.append(self.model.decode_flush(state))
+        video = torch.cat([part for part in parts if part is not None], 2)
+        video = to_uint8(video[:, :, -sum(group.num_frames for group in groups) :])
+        out, at = [], 0
+        for group in groups:
+            assert group.frames is not None
+            here, at = video[:, :, at : at + group.num_frames], at + group.num_frames
+            out += self.distance(here, group.frames[None].to(here.device)).tolist()
+        return out
+
     @torch.inference_mode()
     def accept(self, group: Group, length: int) -> None:
         """The block has this length."""
@@ -204,6 +226,11 @@ def stand_alone(model: Any) -> bool:
     """Whether a block decodes to the same frames whatever the length of the blocks before it."""
     chunks = getattr(type(model), "decode_step", None) is ChunkedTokenizer.decode_step
     return chunks and model.blocks == 1
+
+
+def drawn_together(model: Any) -> int:
+    """Blocks that are decoded together, so that later ones can change what earlier ones become; 0 for none."""
+    return model.chunk_groups - 1 if isinstance(model, OverlappedTokenizer) else 0
 
 
 def mse_of(psnr_db: float) -> float:

@@ -21,6 +21,7 @@ class StreamedTokenizer(nn.Module):
 
     channels: int
     codebook_sizes: tuple[int, ...]
+    num_frames: int  # of a chunk
     num_tokens: int  # of a group, where tokens are nested
     extra_frames = 0  # a stream's first chunk brings so many frames more than later ones
 
