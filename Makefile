@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
-# Processes that share the tests, a file at a time; each of one thread, or two would wait for each other's.
-JOBS ?= 2
+# Processes that share the tests, a file at a time; each of one thread, or two would wait for each other's. Three for two
+# cores: the slowest tests mostly wait for processes that they started.
+JOBS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-fast test-twins test-slurm soak lint

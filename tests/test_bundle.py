@@ -21,6 +21,7 @@ from vtok.types import Clip
 GRID = {"coarse": [1, 2, 2]}
 SPACETIME = {
     "backbone": "transformer",
+    "conv": {},
     "transformer": {"width": 16, "num_heads": 2, "encoder_spatial": "tw", "decoder_spatial": "t", "window": [2, 2]},
 }
 

@@ -51,5 +51,5 @@ def test_what_cannot_be_quantized_says_so(tmp_path):
     with pytest.raises(ValueError, match="model.quantizer.name=fsq: only a continuous"):
         ptq.quantize(model, config, [clip()])
     model, config = load_run(continuous(tmp_path / "other", "flexible"))
-    with pytest.raises(ValueError, match="cannot fill quantizer.bins=4096"):
+    with pytest.raises(ValueError, match="cannot fill model.quantizer.bins=4096"):
         ptq.quantize(model, config, [clip()], bins=4096)
