@@ -15,9 +15,11 @@ from vtok.coding import codec
 from vtok.coding.bitstream import Chunk, DamagedFile, Header, Reader, Writer, file_key
 from vtok.coding.entropy import varint
 from vtok.coding.prior_coding import PriorModel
-from vtok.coding.rate_control import Allocated, Asked, Predicted, Searched
+from vtok.coding.rate_control import Asked
+from vtok.coding.sharing import Allocated
 from vtok.coding.spending import TokenPurse
 from vtok.coding.trial import Trial, frames_of_groups, groups_of, mse_of, squared_error, steps_to_come, usual_frames
+from vtok.coding.wanted_quality import Predicted, Searched
 from vtok.data.encode import write_video
 from vtok.export import fit_entropy
 from vtok.families import flexible, flow

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from vtok.budget import search_length, spread_lengths
 from vtok.coding.codec import resize_crop, stream_steps
-from vtok.coding.rate_control import Predicted
 from vtok.coding.trial import Trial, groups_of, mean_squared_error, most_tokens, mse_of, stand_alone
+from vtok.coding.wanted_quality import Predicted
 from vtok.config import DataConfig
 from vtok.data.decode import VideoReader
 from vtok.data.order import one_pass
