@@ -3,11 +3,13 @@
     python benchmarks/sampling.py EXPORT --videos DIR [--tokens 1,4,16,64] [--steps 5,10,20,40] [--guidance 1,3,7.5]
         [--temperature 1,0] [--chunks 10] [--fps F] [--limit N]
 
-Videos are resized to the size the model was trained at. A first table has, for each setting, the PSNR, SSIM and
-temporal-difference PSNR of draws at each number of tokens a latent frame, over one chunk of each video, and the seconds
-that decoding a clip of one chunk takes (side by side, median over clips). A second one has the PSNR of each chunk of
-videos of `--chunks` chunks (joined from the given ones): each chunk begins with the frame drawn last, so errors may add
-up; `alone` is the same chunk decoded as if it began a video, from tokens of its own.
+Videos are resized to the size the model was trained at. `error` is what tokens tell: the squared error of the velocity
+at each number of tokens a latent frame (0: withheld, as for guidance), the same noise in all, mean over five levels and
+over one chunk of each video. Where it does not fall, the decoder does not read them. A table then has, by setting,
+the PSNR, SSIM and temporal-difference PSNR of draws at each number of tokens a latent frame, over one chunk of each
+video, and the seconds that decoding a clip of one chunk takes (side by side, median over clips). A second one has the
+PSNR of each chunk of videos of `--chunks` chunks (joined from the given ones): each chunk begins with the frame drawn
+last, so errors may add up; `alone` is the same chunk decoded as if it began a video, from tokens of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from torch import Tensor
 
 from vtok.coding import codec
 from vtok.data.inputs import collect
+from vtok.families import flow
 from vtok.loading import load_any
 from vtok.metrics.distortion import clip_psnr, clip_ssim, clip_tdiff_psnr
 from vtok.types import Clip, to_uint8
+
+LEVELS = (0.3, 0.5, 0.7, 0.9, 0.99)  # of noise
 
 
 def numbers(text: str) -> list[float]:
@@ -60,6 +65,23 @@ def sweep(model, clips: list[Tensor], lengths: list[int], settings: list[tuple[i
                 f"{statistics.median(seconds):>7.2f}",
                 flush=True,
             )
+
+
+@torch.inference_mode()
+def told(model, clips: list[Tensor], lengths: list[int]) -> None:
+    """Prints the error of the velocity at each number of tokens, and without any."""
+    video, count = torch.cat(clips).float() / 127.5 - 1, len(clips)
+    frames = torch.full((count,), video.shape[2])
+    for k in [0, *lengths]:
+        errors = []
+        for level in LEVELS:
+            torch.manual_seed(0)
+            nothing = torch.zeros(count, dtype=torch.int64)
+            draw = flow.Draw(torch.full((count,), level), nothing, nothing.float(), torch.full((count,), k == 0))
+            keep = torch.full((count, model.chunk_groups), max(k, 1))
+            errors.append(float(model(video, frames, keep, draw).error.mean()))
+        each = ", ".join(f"{level:g}: {error:.3f}" for level, error in zip(LEVELS, errors))
+        print(f"{k:>5} tokens  error {statistics.mean(errors):.3f}   by level {each}", flush=True)
 
 
 @torch.inference_mode()
@@ -101,6 +123,7 @@ def main() -> None:
     clips = [tensor(video[:span]) for video in videos if len(video) >= span]
     lengths = [int(k) for k in args.tokens if k <= model.num_tokens]
     print(f"{len(clips)} clips of {span} frames of {size[0]}x{size[1]}; {torch.get_num_threads()} threads")
+    told(model, clips, lengths)
     settings = [(int(s), g, t) for s, g, t in itertools.product(args.steps, args.guidance, args.temperature)]
     before = dict(vars(model.config.sampler))
     sweep(model, clips, lengths, settings)
