@@ -381,6 +381,18 @@ def test_a_run_ends_with_its_minutes_and_stays_ended(tmp_path, capsys, monkeypat
     assert "is complete" in capsys.readouterr().out
 
 
+def test_a_forward_pass_holds_no_gradients_of_the_step_before(tmp_path, monkeypatch):
+    held, loss = [], lit.LitCompressor._loss
+
+    def watched(module, *args):
+        held.append(any(p.grad is not None for p in module.parameters()) if module.training else None)
+        return loss(module, *args)
+
+    monkeypatch.setattr(lit.LitCompressor, "_loss", watched)
+    training.train(settings(tmp_path, trainer={"max_steps": 3, "accumulate": 2, "val_every": 0}), data=Data())
+    assert held[:6] == [False, True] * 3  # but for those it adds to
+
+
 # refusals
 
 

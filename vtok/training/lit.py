@@ -225,12 +225,17 @@ class LitCompressor(pl.LightningModule):
         if strategy.is_deepspeed(self.trainer.strategy):
             self.applied, self.grad_norm = strategy.step_outcome(self.trainer.strategy)
             strategy.forget_gradients(self.trainer.strategy)
+        else:  # at once: the next forward pass does not hold them beside its activations
+            optimizer.zero_grad()
         self.steps_done += 1
         if self.applied:
             self.bad_in_row = 0
             self._average()
         else:
             self._skipped()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Nothing: the step before has freed the gradients. DeepSpeed's engine frees its own."""
 
     def idle(self) -> set[str]:
         """Parts of the objective that rest in the coming step, by their names in the optimizer."""
