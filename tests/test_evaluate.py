@@ -6,12 +6,13 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from vtok.evaluate import print_table, showcase
+from vtok.evaluate import print_table, results_folder, showcase
 from vtok.evaluation import evaluator as evaluator_room
 from vtok.evaluation.evaluator import Evaluator, bits_of_lengths, default_budgets
 from vtok.evaluation.rows import bootstrap, without_nan
@@ -194,3 +195,12 @@ def test_bootstrap_covers_the_mean_and_needs_two_clips():
     assert low < float(values.mean()) < high and (high - low) == pytest.approx(2 * 1.96 / 20, rel=0.15)
     assert bootstrap(values, seed=0) == [low, high] and bootstrap(values[:1], seed=0) is None
     assert without_nan({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
+
+
+def test_results_of_one_export_do_not_replace_those_of_another(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert results_folder(None, tmp_path / "run") == tmp_path / "run" / "eval"
+    assert results_folder(None, tmp_path / "small") == Path("eval/small")
+    assert results_folder(None, Path("user/large")) == Path("eval/large")
+    assert results_folder(tmp_path / "here", tmp_path / "small") == tmp_path / "here"

@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train-shards", help="training shards for controls and the entropy model; default: the run's")
     parser.add_argument("--budgets", help="tokens, e.g. 1,4,16; default: the run's, else 1, 4, 16 ... the maximum")
-    parser.add_argument("--out", type=Path, help="where to write; default: RUN/eval, or ./eval for an export")
+    parser.add_argument("--out", type=Path, help="where to write; default: RUN/eval; for an export ./eval/NAME")
     parser.add_argument("--clips", type=int, help="at most this many validation clips")
     parser.add_argument("--train-clips", type=int, default=512, help="at most this many training clips (default 512)")
     parser.add_argument("--controls", help=f"comma-separated from {','.join(CONTROLS)}, or none")
@@ -384,15 +384,17 @@ def _main_texts(options: argparse.Namespace, model: Any, val: Any, *, shards: st
     return 0
 
 
-def _folder(options: argparse.Namespace, source: Path) -> Path:
+def results_folder(out: Path | None, source: Path) -> Path:
+    """Where results of a run or an export go: `out`, else RUN/eval, else eval/NAME in the folder one stands in, so that
+    those of one export do not replace those of another."""
     from vtok.loading import is_run
 
-    return options.out or (source / "eval" if is_run(source) else Path("eval"))
+    return out or (source / "eval" if is_run(source) else Path("eval") / source.resolve().name)
 
 
 def _write_table(options: argparse.Namespace, source: Path, result: dict[str, Any]) -> Path:
     """Writes eval.json; returns the folder it lies in."""
-    out = _folder(options, source)
+    out = results_folder(options.out, source)
     out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return out
@@ -450,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     source = Path(options.model)
     if lpips[0]:
         evaluator.weights["lpips"] = {"sha256": file_sha256(lpips[0])}
-    _check_previous(_folder(options, source) / "eval.json", evaluator)
+    _check_previous(results_folder(options.out, source) / "eval.json", evaluator)
     result = evaluator.run(model=source.name, shards=val_shards)
     out = _write_table(options, source, result)
     print_table(result)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtok.config import DataConfig
-from vtok.evaluate import device_of, load_model, objective_of, window_loader
+from vtok.evaluate import device_of, load_model, objective_of, results_folder, window_loader
 from vtok.evaluation.answer_rows import interval, mean
 from vtok.evaluation.evaluator import Evaluator
 from vtok.evaluation.rows import SCHEMA, environment, without_nan
@@ -233,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", help="tokens, e.g. 1,4,16; default: those of AFTER")
     parser.add_argument("--clips", type=int, help="at most this many clips of each corpus")
     parser.add_argument("--llm", default="", help="projectors: frozen language model; default: the one of each model")
-    parser.add_argument("--out", type=Path, help="where to write; default: AFTER/eval of a run, or ./eval")
+    parser.add_argument(
+        "--out", type=Path, help="where to write; default: AFTER/eval of a run; of an export ./eval/NAME"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", action="store_true")
@@ -250,8 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=options.seed,
         progress=not options.no_progress,
     )
-    after = Path(options.after)
-    out = options.out or (after / "eval" if (after / "config.yaml").is_file() else Path("eval"))
+    out = results_folder(options.out, Path(options.after))
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print_comparison(result)
