@@ -152,16 +152,15 @@ def clock_moved(corpus: Corpus, job: Job, draw: random.Random) -> Outcome:
     return Outcome("clock moved", how, count.faults + _lost(count))
 
 
-def two_at_once(corpus: Corpus, job: Job, started: Callable[[Path], bool]) -> Outcome:
+def two_at_once(corpus: Corpus, job: Job, at_work: Callable[[Path], bool]) -> Outcome:
     """A second start in the place of a running one is refused, and the first ends as if there had been none."""
     right, _ = kills.whole(job, corpus)
     out, log, second_log = corpus.scratch("two"), corpus.log(f"{job.name}-first"), corpus.log(f"{job.name}-second")
     faults, count = [], Count()
     first = launch.start(job.arguments(out), log)
     with launch.ended(first):
-        if not launch.wait_until(lambda: started(out), first):
+        if not launch.stop_while(lambda: at_work(out), first):
             return Outcome(f"two at once, {job.name}", "", ["the first had ended before the second began"])
-        first.signal(signal.SIGSTOP)  # so that it surely still runs
         second = launch.run(job.arguments(out), second_log)
         first.signal(signal.SIGCONT)
         if wrong := clear(second):
@@ -201,7 +200,7 @@ def every_fault(corpus: Corpus, draw: random.Random, *, short: bool = False) -> 
         yield clock_moved(corpus, training, draw)
     yield two_at_once(corpus, training, lambda out: bool(ledger(out / "run")))
     if not short:
-        yield two_at_once(corpus, tokenizing, lambda out: bool(list(out.rglob("*.tmp"))))
+        yield two_at_once(corpus, tokenizing, lambda out: any(out.rglob(".*.tar.*.tmp")))
 
 
 def _lost(count: Count) -> list[str]:

@@ -57,6 +57,13 @@ class Command:
         self.signal(signal.SIGKILL)  # a child that outlives its parent would write where the next start works
         return self.code
 
+    def stands_still(self) -> bool:
+        """Whether its first process is stopped."""
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except FileNotFoundError:
+            return False
+
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
@@ -110,6 +117,20 @@ def wait_until(condition: Callable[[], bool], command: Command, *, seconds: floa
             raise TimeoutError(f"a command does not get on; its log ends: {command.tail()}")
         time.sleep(0.005)
     return True
+
+
+def stop_while(condition: Callable[[], bool], command: Command) -> bool:
+    """Stops a command (SIGSTOP) at a moment at which the condition holds; False where it ended before there was one.
+
+    A condition seen and a signal sent are two moments: what stands still is looked at again, and let go if it got on.
+    """
+    while wait_until(condition, command) and command.code is None:
+        command.signal(signal.SIGSTOP)
+        wait_until(command.stands_still, command)
+        if command.code is None and condition():
+            return True
+        command.signal(signal.SIGCONT)
+    return False
 
 
 def _vtok(arguments: list[str]) -> int:
