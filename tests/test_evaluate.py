@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from vtok.evaluate import print_table, results_folder, showcase
+from vtok.evaluate import READ_BY, _check_read, _parser, print_table, results_folder, showcase
 from vtok.evaluation import evaluator as evaluator_room
 from vtok.evaluation.evaluator import Evaluator, bits_of_lengths, default_budgets
 from vtok.evaluation.rows import bootstrap, without_nan
@@ -204,3 +204,27 @@ def test_results_of_one_export_do_not_replace_those_of_another(tmp_path):
     assert results_folder(None, tmp_path / "small") == Path("eval/small")
     assert results_folder(None, Path("user/large")) == Path("eval/large")
     assert results_folder(tmp_path / "here", tmp_path / "small") == tmp_path / "here"
+
+
+@pytest.mark.parametrize(
+    "given, kind, words",
+    [
+        ("--allocations 128:1", "a tokenizer", "--allocations 128:1 is for a projector, and x is a tokenizer: leave"),
+        ("--codecs none", "a projector", "--codecs none is for a tokenizer"),
+        ("--budgets 4", "a compressor of texts", "--budgets 4 is for a tokenizer or a projector"),
+        ("--frames 9", "a tokenizer", "--frames 9 is for a projector"),
+        ("--lpips-sha256 0f", "a projector", "--lpips-sha256 0f is for a tokenizer"),
+    ],
+)
+def test_options_that_a_model_does_not_read_are_refused(given, kind, words):
+    options = _parser().parse_args(["x", *given.split()])
+    with pytest.raises(ValueError, match=words):
+        _check_read(options, kind)
+    _check_read(_parser().parse_args(["x"]), kind)
+
+
+def test_every_option_is_read_by_all_kinds_of_models_or_by_some_that_are_named():
+    known = set(vars(_parser().parse_args(["x"])))
+    some = {name for names in READ_BY.values() for name in names.split()}
+    shared = {"model", "shards", "out", "clips", "batch_size", "device", "seed", "no_progress", "no_report"}
+    assert some | shared == known and not some & shared

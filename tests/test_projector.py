@@ -258,6 +258,8 @@ def test_eval_measures_the_run_beside_everything_training_free(lab, stage0, tmp_
     assert "cannot tell compressors apart" in page and "<canvas data-clip" in page and "What colour" in page
     assert [each["budget"] for each in found["versus"]] == [1, 4] and all(row["ttft_ms"] > 0 for row in found["rows"])
     assert rows["reducer", 4]["compress_flops"] > 0 and found["llm"]["sha256"] == weights(lab / "llm")
+    with pytest.raises(ValueError, match="no clip has a question with an answer"):  # of what three frames show
+        evaluate([str(run), "--frames", "3", "--out", str(tmp_path / "shorter"), "--no-progress"])
     assert "chance" in capsys.readouterr().out
 
 

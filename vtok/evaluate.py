@@ -148,6 +148,20 @@ def _samples(
     return told, made
 
 
+# options that only some kinds of models read; what is not listed, all do
+READ_BY = {
+    "a tokenizer": (
+        "train_shards train_clips budgets controls codecs codec_clips profile processes lpips lpips_sha256 fvd "
+        "fvd_sha256 fid fid_sha256"
+    ),
+    "a projector": (
+        "budgets controls llm full tuned answers parts part_prompt part_answers allocations shares questions facts "
+        "seeds frames"
+    ),
+    "a compressor of texts": "llm answers ratios",
+}
+
+
 def _names(text: str) -> list[str]:
     return [] if text in ("", "none") else [part.strip() for part in text.split(",") if part.strip()]
 
@@ -195,10 +209,23 @@ def _parser() -> argparse.ArgumentParser:
     projector.add_argument("--questions", type=int, help="ask at most so many of each clip, drawn (default: all)")
     projector.add_argument("--facts", metavar="JSONL", help="videos' complexity and duration: what free lengths follow")
     projector.add_argument("--seeds", type=int, default=5, help="of reducers that draw (default 5)")
+    projector.add_argument("--frames", type=int, help="of a clip, where it is not to be the training's data.num_frames")
     parser.add_argument("--ratios", help="compressors of texts: words of the LLM a token (default 5,10,20,40)")
     parser.add_argument("--no-progress", action="store_true")
     parser.add_argument("--no-report", action="store_true", help="eval.json only")
     return parser
+
+
+def _check_read(options: argparse.Namespace, kind: str) -> None:
+    """Raises ValueError for an option that says nothing to such a model."""
+    usual = vars(_parser().parse_args([options.model]))
+    for name in sorted({name for names in READ_BY.values() for name in names.split()} - set(READ_BY[kind].split())):
+        if getattr(options, name) != usual[name]:
+            readers = [other for other, names in READ_BY.items() if name in names.split()]
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is for {' or '.join(readers)}, and "
+                f"{options.model} is {kind}: leave it out"
+            )
 
 
 def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
@@ -411,15 +438,19 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     model, data, settings = load_model(options.model)
     val_shards, train_shards = _resolve_shards(data, options)
+    texts, projector = getattr(model.config, "source", "") == "text", not hasattr(model, "decode")
+    _check_read(options, "a compressor of texts" if texts else "a projector" if projector else "a tokenizer")
     if options.batch_size:
         data = replace(data, val_batch_size=options.batch_size)
+    if options.frames:
+        data = replace(data, num_frames=options.frames)
     clips = data.val_clips if options.clips is None else options.clips
     tower = (lambda: model.tower) if hasattr(model, "compress") else None
     where: dict[str, Any] = dict(tower=tower, audio=lambda: getattr(model, "ears", None))
     val = window_loader(data, val_shards, clips=clips, setting="--shards", **where)
-    if getattr(model.config, "source", "") == "text":
+    if texts:
         return _main_texts(options, model, val, shards=val_shards)
-    if not hasattr(model, "decode"):
+    if projector:
         return _main_projector(options, model, val, settings, shards=val_shards, fps=data.fps)
     train = None
     if train_shards:
