@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from vtok import config as configuration
+from vtok.budget import AtaConfig, allocate_scores
 from vtok.families.temporal import AudioConfig, Config, Model, SummaryConfig
 from vtok.layers.dynamic_context import DualConfig, FormerConfig, StaticConfig
 from vtok.layers.memory_bridge import BridgeConfig
+from vtok.layers.relevance import novelty
 from vtok.layers.segments import SegmentConfig
 from vtok.layers.temporal_options import (
     MatryoshkaConfig,
@@ -387,6 +389,22 @@ def test_turing_machine_remembers_the_order():
     model, seen = make("turing"), features([9])
     backwards = Features(seen.patches.flip(1), GRID)
     assert (model.encode(clip(seen)).embeddings - model.encode(clip(backwards)).embeddings).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_windows_share_a_total_by_what_is_new_in_them():
+    """What `ata` deals out is a budget of any compressor whose groups are segments."""
+    model, seen = make("region", summary=SummaryConfig(), max_tokens=200), features()
+    made = model.encode(clip(seen))
+    groups = torch.arange(int(made.num_groups.max()))
+    held = ((made.group[..., None] == groups) & made.mask[..., None]).sum(1)
+    frame_groups = (torch.arange(9) // 3).expand(3, -1)  # windows of 3 frames, as the scenes are
+    scores, config = novelty(seen, frame_groups), AtaConfig(minimum=1, maximum=9)
+    shares = allocate_scores(scores, total=torch.tensor([11, 4, 7]), config=config, maximum=held, valid=held > 0)
+    tokens = model.encode(clip(seen), budget=shares)
+    assert tokens.lengths.tolist() == [11, 4, 7]
+    same(tokens, made.truncate(shares))
+    assert (shares[0][scores[0].argsort()].diff() >= 0).all() and shares[0].unique().numel() > 1
 
 
 def test_budgets_by_group_have_a_shape():
