@@ -181,7 +181,8 @@ def test_novelty_and_similarity_are_those_of_the_frames(folders):  # noqa: F811
 
 @torch.no_grad()
 def test_words_are_matched_by_learned_weights_at_a_learned_scale():
-    match, patches, words = WordMatch(8), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    match, patches, words = WordMatch(8, in_dim=8), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    torch.nn.init.eye_(match.look.weight), torch.nn.init.zeros_(match.look.bias)
     mask, real = torch.arange(5)[None] < torch.tensor([[5], [3]]), torch.arange(4)[None] < torch.tensor([[4], [0]])
     found = match(patches, words, mask=mask, real=real)
     assert torch.allclose(found, word_similarity(patches, words, mask=mask, real=real) / 0.07) and float(found[1]) == 0
@@ -197,11 +198,12 @@ def test_words_are_matched_by_learned_weights_at_a_learned_scale():
 
 
 def test_relevance_teaches_similarity_which_words_count(folders):  # noqa: F811
-    """Segments show one of six things, a question names one of them among words that all questions have."""
+    """Segments show one of six things, a question names one of them among words that all questions have; scores learn
+    by a map of patches of their own, and what the small model reads stays as it is."""
     model = tempo(folders["llama"], "similarity", question=False).float().train()
     torch.manual_seed(0)
     names, looks = ["red", "ring", "star", "blue", "ground", "left"], torch.randn(6, 5)
-    optimizer = torch.optim.AdamW([*model.eye.parameters(), *model.match.parameters()], 5e-3)
+    optimizer = torch.optim.AdamW(model.match.parameters(), 2e-2)
     hits = []
     for _ in range(120):
         shown = torch.stack([torch.randperm(6)[:5] for _ in range(8)])  # [B, G]
@@ -212,6 +214,7 @@ def test_relevance_teaches_similarity_which_words_count(folders):  # noqa: F811
         loss, hit = ranking_loss(model.encode(clip, budget=5).scores, right)
         optimizer.zero_grad()
         loss.backward()
+        assert all(p.grad is None for p in model.eye.parameters())
         optimizer.step()
         hits.append(float(hit.float().mean()))
     assert sum(hits[:3]) / 3 < 0.6 and sum(hits[-10:]) / 10 > 0.95

@@ -169,7 +169,7 @@ class Model(SmallReader):
         self.judge: Judge | None = None
         if c.ata.score in JUDGED:
             self.judge = Judge(width, kind=c.ata.score, yes=c.judge.yes, no=c.judge.no)
-        self.match = WordMatch(width) if c.ata.score == "similarity" else None
+        self.match = WordMatch(width, in_dim=c.in_dim) if c.ata.score == "similarity" else None
         # what allocations leave out of the prompt they leave out of the tokens: all of a model's read the same
         self._asks = c.judge.ask if c.ata.score == "yes_no" else ""
         self.eye = None
@@ -292,9 +292,9 @@ class Model(SmallReader):
             begin = first[None].minimum(lengths[:, None] - 1)
             times = torch.stack([seen.times.gather(1, begin), seen.times.gather(1, last)], -1)
         visual, scores = windows[there].flatten(1, 2), None
+        raw = F.pad(features.patches, (0, 0, 0, 0, 0, -frames % c.window)).unflatten(1, (-1, c.window))[there]
+        inner = (lengths[:, None] - first).clamp(max=c.window)[there]
         if self.captioner is not None:
-            raw = F.pad(features.patches, (0, 0, 0, 0, 0, -frames % c.window)).unflatten(1, (-1, c.window))[there]
-            inner = (lengths[:, None] - first).clamp(max=c.window)[there]
             asked = [ids for _, ids in rows]
             segments = Segments(there, visual, inside, raw, features.grid, inner, asked, times)
             limit = limits(budget, most=self.max_tokens, shape=there.shape)
@@ -303,10 +303,13 @@ class Model(SmallReader):
             at = torch.arange(features.patches.shape[1], device=lengths.device) // c.window
             scores = novelty(features, at.expand(len(lengths), -1))
         elif c.ata.score == "similarity":
-            real = torch.arange(visual.shape[1], device=lengths.device) < inside[:, None]
             words = torch.tensor(_padded(told), device=lengths.device)[clips]
-            alike = self.match or word_similarity  # of a model that shares by something else: as it is
-            found = alike(visual, self.embed_words(words.clamp(min=0)), mask=real, real=words >= 0)
+            # a model that shares by something else has learned no map of patches: as its small model sees them
+            alike, shown, count = word_similarity, visual, inside
+            if self.match is not None:
+                alike, shown, count = self.match, raw.flatten(1, 2), inner * raw.shape[2]
+            real = torch.arange(shown.shape[1], device=lengths.device) < count[:, None]
+            found = alike(shown, self.embed_words(words.clamp(min=0)), mask=real, real=words >= 0)
             scores = by_clip(found, there)
         return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
 

@@ -70,15 +70,17 @@ class Judge(nn.Module):
 
 
 class WordMatch(nn.Module):
-    """Scores [M] float32: how well patches [M, S, D] meet the words of a question [M, W, D] (`word_similarity`), each
-    word weighed by a learned map of its embedding, at a learned scale.
+    """Scores [M] float32: how well patches [M, S, in_dim] of a tower meet the words of a question [M, W, width]
+    (`word_similarity`): patches seen through a learned map, words weighed by another, at a learned scale.
 
-    The weights begin equal, which is ColBERT's late interaction; the scale begins at 1 / 0.07 and stays below 100, as
-    CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
+    Late interaction, as ColBERT's. The map is the scores' own: what a language model reads well of a patch need not
+    lie near the words for what it shows, and teaching scores is not to change what is read. Weights begin equal, the
+    scale at 1 / 0.07; it stays below 100, as CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, in_dim: int):
         super().__init__()
+        self.look = nn.Linear(in_dim, width)
         self.weigh = nn.Linear(width, 1, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # DeepSpeed has no parameters without a dimension
         nn.init.zeros_(self.weigh.weight)
@@ -87,7 +89,8 @@ class WordMatch(nn.Module):
         """mask: [M, S] bool, real patches. real: [M, W] bool, real words; a segment without any has 0."""
         even = nn.functional.layer_norm(words.to(self.weigh.weight.dtype), words.shape[-1:])
         weights = self.weigh(even)[..., 0].float().masked_fill(~real, -1e4).softmax(-1)
-        alike = word_similarity(patches, words, mask=mask, real=real, weights=weights)
+        looked = self.look(patches.to(self.look.weight.dtype))
+        alike = word_similarity(looked, words, mask=mask, real=real, weights=weights)
         return self.log_scale.float().exp().clamp(max=100.0) * alike
 
 
