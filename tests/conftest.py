@@ -1,4 +1,4 @@
-"""The order of the tests when several processes share them (`make test` runs two, a file to each in turn)."""
+"""The order of the tests when several processes share them (`make test` runs three, a file to each in turn)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first, so that no process ends long after the other."""
+    """Files with the most slow tests first, so that no process ends long after the others."""
     slow: dict[object, int] = {}
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
