@@ -94,7 +94,10 @@ def test_a_run_that_is_silent_for_several_lines_is_stalled(tmp_path):
     stacks = tmp_path / "run" / "stacks"
     stacks.mkdir()
     (stacks / "rank-0-1.txt").touch()
-    later = time.time() + 290
+    written = time.time()
+    for path in (tmp_path / "run" / "metrics.jsonl", stacks / "rank-0-1.txt"):
+        os.utime(path, (written, written))
+    later = written + 290
     assert summary(tmp_path / "run", now=later)["state"] == "running"  # five lines are not missing yet
     found = summary(tmp_path / "run", now=later + 20)
     assert found["state"] == "stalled" and "no line for 5:1" in found["note"] and "every 1:00" in found["note"]

@@ -27,6 +27,7 @@ def tokens(groups: list[int], per_group: int = 4) -> Tokens:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 50))
 def test_share_is_even_and_exact(total, groups):
     parts = share(total, groups)
