@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import test_train
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from waiting import PATIENCE_S
 
 from vtok import config
 from vtok import train as training
@@ -101,14 +101,14 @@ def test_channels_last_lays_weights_and_moments_out_and_needs_3d_convolutions(tm
 
 
 class SlowDisk:
-    """torch.save that takes its time; tells which steps ended meanwhile."""
+    """torch.save that takes its time: until it is told to go on."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.write, self.threads = seconds, torch.save, []
+    def __init__(self) -> None:
+        self.go_on, self.write, self.threads = threading.Event(), torch.save, []
 
     def __call__(self, *args, **kwargs) -> None:
         self.threads.append(threading.current_thread().name)
-        time.sleep(self.seconds)
+        assert self.go_on.wait(PATIENCE_S), "training waits for its checkpoint"
         self.write(*args, **kwargs)
 
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_in_a_thread_is_the_same_and_training_goes_on_meanwhile(tmp
     trainer = {"checkpoint_every": 3, "max_steps": 8}
     optim = {"ema_decay": 0.9}
     plain = train(tmp_path, "plain", trainer=trainer, optim=optim)
-    disk = SlowDisk(0.4)
+    disk = SlowDisk()
     monkeypatch.setattr(torch, "save", disk)
     seen: list[tuple[int, bool]] = []
 
@@ -124,6 +124,8 @@ def test_a_checkpoint_in_a_thread_is_the_same_and_training_goes_on_meanwhile(tmp
         def advance(self, clip: Clip) -> None:
             super().advance(clip)
             seen.append((self.done, any(t.name == "checkpoint" for t in threading.enumerate())))
+            if self.done == 4:
+                disk.go_on.set()
 
     run = train(tmp_path, "thread", trainer={**trainer, "async_checkpoint": True}, optim=optim, data=Watching())
     assert set(disk.threads) == {"checkpoint"} and len(disk.threads) == 3  # steps 3, 6, 8
@@ -183,7 +185,7 @@ def test_a_kill_during_the_write_loses_nothing_older(tmp_path):
     run = tmp_path / "run"
     for extra, code, step in (["dies"], -signal.SIGKILL, 2), ([], 0, 8):
         command = [sys.executable, str(script), str(tmp_path), *extra]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == code, done.stderr
         assert strategy.describe(run / "checkpoints" / "last.ckpt")["step"] == step
     whole = train(tmp_path, "whole")
