@@ -7,11 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import torch
 from miniature import clip, config, movie, write_index, write_tar
 from test_features import FILE, FRAMES, SEEN, corpus, run, tower_config
 from test_features import home as home  # a fixture
+from waiting import PATHS, PATIENCE_S, kill_once
 
 from vtok import features as recording
 from vtok.data.feature_index import FeatureSettings
@@ -127,9 +126,12 @@ def test_parts_make_the_whole(home, tmp_path):
 
 
 KILLED = """
-import sys
+import os, sys
 from vtok import features
 from vtok.vision import TowerConfig
+from waiting import never_named
+
+never_named(os.environ.get("LAST", ""))
 if __name__ == "__main__":
     tower = TowerConfig(sys.argv[3], dtype="bfloat16", frames_per_call=16)
     features.record_features(
@@ -147,20 +149,12 @@ def test_kill_9_anywhere_and_again_equals_uninterrupted(home, tmp_path, workers)
     out, script = tmp_path / "t", tmp_path / "go.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(tmp_path / "shards"), str(out), str(home / "tower"), str(workers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    last = max(path.name for path in (tmp_path / "wanted").glob("*.tar"))
     for pattern in (".*.tar.*.tmp", "*.tar"):  # in the middle of a shard, and after the first
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 300
-        while process.poll() is None and not (begun := list(out.glob(pattern))) and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            killed += bool(begun)
-        process.wait()
-        time.sleep(0.2)
-    subprocess.run(command, env=environment, check=True, timeout=600)
-    assert killed, "the calls were over before they could be killed"
+        process = subprocess.Popen(command, env=environment | {"LAST": last}, start_new_session=True)
+        kill_once(lambda pattern=pattern: list(out.glob(pattern)), process)
+    subprocess.run(command, env=environment, check=True, timeout=PATIENCE_S)
     assert contents(out) == contents(tmp_path / "wanted")
 
 

@@ -4,10 +4,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from test_prior_coding import (
     SHA,
     header,
 )
+from waiting import PATHS, PATIENCE_S, until
 
 import vtok
 from vtok import export as shipping
@@ -211,10 +212,26 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
+KILLED = """
+import os, sys, time
+from vtok.cli import main
+from vtok.coding.prior_training import Trainer
+from waiting import PATIENCE_S
+
+def log(self, line, *, real=Trainer._log):
+    real(self, line)
+    if line["step"] == int(os.environ.get("LAST", 0)):
+        time.sleep(PATIENCE_S)  # however late the test is, the work is not done before it is killed
+
+Trainer._log = log
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_command_killed_and_run_again(home, tmp_path, number):
-    command = [sys.executable, "-m", "vtok.cli", "prior", str(home / "tokens"), "--model", str(home / "export")]
+    command = [sys.executable, "-c", KILLED, "prior", str(home / "tokens"), "--model", str(home / "export")]
     command += [
         "--steps",
         "60",
@@ -230,21 +247,22 @@ def test_the_command_killed_and_run_again(home, tmp_path, number):
         "5",
     ]
 
-    def start(out):
-        return subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def start(out, **more):
+        environment = {**os.environ, "PYTHONPATH": PATHS, **more}
+        words = [*command, "--out", str(out)]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     whole = start(tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0, whole.stdout.read().decode()[-2000:]
-    process, metrics = start(tmp_path / "cut"), tmp_path / "cut.prior" / "metrics.jsonl"
-    until = time.monotonic() + 200
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2) and time.monotonic() < until:
-        time.sleep(0.02)
+    assert whole.wait(timeout=PATIENCE_S) == 0, whole.stdout.read().decode()[-2000:]
+    held = {"LAST": "30"} if number == signal.SIGKILL else {}
+    process, metrics = start(tmp_path / "cut", **held), tmp_path / "cut.prior" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2 or process.poll() is not None)
     process.send_signal(number)
-    assert process.wait(timeout=200) != 0
+    assert process.wait(timeout=PATIENCE_S) != 0
     if number == signal.SIGTERM:
         assert (tmp_path / "cut.prior" / "state.pt").is_file()
     again = start(tmp_path / "cut")
-    assert again.wait(timeout=300) == 0, again.stdout.read().decode()[-2000:]
+    assert again.wait(timeout=PATIENCE_S) == 0, again.stdout.read().decode()[-2000:]
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import PATHS, PATIENCE_S, until
 
 from vtok.data.encode import write_video
 from vtok.training import strategy
@@ -127,9 +128,31 @@ def write_config(folder: Path, shards: Path, *, processes: int, steps: int, slow
     return path
 
 
-def start(config: Path, name: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, str(ROOT / "train.py"), str(config), f"name={name}"]
+KILLED = """
+import os, sys, time
+from vtok.train import main
+from vtok.training.loop import Conductor
+from waiting import PATIENCE_S
+
+def begin(self, trainer, lit, *rest, real=Conductor.on_train_batch_start):
+    if lit.steps_done == int(os.environ["LAST"]):
+        time.sleep(PATIENCE_S)
+    real(self, trainer, lit, *rest)
+
+Conductor.on_train_batch_start = begin
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
+
+
+def start(config: Path, name: str, *, last: int | None = None) -> subprocess.Popen:
+    """Begins a run; one that is to be killed makes `last` steps at most, however late the kill is."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "LAST": str(last)}
+    script = ROOT / "train.py"
+    if last is not None:
+        script = config.parent / "killed.py"
+        script.write_text(KILLED)
+    command = [sys.executable, str(script), str(config), f"name={name}"]
     log = open(config.parent / f"{name}.log", "a")
     return subprocess.Popen(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
@@ -138,7 +161,7 @@ def start(config: Path, name: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, config: Path, name: str) -> None:
     try:
-        code = process.wait(timeout=180)
+        code = process.wait(timeout=PATIENCE_S)
     finally:
         _kill(process)
     assert code == 0, (config.parent / f"{name}.log").read_text()[-4000:]
@@ -149,7 +172,7 @@ def _kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # its own session: the launched ranks and the loader workers too
     except ProcessLookupError:
         pass
-    process.wait(timeout=30)
+    process.wait(timeout=PATIENCE_S)
 
 
 def lines_of(run: Path, rank: int = 0) -> int:
@@ -158,10 +181,7 @@ def lines_of(run: Path, rank: int = 0) -> int:
 
 
 def wait_for(process: subprocess.Popen, run: Path, lines: int) -> None:
-    ends = time.monotonic() + 120
-    while lines_of(run) < lines and process.poll() is None:
-        assert time.monotonic() < ends, f"{run} does not get on"
-        time.sleep(0.02)
+    until(lambda: lines_of(run) >= lines or process.poll() is not None, f"{lines} lines of {run}")
 
 
 def ledger(run: Path, rank: int, *, after: int = 0) -> dict[int, str]:
@@ -193,9 +213,9 @@ def assert_same_end(one: Path, other: Path, *, processes: int) -> None:
     assert curves(one) == curves(other)
 
 
-def kill_at_random(config: Path, name: str, run: Path, moments: random.Random) -> None:
+def kill_at_random(config: Path, name: str, run: Path, moments: random.Random, *, last: int) -> None:
     """Starts the run and kills all of its processes some batches later, in the middle of whatever they are at."""
-    kill_after(start(config, name), run, lines_of(run) + moments.randint(3, 14), moments)
+    kill_after(start(config, name, last=last), run, lines_of(run) + moments.randint(3, 14), moments)
 
 
 def kill_after(process: subprocess.Popen, run: Path, lines: int, moments: random.Random) -> None:
@@ -212,8 +232,8 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path, shards):
     uncut = start(config, "whole")  # meanwhile, in another directory
     try:
         moments = random.Random(time.time_ns())
-        for _ in range(2):
-            kill_at_random(config, "cut", cut, moments)
+        for last in (20, 36):
+            kill_at_random(config, "cut", cut, moments, last=last)
         finish(start(config, "cut"), config, "cut")
     finally:
         finish(uncut, config, "whole")
@@ -235,7 +255,7 @@ def test_killed_in_the_middle_of_the_game_it_ends_bitwise_the_same(tmp_path, sha
     uncut = start(config, "whole")  # meanwhile, in another directory
     try:
         moments = random.Random(time.time_ns())
-        kill_after(start(config, "cut"), cut, moments.randint(13, 18), moments)
+        kill_after(start(config, "cut", last=24), cut, moments.randint(13, 18), moments)
         step = strategy.describe(cut / "checkpoints" / "last.ckpt")["step"]
         finish(start(config, "cut"), config, "cut")
     finally:
@@ -262,13 +282,13 @@ def test_two_processes_killed_then_told_to_stop_end_bitwise_the_same(tmp_path, s
     steps = 40
     config = write_config(tmp_path, shards, processes=2, steps=steps, **{**GAME, "data": {"num_frames": 5}})
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    kill_at_random(config, "cut", cut, random.Random(time.time_ns()))
+    kill_at_random(config, "cut", cut, random.Random(time.time_ns()), last=20)
     before = [lines_of(cut, rank) for rank in (0, 1)]
     process = start(config, "cut")
     try:
         wait_for(process, cut, before[0] + 3)
         process.send_signal(signal.SIGTERM)  # to the first process alone
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=PATIENCE_S) == 128 + signal.SIGTERM
     finally:
         _kill(process)
     step = strategy.describe(cut / "checkpoints" / "last.ckpt")["step"]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from packing import (
     video_with_audio,
     write_manifest,
 )
+from waiting import PATHS, PATIENCE_S, kill_once
 
 from vtok.data.pack import PackingError, Settings
 from vtok.data.shards import main, pack
@@ -133,10 +133,24 @@ def test_one_process_per_part(tmp_path):
     packed([path], tmp_path / "out")
 
 
-def _launch(folder: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "vtok.data.shards", str(folder), "--out", str(out), "--workers", "2", "--quiet"]
+KILLED = """
+import os, sys
+from vtok.data.shards import main
+from waiting import never_named
+
+never_named(os.environ["LAST"])
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _launch(folder: Path, out: Path, *, last: str = "") -> subprocess.Popen:
+    """Begins a packing; the shard `last` is never done."""
+    script = out.parent / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(folder), "--out", str(out), "--workers", "2", "--quiet"]
     options = ["--clip-seconds", "1", "--short-side", "64", "--shard-samples", "3", "--val-fraction", "0.3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "LAST": last}
     return subprocess.Popen(command + options, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
@@ -148,26 +162,26 @@ def test_killed_packing_ends_equal_to_an_unbroken_one(tmp_path):
     options = {"clip_seconds": 1.0, "short_side": 64, "shard_samples": 3, "val_fraction": 0.3}
     packed([tmp_path / "in"], tmp_path / "whole", **options)
     draw, kills = random.Random(), 0
+    names = sorted(tar.name for tar in (tmp_path / "whole").glob("*/*.tar"))
+
+    def done() -> int:
+        return len(list((tmp_path / "killed").glob("*/*.tar")))
+
     for attempt in range(4):
-        process = _launch(tmp_path / "in", tmp_path / "killed")
-        shards, deadline = len(list((tmp_path / "killed").glob("*/*.tar"))), time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # wait for some progress, then a random moment
-            if len(list((tmp_path / "killed").glob("*/*.tar"))) > shards + attempt % 2:
-                break
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 0.3))
-        if process.poll() is not None:
+        if done() == len(names) - 1 and kills >= 2:
             break
-        # Every other time only the parent: its workers must notice and end by themselves.
-        (os.killpg if attempt % 2 else os.kill)(process.pid, signal.SIGKILL)
-        process.wait()
+        wanted = min(done() + 1 + attempt % 2, len(names) - 1)
+        process = _launch(tmp_path / "in", tmp_path / "killed", last=names[-1])
+        # Some progress, then a random moment. Every other time only the parent: its workers must notice and end by
+        # themselves, once they have finished the clip at hand; a new start should not meet them.
+        late_s, all_of_it = draw.uniform(0, 0.3), bool(attempt % 2)
+        kill_once(lambda wanted=wanted: done() >= wanted, process, late_s=late_s, all_of_it=all_of_it)
         kills += 1
-        time.sleep(2)  # orphans end once they have finished the clip at hand: a new start should not meet them
         for tar in (tmp_path / "killed").glob("*/*.tar"):
             with tarfile.open(tar) as archive:
                 assert len(archive.getmembers()) % 2 == 0
     assert kills >= 2
-    assert _launch(tmp_path / "in", tmp_path / "killed").wait(timeout=300) == 0
+    assert _launch(tmp_path / "in", tmp_path / "killed").wait(timeout=PATIENCE_S) == 0
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
     assert verify(tmp_path / "killed", progress=False) == []
 
@@ -228,6 +242,8 @@ def test_columns_that_are_not_read_are_named_once_and_libraries_keep_quiet(tmp_p
     command = "import logging, sys\nfrom vtok.cli import main\nstatus = main(sys.argv[1:])\n"
     command += "logging.getLogger('httpx').info('HTTP request')\nsys.exit(status)"
     arguments = ["shards", str(manifest), "--out", str(tmp_path / "out"), "--workers", "0"]
-    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0 and done.stderr.count("manifest columns not read: hash, licence") == 1
     assert "HTTP" not in done.stderr

@@ -7,11 +7,9 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 from miniature import clip, movie, photo, write_index, write_tar
 from test_codec import direct
 from test_export import TINY, make_run
+from waiting import PATHS, PATIENCE_S, kill_once
 
 import vtok
 from vtok import export as shipping
@@ -311,8 +310,11 @@ def test_an_output_of_other_settings_is_refused(home, tmp_path):
 
 
 KILLED = """
-import sys, torch
+import os, sys, torch
 from vtok.coding import tokenize as tokenizing
+from waiting import never_named
+
+never_named(os.environ.get("LAST", ""))
 if __name__ == "__main__":
     tokenizing.tokenize(sys.argv[1], sys.argv[2], model=sys.argv[3], workers=int(sys.argv[4]), progress=False)
 """
@@ -326,20 +328,12 @@ def test_kill_9_anywhere_and_again_equals_uninterrupted(home, tmp_path, workers,
     out, script = tmp_path / "t", tmp_path / "go.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(home / "shards"), str(out), str(home / "export"), str(workers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    last = max(path.name for path in (home / "tokens").glob("*.tar"))
     for wanted in kills:
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and len(list(out.glob("*.tar"))) < wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            killed += 1
-        process.wait()
-        time.sleep(0.2)
-    subprocess.run(command, env=environment, check=True, timeout=180)
-    assert killed, "the calls were over before they could be killed"
+        process = subprocess.Popen(command, env=environment | {"LAST": last}, start_new_session=True)
+        kill_once(lambda wanted=wanted: len(list(out.glob("*.tar"))) >= wanted, process)
+    subprocess.run(command, env=environment, check=True, timeout=PATIENCE_S)
     assert contents(out) == contents(home / "tokens")
 
 
