@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from waiting import PATIENCE_S
 
 from vtok.layers.perceptual import LPIPS, load_lpips
 from vtok.metrics.distortion import (
@@ -273,10 +273,9 @@ def test_usage_refuses_continuous_and_foreign_ids():
         assert math.isnan(CodebookUsage((8,)).compute()["usage"])
 
 
-def _rank_main(rank: int, world: int, port: str, results) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def _rank_main(rank: int, world: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     usage, psnr = CodebookUsage((8,)), PSNR()
     ids = torch.tensor([[[0], [1]], [[2], [3]], [[0], [5]]])
     target, recon = noise(3, 3, 2, 16, 16), noise(3, 3, 2, 16, 16, seed=1)
@@ -288,19 +287,16 @@ def _rank_main(rank: int, world: int, port: str, results) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+def test_two_ranks_equal_one_process(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    workers = [context.Process(target=_rank_main, args=(rank, 2, port, results)) for rank in range(2)]
+    workers = [
+        context.Process(target=_rank_main, args=(rank, 2, str(tmp_path / "store"), results)) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_S)
         assert worker.exitcode == 0
     seen = [results.get() for _ in range(2)]
     alone = CodebookUsage((8,))
