@@ -83,6 +83,8 @@ class Hub(ThreadingHTTPServer):
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",  # the storage behind Xet speaks another protocol; this is the LFS one
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",  # a busy machine is no network that is down
+            "HF_HUB_ETAG_TIMEOUT": "300",
             "OMP_NUM_THREADS": "1",
             "NO_PROXY": "127.0.0.1",
         }

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_export import clip
 from test_init_from import ship
 from test_push import exported, files, hub, make_run, pushed  # noqa: F401
+from waiting import PATIENCE_S, until
 
 import vtok
 from vtok import export as shipping
@@ -73,15 +73,12 @@ def test_a_push_killed_in_the_middle_leaves_nothing_half_and_is_taken_up_again(e
     )
 
     def kill() -> None:
-        for _ in range(1000):  # the other file has arrived
-            if arrived in hub.blobs:
-                break
-            time.sleep(0.01)
+        until(lambda: arrived in hub.blobs, "the other file")
         process.kill()
-        process.wait(30)
+        process.wait()
 
     hub.cuts, hub.cutting = {f"/part/{name}/2": size // 2}, kill
-    assert process.wait(200) == -9
+    assert process.wait(PATIENCE_S) == -9
     assert not pushed(hub) and hub.repositories[NAME].head == COMMIT and arrived in hub.blobs
     hub.seen.clear()
     shipping.push(folder, NAME, endpoint=hub.endpoint)
@@ -157,7 +154,7 @@ def test_offline_loads_what_was_downloaded_and_the_token_is_nowhere(exported, hu
     def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, *command]
         return subprocess.run(
-            argv, capture_output=True, text=True, timeout=300, env={**environment, **more}, cwd=tmp_path
+            argv, capture_output=True, text=True, timeout=PATIENCE_S, env={**environment, **more}, cwd=tmp_path
         )
 
     sent = run("-m", "vtok.cli", "export", str(exported.parent / "run"), "--out", str(out), "--no-entropy",

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from small_vlms import SEEN, WIDTH, vlm_of
 from test_export import make_run
 from test_projector_card import make_projector
+from waiting import PATIENCE_S
 
 from vtok import export as shipping
 from vtok.loading import ExportError
@@ -27,6 +28,8 @@ def hub(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):  # a busy machine is no network that is down
+            monkeypatch.setattr(huggingface_hub.constants, name, 300)
         huggingface_hub.close_session()  # one that remembers proxies
         yield made
         huggingface_hub.close_session()
@@ -208,7 +211,7 @@ def test_the_command_pushes_and_every_kind_loads_by_name(tmp_path, hub):
              for n, w in (("b", {}), ("c", widths))]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, runs), str(tmp_path)],
-        capture_output=True, text=True, timeout=400, env=hub.environment(tmp_path / "home"),
+        capture_output=True, text=True, timeout=PATIENCE_S, env=hub.environment(tmp_path / "home"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("pushed to") == 3 and "secret" not in done.stdout + done.stderr
