@@ -23,6 +23,12 @@ EVENTS = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmd
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
+def writes(arguments: tuple[Any, ...]) -> bool:
+    """Whether what an "open" event tells of may write a file with a path."""
+    path, _, flags = arguments
+    return isinstance(path, str | os.PathLike) and isinstance(flags, int) and bool(flags & WRITING)
+
+
 class Operations:
     """Counts the operations on files under a folder; kills this process at number `last` (from 1; 0: never)."""
 
@@ -38,7 +44,7 @@ class Operations:
         return isinstance(path, str | os.PathLike) and os.path.abspath(os.fspath(path)).startswith(self.folder + os.sep)
 
     def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
-        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+        opened = event == "open" and writes(arguments)
         if (opened or event in EVENTS) and any(map(self.inside, arguments[:2])) and self.next():
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -114,5 +120,5 @@ def crashed(job: Job, corpus: Corpus, draw: random.Random, *, most: int = 0, aga
 
 def _die(job: Job, out: Path, number: int, counted: Path, log: Path) -> launch.Command:
     command = launch.start_function(dying, (str(out), number, str(counted), job.arguments(out)), log)
-    command.wait(300)
+    command.wait()
     return command

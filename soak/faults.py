@@ -12,15 +12,18 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from soak import kills, launch
 from soak.corpus import Corpus
-from soak.jobs import Count, Job, jobs, ledger, train_arguments
+from soak.crashes import writes
+from soak.jobs import Count, Job, jobs, train_arguments
 
 
 @dataclass
@@ -84,7 +87,7 @@ def full_disk(corpus: Corpus, job: Job) -> Outcome:
             how = "RLIMIT_FSIZE at half of the largest file"
             largest = max(path.stat().st_size for path in (out.parent / f"{job.name}-whole").rglob("*.*"))
             command = launch.start_function(limited, (largest // 2, job.arguments(out)), log)
-            command.wait(300)
+            command.wait()
         if wrong := clear(command, since):
             faults.append(wrong)
         count.look(out)
@@ -145,32 +148,51 @@ def clock_moved(corpus: Corpus, job: Job, draw: random.Random) -> Outcome:
                 when = time.time() - 2 * moved
                 os.utime(path, (when, when))
     command = launch.start_function(shifted, (-86400.0, job.arguments(out)), log)
-    if command.wait(300) != 0:
+    if command.wait() != 0:
         return Outcome("clock moved", "", [f"it ended with {command.code}: {command.tail()}"])
     count.compare(job.ended(out), right)
     how = f"{count.times} kills, the clock and the times of files a day back and forth"
     return Outcome("clock moved", how, count.faults + _lost(count))
 
 
-def two_at_once(corpus: Corpus, job: Job, at_work: Callable[[Path], bool]) -> Outcome:
-    """A second start in the place of a running one is refused, and the first ends as if there had been none."""
+def held(marks: str, name: str, arguments: list[str]) -> int:
+    """`vtok ARGUMENTS`, which stands before the first file it writes with `name` in its path, until it may go on."""
+    from vtok.cli import main
+
+    here, on = Path(marks) / "here", Path(marks) / "on"
+
+    def watch(event: str, values: tuple[Any, ...]) -> None:
+        if event == "open" and writes(values) and name in os.path.abspath(values[0]) and not here.exists():
+            here.touch()
+            while not on.exists():
+                time.sleep(0.005)
+
+    sys.addaudithook(watch)
+    return main(arguments)
+
+
+def two_at_once(corpus: Corpus, job: Job, name: str) -> Outcome:
+    """A second start in the place of a running one is refused, and the first ends as if there had been none.
+
+    name: in the path of a file that the first begins to write when the second comes.
+    """
     right, _ = kills.whole(job, corpus)
     out, log, second_log = corpus.scratch("two"), corpus.log(f"{job.name}-first"), corpus.log(f"{job.name}-second")
-    faults, count = [], Count()
-    first = launch.start(job.arguments(out), log)
+    faults, count, marks = [], Count(), corpus.scratch("marks")
+    first = launch.start_function(held, (str(marks), name, job.arguments(out)), log)
     with launch.ended(first):
-        if not launch.stop_while(lambda: at_work(out), first):
+        if not launch.wait_until((marks / "here").exists, first):
             return Outcome(f"two at once, {job.name}", "", ["the first had ended before the second began"])
         second = launch.run(job.arguments(out), second_log)
-        first.signal(signal.SIGCONT)
+        (marks / "on").touch()
         if wrong := clear(second):
             faults.append(f"the second: {wrong}")
-        if first.wait(300) != 0:
+        if first.wait() != 0:
             faults.append(f"the first ended with {first.code}: {first.tail()}")
         else:
             count.look(out)
             count.compare(job.ended(out), right)
-    return Outcome(f"two at once, {job.name}", "the first stopped meanwhile", faults + count.faults + _lost(count))
+    return Outcome(f"two at once, {job.name}", "the first waits meanwhile", faults + count.faults + _lost(count))
 
 
 def wrong_world(corpus: Corpus) -> Outcome:
@@ -198,9 +220,9 @@ def every_fault(corpus: Corpus, draw: random.Random, *, short: bool = False) -> 
     yield wrong_world(corpus)
     if not short:
         yield clock_moved(corpus, training, draw)
-    yield two_at_once(corpus, training, lambda out: bool(ledger(out / "run")))
+    yield two_at_once(corpus, training, "/checkpoints/")
     if not short:
-        yield two_at_once(corpus, tokenizing, lambda out: any(out.rglob(".*.tar.*.tmp")))
+        yield two_at_once(corpus, tokenizing, ".tar.")
 
 
 def _lost(count: Count) -> list[str]:

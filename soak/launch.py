@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+PATIENCE_S = 900.0  # for a command that must end, or get somewhere, on a machine that has other things to do
 PRELOAD = ["vtok.cli", "vtok.train", "vtok.coding.tokenize", "vtok.export", "vtok.data.shards", "soak.launch"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
@@ -45,10 +46,10 @@ class Command:
         """Ends all of its processes at once; whether the command was still running."""
         running = self.code is None
         self.signal(signal.SIGKILL)
-        self.process.join(60)
+        self.process.join(PATIENCE_S)
         return running and self.code == -signal.SIGKILL
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = PATIENCE_S) -> int:
         """Its exit status. Raises TimeoutError, after ending it."""
         self.process.join(seconds)
         if self.code is None:
@@ -56,13 +57,6 @@ class Command:
             raise TimeoutError(f"a command did not end in {seconds:.0f} s; its log ends: {self.tail()}")
         self.signal(signal.SIGKILL)  # a child that outlives its parent would write where the next start works
         return self.code
-
-    def stands_still(self) -> bool:
-        """Whether its first process is stopped."""
-        try:
-            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        except FileNotFoundError:
-            return False
 
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -91,24 +85,24 @@ def start_function(function: Callable[..., Any], arguments: tuple[Any, ...], log
     return Command(process, log)
 
 
-def run(arguments: list[str], log: Path, *, seconds: float = 300) -> Command:
+def run(arguments: list[str], log: Path) -> Command:
     """`vtok ARGUMENTS`, ended."""
     command = start(arguments, log)
-    command.wait(seconds)
+    command.wait()
     return command
 
 
-def must(arguments: list[str], log: Path, *, seconds: float = 300) -> Command:
+def must(arguments: list[str], log: Path) -> Command:
     """As `run`. Raises RuntimeError where it fails: nothing that follows would mean anything."""
-    command = run(arguments, log, seconds=seconds)
+    command = run(arguments, log)
     if command.code != 0:
         raise RuntimeError(f"vtok {' '.join(arguments)} ended with {command.code}: {command.tail()}")
     return command
 
 
-def wait_until(condition: Callable[[], bool], command: Command, *, seconds: float = 120) -> bool:
+def wait_until(condition: Callable[[], bool], command: Command) -> bool:
     """Whether the condition held before the command ended. Raises TimeoutError."""
-    ends = time.monotonic() + seconds
+    ends = time.monotonic() + PATIENCE_S
     while not condition():
         if command.code is not None:
             return condition()
@@ -117,20 +111,6 @@ def wait_until(condition: Callable[[], bool], command: Command, *, seconds: floa
             raise TimeoutError(f"a command does not get on; its log ends: {command.tail()}")
         time.sleep(0.005)
     return True
-
-
-def stop_while(condition: Callable[[], bool], command: Command) -> bool:
-    """Stops a command (SIGSTOP) at a moment at which the condition holds; False where it ended before there was one.
-
-    A condition seen and a signal sent are two moments: what stands still is looked at again, and let go if it got on.
-    """
-    while wait_until(condition, command) and command.code is None:
-        command.signal(signal.SIGSTOP)
-        wait_until(command.stands_still, command)
-        if command.code is None and condition():
-            return True
-        command.signal(signal.SIGCONT)
-    return False
 
 
 def _vtok(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from soak import corpus as corpora
 from soak import damage, inputs, judge
@@ -60,7 +61,7 @@ def _cases(count: int) -> list[damage.Case]:
 
 def test_whatever_reading_does_is_told(monkeypatch, tmp_path):
     """Errors that are not in words, loops without end, crashes and exits each cost their own input alone."""
-    monkeypatch.setattr(judge, "SECONDS", 1.0)
+    monkeypatch.setattr(judge, "SECONDS", PATIENCE_S)
 
     def read(path: Path) -> str:
         what = path.read_bytes()[0]
@@ -68,6 +69,9 @@ def test_whatever_reading_does_is_told(monkeypatch, tmp_path):
             damage.foreign(b"", None)  # type: ignore[arg-type]  # an AttributeError
         if what == 1:
             int("no number")  # a ValueError, but Python's own words
+        if what == 2:
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+            signal.setitimer(signal.ITIMER_REAL, 0.2)  # the time that an input may take is nearly over
         while what == 2:
             pass
         if what == 3:
@@ -259,9 +263,9 @@ real = crashes.dying
 def short(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], corpora.Corpus]:
     """The short form of `make soak`, and the corpus it was done to."""
     folder = tmp_path_factory.mktemp("soak")
-    command = [sys.executable, "-m", "soak", "--short", "--minutes", "20", "--folder", str(folder), "--keep"]
+    command = [sys.executable, "-m", "soak", "--short", "--minutes", "40", "--folder", str(folder), "--keep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment, cwd=ROOT)
     (root,) = folder.iterdir()
     return done, corpora.at(root)
 
@@ -271,7 +275,7 @@ def _python(text: str, folder: Path, *arguments: object) -> str:
     script.write_text(text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
