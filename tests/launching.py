@@ -12,11 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import PATIENCE_S
+
 ROOT = Path(__file__).parent.parent
 QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def ranks(folder: Path, script: str, *, count: int = 2, timeout_s: float = 400) -> list[str]:
+def ranks(folder: Path, script: str, *, count: int = 2, timeout_s: float = PATIENCE_S) -> list[str]:
     """What each of `count` processes printed that ran `script` with RANK, WORLD_SIZE and a meeting point set.
 
     Raises: AssertionError with the ends of what they said, where one failed. DeepSpeed aborts at exit in a few of a
@@ -44,7 +46,7 @@ def ranks(folder: Path, script: str, *, count: int = 2, timeout_s: float = 400) 
     return said
 
 
-def launch(out: Path, script: str, *runs: str, timeout_s: float = 400) -> dict[str, int]:
+def launch(out: Path, script: str, *runs: str, timeout_s: float = PATIENCE_S) -> dict[str, int]:
     """{run: exit code} of `runs`, which `script` gets after `out` and notes in ended.txt, "RUN CODE" each, as they end.
 
     Raises: AssertionError where one did not end. DeepSpeed's abort at exit is forgiven, once every run has ended.

@@ -8,22 +8,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 LOCAL = ROOT / "slurm" / "local_cluster.sh"
 NODE_TIMEOUT_S = 10
-
-
-def until(condition: Callable[[], object], what: str, *, seconds: float = 600) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, f"waited {seconds} s for: {what}"
-        time.sleep(0.1)
 
 
 class Cluster:
@@ -40,7 +34,7 @@ class Cluster:
 
     def call(self, *command: str | Path, cwd: Path | None = None) -> str:
         words = [str(word) for word in command]
-        done = subprocess.run(words, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -90,5 +84,5 @@ def running() -> Iterator[Cluster]:
         assert time.monotonic() - began < 30 or there is None
         yield made
     finally:
-        subprocess.run([LOCAL, "stop", folder], env=made.env, timeout=60, check=True)
+        subprocess.run([LOCAL, "stop", folder], env=made.env, timeout=PATIENCE_S, check=True)
         shutil.rmtree(folder)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from waiting import PATIENCE_S
 
 from vtok.config import RunConfig, loads
 from vtok.train import train
@@ -161,7 +162,7 @@ def launch(out: Path, *runs: str) -> Path:
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(script), str(out), *runs]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=out)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, cwd=out)
     ended = (out / "ended.txt").read_text().split() if (out / "ended.txt").exists() else []
     if done.returncode not in (0, -6) or ended != list(runs):
         raise AssertionError(f"rc {done.returncode} after {ended}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")

@@ -12,6 +12,7 @@ import outside.tiny
 import pytest
 import test_train
 import torch
+from waiting import PATIENCE_S
 
 from vtok import train as training
 from vtok.config import AlarmConfig, load
@@ -282,7 +283,7 @@ def test_two_processes_stop_together(tmp_path, chosen):
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(script), str(tmp_path), chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
     assert done.returncode not in (0, -6), done.stderr[-3000:]
     assert done.stderr.count("AlarmError: stopped at step 6") == 2, done.stderr[-3000:]  # each rank
     assert strategy.describe(tmp_path / chosen / "checkpoints" / "last.ckpt")["step"] == 6

@@ -39,6 +39,7 @@ from small_vlms import (
     write_processor,
 )
 from torch import nn
+from waiting import PATIENCE_S
 
 import vtok
 from vtok.config import loads, to_dict
@@ -433,7 +434,7 @@ def test_an_export_answers_the_same_without_vtok(tmp_path):
     save_file(flat, tmp_path / "given.safetensors")
     arguments = [str(tmp_path), json.dumps(names), json.dumps(GREEDY)]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN, *arguments], capture_output=True, text=True, timeout=500,
+        [sys.executable, "-I", "-c", CLEAN, *arguments], capture_output=True, text=True, timeout=PATIENCE_S,
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,6 +16,7 @@ import torch
 from packing import packed, write_manifest
 from test_audio import write_audio_tower
 from test_llm import small_model, small_tokenizer
+from waiting import PATIENCE_S
 
 import vtok
 from vtok import features as recording
@@ -139,6 +140,6 @@ def test_what_only_the_sound_tells_is_learned_measured_and_exported(lab, capsys,
     script = blocks[0].replace("PATH_OR_REPO", repr(str(out))) + "\nassert tokens.embeddings.shape[2] == 32\n"
     home = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env={**os.environ, **home}
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, **home}
     )
     assert done.returncode == 0, f"{script}\n{done.stderr[-3000:]}"

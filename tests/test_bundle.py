@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_export import BLOCKS, TEACHER, VQ, make_run, video
+from waiting import PATIENCE_S
 
 import vtok
 from vtok import config as vtok_config
@@ -163,7 +164,7 @@ def bare_environment(folder: Path) -> Path:
 
     from packaging.requirements import Requirement
 
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=PATIENCE_S)
     there = next((folder / "lib").glob("python*/site-packages"))
     wanted, seen = ["torch", "transformers", "einops", "safetensors"], set()
     while wanted:
@@ -211,7 +212,7 @@ def test_automodel_gives_the_same_tokens_where_vtok_is_absent(tmp_path):
         "PATH": "/usr/bin:/bin",
     }
     done = subprocess.run(
-        [str(python), "-I", "-c", script], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        [str(python), "-I", "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path,
         env={**home, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

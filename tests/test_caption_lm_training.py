@@ -84,7 +84,7 @@ def test_ranks_of_short_and_long_captions_keep_step(tmp_path, stage):
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    said = ranks(tmp_path, SCRIPT.format(stage=stage, folder=str(tmp_path / "lm")), timeout_s=900)
+    said = ranks(tmp_path, SCRIPT.format(stage=stage, folder=str(tmp_path / "lm")))
     trained = [line for line in said[0].splitlines() if line.startswith("trained")]
     assert trained == ["trained generate", "trained teacher_forced", "trained parallel"], (
         said[0][-3000:],

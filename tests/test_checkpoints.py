@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_train
 import torch
+from waiting import PATIENCE_S
 
 from vtok import train as training
 from vtok.export import ExportError
@@ -209,7 +210,7 @@ def test_a_damaged_run_says_so_goes_back_and_ends_as_it_would_have(tmp_path):
     with pytest.raises(ExportError, match="last.ckpt is damaged"):
         load_run(run)
     command = [sys.executable, "-m", "vtok.training.checkpoints", str(run)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert told.returncode == 1 and "last.ckpt      DAMAGED" in told.stdout and "whole, step 2" in told.stdout
     checkpoints.main([str(run), "--use", "previous"])
     training.train(config("run", 6), data=test_train.Data())

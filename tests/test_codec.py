@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 import vtok
 from vtok import export as shipping
@@ -292,7 +293,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
         for what, given, made in steps:
             done = subprocess.run(
                 [sys.executable, "-c", MEMORY, what, str(out), str(given), str(made)],
-                capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-2000:]
             peaks[what].append(int(done.stdout))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from waiting import PATIENCE_S
 
 from vtok.metrics import codecs
 from vtok.metrics.codecs import (
@@ -60,7 +61,7 @@ def encode(clip: Tensor, **keywords) -> Encoded:
         if not _apart:
             _apart.append(ProcessPoolExecutor(1, get_context("spawn")))
         try:
-            return _apart[0].submit(codecs.encode, clip, **keywords).result(timeout=300)
+            return _apart[0].submit(codecs.encode, clip, **keywords).result(timeout=PATIENCE_S)
         except BrokenProcessPool:
             _apart.clear()
     raise RuntimeError("libx265 crashed three times in a row")

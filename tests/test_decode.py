@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from vtok.data.decode import DecodeError, VideoReader, decode_window, iter_frames, probe
 from vtok.data.encode import write_video
@@ -25,7 +26,7 @@ def encode(frames, **keywords) -> bytes:
     if settings.get("codec") == "libx265":  # 216 corrupts the heap now and then: not in the process of the tests
         with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
             path = Path(folder) / "video.mp4"
-            pool.submit(write_video, path, np.stack(list(frames)), **settings).result(timeout=60)
+            pool.submit(write_video, path, np.stack(list(frames)), **settings).result(timeout=PATIENCE_S)
             return path.read_bytes()
     file = io.BytesIO()
     write_video(file, frames, **settings)

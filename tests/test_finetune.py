@@ -16,6 +16,7 @@ from hub_stand_in import Hub, running
 from test_export import TINY, clip, make_run
 from test_init_from import ship
 from test_projector import lab, settings, stage0  # noqa: F401
+from waiting import PATIENCE_S
 
 from vtok import cli
 from vtok.config import loads, to_yaml
@@ -97,7 +98,7 @@ def run(hub: Hub, folder: Path, command: list[str], **more: str) -> str:
     """The output of a command in a folder, whose client takes the stand-in for the Hub."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = hub.environment(folder / "home", PATH=path, **more)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=folder, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from vtok.config import RunConfig, load
 
@@ -131,7 +132,7 @@ def test_the_rule_itself_can_fail():
 )
 def test_inference_leaves_lightning_out(module):
     code = f"import sys, {module}; print(sorted({{'lightning', 'pytorch_lightning', 'deepspeed'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
@@ -147,7 +148,7 @@ def test_every_preset_loads(path):
 def test_no_path_of_one_machine():
     suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".html", ".css", ".js", ".json", ".sh", ".sbatch", ""}
     places = re.compile(r"(?<![\w.<-])/(?:work|home/\w|Users/\w|root/)[\w/.-]*")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     if listed.returncode:
         pytest.skip("not a git checkout")
     bad = []

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from waiting import PATIENCE_S
 
 from vtok.data.manifest import read_csv, write_manifest
 from vtok.data.shards import pack
@@ -70,7 +71,7 @@ def talk(*turns: str) -> list[dict]:
 
 def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(DATA / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 # LLaVA

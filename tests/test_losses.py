@@ -12,6 +12,7 @@ import pytest
 import test_train
 import torch
 from torch import nn
+from waiting import PATIENCE_S
 
 from vtok import losses
 from vtok.layers.discriminator import PatchDiscriminator2d, PatchDiscriminator3d, TransformerDiscriminator
@@ -293,7 +294,7 @@ def test_zero_3_plays_the_same_game_and_refuses_a_gradient_penalty(tmp_path):
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
     assert re.search("r1=1.0 needs whole parameters.*deepspeed_2 or ddp", done.stderr), done.stderr[-3000:]
     rows = [test_train.metrics(tmp_path / name) for name in ("auto", "deepspeed_3")]
     for key in ("loss", "adversarial_weight", "lecam", "feature_matching", "logits_real", "grad_norm"):

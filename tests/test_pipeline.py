@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from miniature import SMALL, clip, config, fingerprint, make_shards, stream, take, write_tar
+from waiting import PATIENCE_S
 
 from vtok.data import pipeline
 from vtok.data.module import ClipDataModule
@@ -126,7 +127,7 @@ def test_data_module_validation_and_bad_settings(corpus):
 def _worker(ready) -> None:
     pipeline.quiet_worker(0)
     ready.set()
-    time.sleep(60)
+    time.sleep(PATIENCE_S)
 
 
 def test_workers_heed_their_parent_only():
@@ -135,11 +136,11 @@ def test_workers_heed_their_parent_only():
     ready = context.Event()
     worker = context.Process(target=_worker, args=(ready,), daemon=True)
     worker.start()
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE_S)
     for name in ("USR1", "INT", "TERM"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # from a process that is not the parent
     worker.join(0.3)
     assert worker.is_alive()
     worker.terminate()
-    worker.join(10)
+    worker.join(PATIENCE_S)
     assert worker.exitcode == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 from vtok.coding import bitstream, prior_coding
 from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
@@ -336,7 +337,7 @@ def test_threads_and_cpu_kernels_change_no_byte():
         {"OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3"},
     ):
         done = subprocess.run(
-            [sys.executable, "-c", PROBE], cwd=root, env=os.environ | changes, capture_output=True, timeout=300
+            [sys.executable, "-c", PROBE], cwd=root, env=os.environ | changes, capture_output=True, timeout=PATIENCE_S
         )
         assert done.returncode == 0, done.stderr.decode()[-2000:]
         seen.add(done.stdout)

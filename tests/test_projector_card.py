@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from waiting import PATIENCE_S
 
 from vtok import config as vtok_config
 from vtok import export as shipping
@@ -195,6 +196,6 @@ def test_the_card_s_code_runs(tmp_path):
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     script = "".join(block + check for block in code)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=400, env={**os.environ, **home}
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, **home}
     )
     assert done.returncode == 0, f"{script}\n{done.stderr[-3000:]}"

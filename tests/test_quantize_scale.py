@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import PATIENCE_S
 
 from vtok.quantize import QuantizerConfig, build_quantizer
 from vtok.quantize.gradients import EntropyWeight, factorised_entropy
@@ -151,7 +152,7 @@ def test_two_processes_are_one():
             worker, args=(folder,), nprocs=2, join=False, start_method="spawn"
         )
         assert context is not None
-        while not context.join(timeout=120):
+        while not context.join(timeout=PATIENCE_S):
             pass
         both = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     for name, settings in SHARED.items():

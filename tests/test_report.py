@@ -25,6 +25,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from vtok.evaluation.charts import Level, Series, bars, chart, linear_ticks, log_ticks
 from vtok.evaluation.report import write_report
@@ -343,7 +344,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, *, timeout_s: float = 60.0, **params: object) -> dict:
+    def call(self, method: str, *, timeout_s: float = PATIENCE_S, **params: object) -> dict:
         self.count += 1
         message = {"id": self.count, "method": method, "params": params}
         if getattr(self, "session", ""):
@@ -369,7 +370,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def wait(self, expression: str, *, timeout_s: float = 30.0) -> object:
+    def wait(self, expression: str, *, timeout_s: float = PATIENCE_S) -> object:
         deadline = time.monotonic() + timeout_s
         while not (value := self.js(expression)):
             assert time.monotonic() < deadline, f"never true: {expression}"
@@ -452,7 +453,7 @@ def test_the_player_plays_exact_frames_and_the_slider_switches_versions(tmp_path
 
     browser.wait(f"{RECONSTRUCTION}.dataset.frame !== undefined")
     seen = set()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while len(seen) < 6 and time.monotonic() < deadline:
         seen.add(browser.js(f"{RECONSTRUCTION}.dataset.frame"))
     assert len(seen) >= 6, f"frames do not advance: saw {seen} of 8"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 from vtok.config import load
 
@@ -46,7 +47,7 @@ def directives(script: str) -> dict[str, str]:
 
 
 def checked_by_bash(script: str) -> None:
-    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 
@@ -254,7 +255,7 @@ def test_the_snapshot_is_the_code_as_it_stands(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
     code = "import vtok; print(vtok.__file__)"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT,
         env={"PYTHONPATH": str(tmp_path / "code"), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.stdout.strip() == str(tmp_path / "code" / "vtok" / "__init__.py"), done.stderr

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_slurm import LOCAL, Cluster, running, until
+from local_slurm import LOCAL, Cluster, running
 from test_resume import assert_same_end, ledger, lines_of, make_shards, write_config
+from waiting import until
 
 from vtok.training import strategy
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_slurm import LOCAL, NODE_TIMEOUT_S, ROOT, Cluster, running, until
+from local_slurm import LOCAL, ROOT, Cluster, running
 from test_resume import make_shards, write_config
+from waiting import until
 
 from vtok.config import load
 from vtok.data.encode import write_video
@@ -118,8 +119,12 @@ def test_the_script_asks_for_another_turn_only_when_it_should(cluster, tmp_path)
     both = "up = __file__ + '.up'\nif rank == 0: open(up, 'w')\nwhile not os.path.exists(up): time.sleep(0.05)\n"
     stopped = "open(os.environ['VTOK_STOPPED'], 'w').write('138') if rank == 0 else None\n"
     cases = {  # (command, restarts, state and exit status at the end)
-        "fails": (f"{both}if rank == 1: sys.exit(1)\ntime.sleep(60)", 0, ("FAILED", "143:0")),  # 143: srun ended rank 0
-        "killed": (f"{both}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 0, ("FAILED", None)),
+        "fails": (
+            f"{both}if rank == 1: sys.exit(1)\ntime.sleep(900)",
+            0,
+            ("FAILED", "143:0"),
+        ),  # 143: srun ended rank 0
+        "killed": (f"{both}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(900)", 0, ("FAILED", None)),
         "saved": (f"if start < 2:\n {stopped}", 2, ("COMPLETED", "0:0")),
         "unready": ("if start == 0: os.kill(os.getpid(), signal.SIGUSR1)", 1, ("COMPLETED", "0:0")),
         "for ever": (stopped, 3, ("FAILED", "138:0")),
@@ -146,7 +151,7 @@ def test_the_script_asks_for_another_turn_only_when_it_should(cluster, tmp_path)
 
 def test_a_command_gives_way(cluster, tmp_path):
     """Preempted, a command that knows no signals ends by SIGTERM; it is queued again nevertheless."""
-    command = "print('up', start, flush=True)\nif start == 0: time.sleep(100)"
+    command = "print('up', start, flush=True)\nif start == 0: time.sleep(900)"
     extra = "#SBATCH --partition=spare\n#SBATCH --nodelist=node2"
     job = run_script(cluster, tmp_path, command, nodes=1, extra=extra)
     until(lambda: (tmp_path / "log").exists() and "up 0" in (tmp_path / "log").read_text(), "its start")
@@ -159,10 +164,10 @@ def test_a_command_gives_way(cluster, tmp_path):
 
 def test_the_first_node_dies(cluster, tmp_path):
     """The script dies with it; SLURM itself sees that, and queues the job again."""
-    job = run_script(cluster, tmp_path, "print('up', rank, start, flush=True)\nif start == 0: time.sleep(100)")
+    job = run_script(cluster, tmp_path, "print('up', rank, start, flush=True)\nif start == 0: time.sleep(900)")
     until(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().count("up") == 2, "both ranks")
     cluster.call(LOCAL, "crash", "node1", cluster.folder)
-    until(lambda: cluster.about(job)["Restarts"] == "1", "SLURM to notice", seconds=12 * NODE_TIMEOUT_S)
+    until(lambda: cluster.about(job)["Restarts"] == "1", "SLURM to notice")
     until(lambda: cluster.state(job) == "PENDING", "its place in the queue")
     cluster.call(LOCAL, "boot", "node1", cluster.folder)
     until(lambda: cluster.ended(job), "the second start")

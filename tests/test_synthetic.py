@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from scipy import ndimage, stats
+from waiting import PATIENCE_S
 
 from vtok.data.encode import write_video
 from vtok.data.shards import pack
@@ -304,7 +305,9 @@ def test_script_gives_the_same_bytes_with_any_number_of_workers(tmp_path):
     script = Path(__file__).parent.parent / "data" / "demo_corpus.py"
     arguments = ["--clips", "6", "--seconds", "1", "--size", "32", "32", "--workers", "2"]
     command = [sys.executable, str(script), str(tmp_path / "2"), *arguments]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE_S, stdout=subprocess.PIPE
+    )
     assert done.returncode == 0 and str(tmp_path / "2" / "captions.jsonl") in done.stdout.decode()
     write_corpus(tmp_path / "1", clips=6, seconds=1, size=(32, 32), workers=1, progress=False)
     trees = [

@@ -17,6 +17,7 @@ import torch
 from miniature import write_tar
 from test_export import make_run
 from test_tokenize import FRAMES, corpus, pixels
+from waiting import PATIENCE_S
 
 import vtok
 from vtok import export as shipping
@@ -296,7 +297,7 @@ def test_the_example_trains_resumes_and_samples(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for steps in ("40", "80"):
         call = [*command, "--steps", steps]
-        done = subprocess.run(call, capture_output=True, text=True, timeout=240, env=environment)
+        done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
     entropy = float(re.search(r"entropy of their ids: ([\d.]+)", done.stdout)[1])
     held_out = float(re.search(r"held out: ([\d.]+)", done.stdout)[1])
