@@ -13,7 +13,7 @@ from vtok.budget import AtaConfig
 from vtok.families.language import build
 from vtok.layers.judge import Scored
 from vtok.llm import TaskConfig
-from vtok.llm.relevance import answering, asked_spans, random_prefixes, ranking_loss
+from vtok.llm.relevance import answering, asked_spans, known_spans, random_prefixes, ranking_loss
 from vtok.training.loop import Conductor
 from vtok.types import Clip
 
@@ -99,7 +99,7 @@ def test_drawn_prefixes_stay_within_a_clips_total():
     assert int(few.sum()) == 4 and int(few.max()) == 1
 
 
-@pytest.mark.parametrize("score", ["learned", "yes_no"])
+@pytest.mark.parametrize("score", ["learned", "yes_no", "similarity"])
 def test_scores_learn_where_answers_are(folders, score):  # noqa: F811
     """Segments differ by their frames; the question's answer is where they are of one kind."""
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_scores_learn_where_answers_are(folders, score):  # noqa: F811
         loss = reads(model, clip, step)
         optimizer.zero_grad()
         loss.total.backward()
-        assert all(p.grad is not None for name, p in model.named_parameters() if name.startswith("judge"))
+        assert all(p.grad is not None for name, p in model.named_parameters() if name.startswith(("judge", "match")))
         optimizer.step()
         losses.append(float(loss.report["relevance"]))
     assert losses[-1] < 0.5 * losses[0]
@@ -130,6 +130,30 @@ def test_scores_learn_where_answers_are(folders, score):  # noqa: F811
     )
     most = torch.zeros(4, 4).scatter_add(1, first.group, first.mask.float()).argmax(1)
     assert most.tolist() == [1, 2, 0, 3], "and get the tokens"
+
+
+def test_similarity_learns_from_all_questions_of_a_clip(folders, monkeypatch):  # noqa: F811
+    """One is asked, the others say when their answers are on show too, and cost no pass of the small model; a batch
+    without any still calls the network, as other ranks do."""
+    settings = config(folders["llama"], source="video", window=2, ata=AtaConfig(score="similarity"), question=True)
+    reads = objective(folders["llama"], settings, tasks=TaskConfig(caption=0.0), relevance=1.0)
+    model, clip, called = build(settings).train(), videos([8, 6]), []
+    model.match.register_forward_hook(lambda module, given, out: called.append(len(out)))
+    clip.features["tower"].patches = clip.features["tower"].patches.float()
+    clip.qa = [[asked(0.0, 0.5), asked(2.0, 2.5), {"question": "what?", "answer": "x"}], [asked(1.0, 1.5)]]
+    rows, prompts, spans = known_spans(clip, ["<video>\nQ: {question}", "<video> {question}"], step=0, seed=0)
+    assert rows == [0, 0, 1] and spans.tolist() == [[0.0, 0.5], [2.0, 2.5], [1.0, 1.5]]
+    assert all("what moves?" in prompt and "<video>" not in prompt for prompt in prompts)
+    report = reads(model, clip, 0).report
+    assert called == [2 * 4, 3 * 4] and "relevant_first" in report
+    scores = model.similarity(clip, prompts, rows).detach()
+    assert scores.shape == (3, 4) and float(scores[2, 3]) == 0 and bool((scores[:2] != 0).all())
+    clip.qa = [[{"question": "what?", "answer": "x"}]] * 2
+    called.clear()
+    loss = reads(model, clip, 0)
+    assert called == [2 * 4, 4] and "relevant_first" not in loss.report and float(loss.report["relevance"]) == 0
+    loss.total.backward()
+    assert model.match.look.weight.grad is not None
 
 
 def test_settings_that_cannot_be(folders):  # noqa: F811

@@ -38,7 +38,16 @@ from torch import Tensor, nn
 from vtok.budget import AtaConfig, allocate_segments, segment_bounds
 from vtok.layers.base_tokens import BaseConfig
 from vtok.layers.frames import pool_grid, pool_shape, thin
-from vtok.layers.judge import JUDGED, Judge, JudgeConfig, WordMatch, by_clip, first_ids, with_scores
+from vtok.layers.judge import (
+    JUDGED,
+    Judge,
+    JudgeConfig,
+    WordMatch,
+    by_clip,
+    first_ids,
+    segment_scores,
+    with_scores,
+)
 from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end, run_sums
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.relevance import novelty, word_similarity
@@ -269,10 +278,11 @@ class Model(SmallReader):
             raise ValueError(f"{len(prompt)} prompts for {len(features.patches)} clips")
         features, _ = thin(features, c.max_frames)
         seen = self.eye.project(features)
-        patches = seen.patches
         if c.patches:
-            patches = pool_grid(patches.flatten(0, 1), seen.grid, pool_shape(c.patches, seen.grid))
-            patches = patches.unflatten(0, seen.patches.shape[:2])
+            grid = pool_shape(c.patches, seen.grid)
+            patches = pool_grid(seen.patches.flatten(0, 1), seen.grid, grid).unflatten(0, seen.patches.shape[:2])
+            seen = replace(seen, patches=patches, grid=grid)
+        patches = seen.patches
         lengths, frames = seen.count(), patches.shape[1]
         patches = F.pad(patches, (0, 0, 0, 0, 0, -frames % c.window))
         windows = patches.unflatten(1, (-1, c.window))  # [B, G, window, N, D]
@@ -292,9 +302,9 @@ class Model(SmallReader):
             begin = first[None].minimum(lengths[:, None] - 1)
             times = torch.stack([seen.times.gather(1, begin), seen.times.gather(1, last)], -1)
         visual, scores = windows[there].flatten(1, 2), None
-        raw = F.pad(features.patches, (0, 0, 0, 0, 0, -frames % c.window)).unflatten(1, (-1, c.window))[there]
-        inner = (lengths[:, None] - first).clamp(max=c.window)[there]
         if self.captioner is not None:
+            raw = F.pad(features.patches, (0, 0, 0, 0, 0, -frames % c.window)).unflatten(1, (-1, c.window))[there]
+            inner = (lengths[:, None] - first).clamp(max=c.window)[there]
             asked = [ids for _, ids in rows]
             segments = Segments(there, visual, inside, raw, features.grid, inner, asked, times)
             limit = limits(budget, most=self.max_tokens, shape=there.shape)
@@ -303,15 +313,23 @@ class Model(SmallReader):
             at = torch.arange(features.patches.shape[1], device=lengths.device) // c.window
             scores = novelty(features, at.expand(len(lengths), -1))
         elif c.ata.score == "similarity":
-            words = torch.tensor(_padded(told), device=lengths.device)[clips]
             # a model that shares by something else has learned no map of patches: as its small model sees them
-            alike, shown, count = word_similarity, visual, inside
-            if self.match is not None:
-                alike, shown, count = self.match, raw.flatten(1, 2), inner * raw.shape[2]
-            real = torch.arange(shown.shape[1], device=lengths.device) < count[:, None]
-            found = alike(shown, self.embed_words(words.clamp(min=0)), mask=real, real=words >= 0)
-            scores = by_clip(found, there)
+            scores = self._similarity(seen if self.match is None else features, told, list(range(len(told))))
         return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
+
+    def similarity(self, clip: Clip, questions: list[str], rows: list[int]) -> Tensor:
+        """[Q, G] scores of `ata.score=similarity`, without a pass of the small model: of the segments of clips `rows`
+        [Q] of a batch for questions about them; 0 where there is no segment."""
+        found = self.features(clip)
+        assert found is not None
+        features, _ = thin(found, self.config.max_frames)
+        return self._similarity(features, [self.word_ids(text) for text in questions], rows)
+
+    def _similarity(self, shown: Features, told: list[list[int]], rows: list[int]) -> Tensor:
+        words = torch.tensor(_padded(told), device=shown.patches.device)
+        match = self.match or word_similarity
+        embedded = self.embed_words(words.clamp(min=0))
+        return segment_scores(match, shown, embedded, real=words >= 0, rows=rows, window=self.config.window)
 
     @property
     def head_device(self) -> torch.device:

@@ -462,6 +462,6 @@ class Objective(ProjectorObjective):
 
     Config = ObjectiveConfig
 
-    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Any) -> dict[str, Tensor]:
+    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Any, step: int) -> dict[str, Tensor]:
         loss = model.pop_quantizer_loss() if isinstance(model, Model) else None
         return {} if loss is None else {"quantizer": self.config.quantizer * loss}

@@ -8,8 +8,8 @@ As Tempo (2026, https://arxiv.org/abs/2604.08120) has it: the state that comes b
 answer's first word, so a score costs no pass of its own; one without queries where queries begin from what they are to
 keep (`queries=pooled`), since the score decides how many there are. `WordMatch` needs no pass at all.
 
-Letters: B clips, G segments of a clip, M segments of the batch, S patches of a segment, W words of a question, V
-vocabulary, D width.
+Letters: B clips, G segments of a clip, M segments of the batch, Q questions about its clips, S patches of a segment,
+W words of a question, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.relevance import word_similarity, yes_no
-from vtok.types import Tokens
+from vtok.types import Features, Tokens
 
 JUDGED = ("yes_no", "learned")  # of ata.score: what a judge tells
 SPELLINGS = ((" Yes", " No"), ("Yes", "No"), (" yes", " no"), ("yes", "no"))
@@ -87,11 +88,38 @@ class WordMatch(nn.Module):
 
     def forward(self, patches: Tensor, words: Tensor, *, mask: Tensor, real: Tensor) -> Tensor:
         """mask: [M, S] bool, real patches. real: [M, W] bool, real words; a segment without any has 0."""
-        even = nn.functional.layer_norm(words.to(self.weigh.weight.dtype), words.shape[-1:])
+        even = F.layer_norm(words.to(self.weigh.weight.dtype), words.shape[-1:])
         weights = self.weigh(even)[..., 0].float().masked_fill(~real, -1e4).softmax(-1)
         looked = self.look(patches.to(self.look.weight.dtype))
         alike = word_similarity(looked, words, mask=mask, real=real, weights=weights)
         return self.log_scale.float().exp().clamp(max=100.0) * alike
+
+
+def segment_scores(
+    match: Callable[..., Tensor], shown: Features, words: Tensor, *, real: Tensor, rows: Sequence[int], window: int
+) -> Tensor:
+    """[Q, G]: how well the segments of clips meet questions about them; 0 where there is no segment.
+
+    Args:
+        match: a `WordMatch`, or `word_similarity`; called once. shown: of B clips. words: [Q, W, D]. real: [Q, W] bool.
+        rows: the clip of each question. window: frames of a segment.
+    """
+    patches = F.pad(shown.patches, (0, 0, 0, 0, 0, -shown.patches.shape[1] % window)).unflatten(1, (-1, window))
+    at = torch.arange(patches.shape[1] * window, device=patches.device).view(-1, window, 1)
+    inside = (at < shown.count()[:, None, None, None]).expand(patches.shape[:4])  # [B, G, window, N]
+    asked = torch.as_tensor(list(rows), device=patches.device)
+    there = inside[asked].flatten(3).any(3).any(2)  # [Q, G]
+    mask = (
+        inside[asked].flatten(2) | ~there[..., None]
+    )  # a segment that does not exist is looked at, and its score left
+    count = patches.shape[1]
+    found = match(
+        patches[asked].flatten(2, 3).flatten(0, 1),
+        words.repeat_interleave(count, 0),
+        mask=mask.flatten(0, 1),
+        real=real.repeat_interleave(count, 0),
+    )
+    return found.unflatten(0, (-1, count)).masked_fill(~there, 0)
 
 
 def first_ids(encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:

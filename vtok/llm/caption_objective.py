@@ -46,10 +46,10 @@ class CaptionObjective(TextObjective):
                 raise ValueError(f"objective.{key}={weight} needs {needed}")
         super().__init__(config, model_config, load=load)
 
-    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read) -> dict[str, Tensor]:
+    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read, step: int) -> dict[str, Tensor]:
         learned = _learned(model)
         if learned is None:
-            return super().terms(model, clip, tokens, seen)
+            return super().terms(model, clip, tokens, seen, step)
         c = self.config
         out = {"caption_nll": c.density * learned.nll} if c.density else {}
         return out | ({"caption_length": c.lengths * learned.length} if c.lengths else {})

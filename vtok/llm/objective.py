@@ -128,11 +128,15 @@ class ProjectorObjective(nn.Module):
         """The clips as they are to be compressed at a step, and what is asked of them."""
         return clip, choose(clip, self.config.tasks, step=step, seed=self.config.seed)
 
+    def prepare(self, model: Any, clip: Clip) -> Clip:
+        """The clip, with its features where a family reads them more than once in a step."""
+        return clip
+
     def budget_of(self, model: Any, clip: Clip, step: int) -> Budget | None:
         """The budget of a step's clips: one number of tokens for all."""
         return self.budget(model, step)
 
-    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read) -> dict[str, Tensor]:
+    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read, step: int) -> dict[str, Tensor]:
         """Weighted losses that a family adds, by their names in the report; called once a step."""
         return {}
 
@@ -170,6 +174,7 @@ class ProjectorObjective(nn.Module):
         if self._teacher:
             clip = self._seen_once(model, clip)
             target = self._teach(clip, told, next(model.parameters()).device)
+        clip = self.prepare(model, clip)
         tokens = model.encode(clip, budget=self.budget_of(model, clip, step))
         seen = self.read(told, tokens)
         nll, answered = seen.nll(), torch.tensor([bool(answer) for answer in told.answers], device=seen.row.device)
@@ -190,7 +195,7 @@ class ProjectorObjective(nn.Module):
             if c.hidden:
                 report["hidden_distance"] = self._mean(seen, hidden_distance(seen.hidden, target.hidden), answered)
                 total = total + c.hidden * report["hidden_distance"]
-        own = self.terms(model, clip, tokens, seen)
+        own = self.terms(model, clip, tokens, seen, step)
         for term in own.values():
             total = total + term
         report |= own | self.told(model)
@@ -250,7 +255,7 @@ class ProjectorObjective(nn.Module):
         kinds = [(type(m).features, type(m).encode) for m in (model, teacher) if hasattr(type(m), "features")]
         if not same or len(kinds) < 2 or kinds[0] != kinds[1]:
             return clip
-        return replace(clip, features={**(clip.features or {}), model.config.tower.name: model.features(clip)})
+        return with_features(model, clip)
 
     @torch.no_grad()
     def _teach(self, clip: Clip, told: Told, device: torch.device) -> Read:
@@ -258,3 +263,8 @@ class ProjectorObjective(nn.Module):
         teacher = self._teacher[0].to(device)
         with self.adapters.off() if self.adapters is not None else contextlib.nullcontext():
             return self.read(told, teacher.encode(clip))
+
+
+def with_features(model: Any, clip: Clip) -> Clip:
+    """The clip with what the model's tower makes of it, which is then made once."""
+    return replace(clip, features={**(clip.features or {}), model.config.tower.name: model.features(clip)})

@@ -42,6 +42,22 @@ def asked_spans(clip: Clip, templates: list[str]) -> Tensor:
     return out
 
 
+def known_spans(clip: Clip, templates: list[str], *, step: int, seed: int) -> tuple[list[int], list[str], Tensor]:
+    """(rows, prompts, [Q, 2] seconds) of all questions of a batch that say when their answer is on show, each put by a
+    template drawn for the step. Where there is none, a question of the first clip that teaches nothing: NaN."""
+    rows, prompts, spans = [], [], []
+    for row, questions in enumerate(clip.qa or []):
+        for number, question in enumerate(questions or []):
+            if is_question(question) and (span := answer_span(question)) is not None:
+                template = draw(seed, step, f"question {number} of {clip.keys[row]}").choice(templates)
+                rows.append(row)
+                prompts.append(instruction(ask_as(template, question)))
+                spans.append(span)
+    if not rows:
+        rows, prompts, spans = [0], [""], [(torch.nan, torch.nan)]
+    return rows, prompts, torch.tensor(spans, dtype=torch.float64)
+
+
 def answering(times: Tensor, spans: Tensor, there: Tensor) -> Tensor:
     """[B, G] bool: segments that are on show during the spans [B, 2]; none where these are NaN.
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from vtok.llm.objective import ObjectiveConfig, ProjectorObjective
+from vtok.llm.objective import ObjectiveConfig, ProjectorObjective, with_features
 from vtok.llm.reading import PLACE, Read
-from vtok.llm.relevance import answering, asked_spans, random_prefixes, ranking_loss
+from vtok.llm.relevance import answering, asked_spans, known_spans, random_prefixes, ranking_loss
 from vtok.llm.tasks import Told, draw, instruction
 from vtok.llm.words import WordsTeacher, count_words
 from vtok.types import Budget, Clip, Tokens
@@ -108,16 +108,24 @@ class TextObjective(ProjectorObjective):
         ratio = draw(c.seed, step, "ratio").choice(list(c.ratios))
         return tokens_at_ratio(count_words(self.llm, clip.text), ratio, most=model.max_tokens)
 
-    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read) -> dict[str, torch.Tensor]:
-        """What the questions teach the scores."""
+    def prepare(self, model: Any, clip: Clip) -> Clip:
+        return with_features(model, clip) if self.config.relevance and _matches(model) else clip
+
+    def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read, step: int) -> dict[str, torch.Tensor]:
+        """What the questions teach the scores: the one that is asked, or, where a score costs no pass, all of them."""
         scores, c = getattr(tokens, "scores", None), self.config
         self._found = {}
         if scores is None or not c.relevance:
             return {}
         if tokens.times is None:
             raise ValueError("objective.relevance needs the times of segments: the clips bring none")
-        spans = asked_spans(clip, [*c.tasks.qa_prompts])
-        loss, hit = ranking_loss(scores, answering(tokens.times, spans, scores.isfinite()))
+        spans, times = asked_spans(clip, [*c.tasks.qa_prompts]), tokens.times
+        if _matches(model):  # all that is known of the clips
+            rows, prompts, spans = known_spans(clip, [*c.tasks.qa_prompts], step=step, seed=c.seed)
+            there = scores[rows].isfinite()
+            scores = model.similarity(clip, prompts, rows).masked_fill(~there, -torch.inf)
+            times = times[rows]
+        loss, hit = ranking_loss(scores, answering(times, spans, scores.isfinite()))
         if len(hit):
             self._found = {"relevant_first": hit.float().mean()}
         return {"relevance": c.relevance * loss}
@@ -148,3 +156,8 @@ class TextObjective(ProjectorObjective):
 def tokens_at_ratio(words: list[int], ratio: float, *, most: int) -> torch.Tensor:
     """[B] int64: tokens of texts of so many words at `ratio` words a token, 1 at least."""
     return torch.tensor([min(max(int(count / ratio), 1), most) for count in words], dtype=torch.int64)
+
+
+def _matches(model: Any) -> bool:
+    """Whether a score costs no pass of the small model."""
+    return getattr(getattr(model.config, "ata", None), "score", "") == "similarity"
