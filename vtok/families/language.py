@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from vtok.budget import AtaConfig, allocate_segments, segment_bounds
 from vtok.layers.base_tokens import BaseConfig
-from vtok.layers.frames import pool_grid, pool_shape, thin
+from vtok.layers.frames import pool_patches, thin
 from vtok.layers.judge import (
     JUDGED,
     Judge,
@@ -277,11 +277,7 @@ class Model(SmallReader):
         if prompt is not None and len(prompt) != len(features.patches):
             raise ValueError(f"{len(prompt)} prompts for {len(features.patches)} clips")
         features, _ = thin(features, c.max_frames)
-        seen = self.eye.project(features)
-        if c.patches:
-            grid = pool_shape(c.patches, seen.grid)
-            patches = pool_grid(seen.patches.flatten(0, 1), seen.grid, grid).unflatten(0, seen.patches.shape[:2])
-            seen = replace(seen, patches=patches, grid=grid)
+        seen = pool_patches(self.eye.project(features), c.patches)
         patches = seen.patches
         lengths, frames = seen.count(), patches.shape[1]
         patches = F.pad(patches, (0, 0, 0, 0, 0, -frames % c.window))
@@ -314,7 +310,8 @@ class Model(SmallReader):
             scores = novelty(features, at.expand(len(lengths), -1))
         elif c.ata.score == "similarity":
             # a model that shares by something else has learned no map of patches: as its small model sees them
-            scores = self._similarity(seen if self.match is None else features, told, list(range(len(told))))
+            shown = seen if self.match is None else pool_patches(features, c.patches)
+            scores = self._similarity(shown, told, list(range(len(told))))
         return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
 
     def similarity(self, clip: Clip, questions: list[str], rows: list[int]) -> Tensor:
@@ -323,7 +320,9 @@ class Model(SmallReader):
         found = self.features(clip)
         assert found is not None
         features, _ = thin(found, self.config.max_frames)
-        return self._similarity(features, [self.word_ids(text) for text in questions], rows)
+        return self._similarity(
+            pool_patches(features, self.config.patches), [self.word_ids(text) for text in questions], rows
+        )
 
     def _similarity(self, shown: Features, told: list[list[int]], rows: list[int]) -> Tensor:
         words = torch.tensor(_padded(told), device=shown.patches.device)

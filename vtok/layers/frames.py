@@ -71,6 +71,15 @@ def clip_piece(embeddings: Tensor, positions: Tensor | None = None) -> Piece:
     return Piece(embeddings, at, torch.full_like(at, -1), positions, torch.arange(count, device=at.device))
 
 
+def pool_patches(features: Features, count: int) -> Features:
+    """Patches of each frame averaged over a grid of `count` cells (`pool_shape`); 0: as they are."""
+    if not count:
+        return features
+    grid = pool_shape(count, features.grid)
+    patches = pool_grid(features.patches.flatten(0, 1), features.grid, grid).unflatten(0, features.patches.shape[:2])
+    return replace(features, patches=patches, grid=grid, attention=None, keys=None)
+
+
 def thin(features: Features, most: int) -> tuple[Features, Tensor]:
     """At most `most` frames of each clip, evenly, and [B, T] the place of each in its clip, in [0, 1]."""
     lengths = features.count()

@@ -109,9 +109,7 @@ def segment_scores(
     inside = (at < shown.count()[:, None, None, None]).expand(patches.shape[:4])  # [B, G, window, N]
     asked = torch.as_tensor(list(rows), device=patches.device)
     there = inside[asked].flatten(3).any(3).any(2)  # [Q, G]
-    mask = (
-        inside[asked].flatten(2) | ~there[..., None]
-    )  # a segment that does not exist is looked at, and its score left
+    mask = inside[asked].flatten(2) | ~there[..., None]  # what does not exist is looked at, and its score left out
     count = patches.shape[1]
     found = match(
         patches[asked].flatten(2, 3).flatten(0, 1),
