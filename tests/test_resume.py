@@ -213,9 +213,15 @@ def assert_same_end(one: Path, other: Path, *, processes: int) -> None:
     assert curves(one) == curves(other)
 
 
-def kill_at_random(config: Path, name: str, run: Path, moments: random.Random, *, last: int) -> None:
-    """Starts the run and kills all of its processes some batches later, in the middle of whatever they are at."""
-    kill_after(start(config, name, last=last), run, lines_of(run) + moments.randint(3, 14), moments)
+def kill_at_random(
+    config: Path, name: str, run: Path, moments: random.Random, *, last: int, saved: bool = False
+) -> None:
+    """Starts the run and kills all of its processes some batches later, in the middle of whatever they are at; saved:
+    once there is a checkpoint to go on from."""
+    lines, process = lines_of(run) + moments.randint(3, 14), start(config, name, last=last)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    until(lambda: not saved or checkpoint.exists() or process.poll() is not None, f"a checkpoint of {run}")
+    kill_after(process, run, lines, moments)
 
 
 def kill_after(process: subprocess.Popen, run: Path, lines: int, moments: random.Random) -> None:
@@ -232,8 +238,8 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(tmp_path, shards):
     uncut = start(config, "whole")  # meanwhile, in another directory
     try:
         moments = random.Random(time.time_ns())
-        for last in (20, 36):
-            kill_at_random(config, "cut", cut, moments, last=last)
+        for last, saved in ((20, False), (36, True)):  # the third start has something to resume, whatever was drawn
+            kill_at_random(config, "cut", cut, moments, last=last, saved=saved)
         finish(start(config, "cut"), config, "cut")
     finally:
         finish(uncut, config, "whole")
