@@ -13,7 +13,7 @@ from typing import Any
 from soak import damage
 from soak.corpus import Corpus
 from soak.damage import DIFFER, REJECT, Case, Change
-from vtok.coding import bitstream
+from vtok.coding import bitstream, records
 from vtok.coding.entropy import take_varint, varint
 from vtok.coding.stream_header import MAGIC, VERSION, Header, header_bytes
 
@@ -58,7 +58,7 @@ class Parts:
         return bytes(out) + totals + ends
 
 
-def parts_of(data: bytes, chunks: list[bitstream.Chunk]) -> Parts:
+def parts_of(data: bytes, chunks: list[records.Chunk]) -> Parts:
     """The pieces of a sound file of one record, whose ids are those of `chunks`."""
     size, at = take_varint(data, len(MAGIC) + 1)
     end = at + size
@@ -71,7 +71,7 @@ def parts_of(data: bytes, chunks: list[bitstream.Chunk]) -> Parts:
     for _ in range(4):
         value, at = take_varint(data, at)
         totals.append(value)
-    ids = b"".join(bitstream._bytes_of(chunk.indices) for chunk in chunks)
+    ids = b"".join(records.bytes_of(chunk.indices) for chunk in chunks)
     parts = Parts(header, (Record(tag, body, ids),), tuple(totals))
     assert parts.file() == data
     return parts
@@ -169,7 +169,7 @@ def vtok_cases(corpus: Corpus, seed: int) -> Iterator[Case]:
     return damage.in_turn("vtok", originals, changes, seed)
 
 
-def read_chunks(corpus: Corpus, path: Path) -> tuple[Header, list[bitstream.Chunk]]:
+def read_chunks(corpus: Corpus, path: Path) -> tuple[Header, list[records.Chunk]]:
     import vtok
 
     who = vtok.load(str(corpus.export)).shipped

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtok.coding import bitstream, entropy
+from vtok.coding import bitstream, entropy, records
 from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
 from vtok.coding.entropy import StaticModel, packed_bytes
 from vtok.types import Tokens
@@ -168,7 +168,7 @@ def test_every_truncation_and_every_appendix_is_detected(static):
 
 
 def test_a_dropped_repeated_or_swapped_record_is_detected(monkeypatch):
-    monkeypatch.setattr(bitstream, "RECORD_TOKENS", 1)
+    monkeypatch.setattr(records, "RECORD_TOKENS", 1)
     sizes = (500,)
     parts = [
         make_file([make_tokens([8], sizes, seed=s) for s in seeds], sizes) for seeds in ([], [1], [1, 2], [1, 2, 3])
@@ -178,11 +178,11 @@ def test_a_dropped_repeated_or_swapped_record_is_detected(monkeypatch):
         head -= 1
     size = len(parts[2]) - len(parts[1])  # of one record
     data, body = parts[3], head
-    records = [data[body + i * size : body + (i + 1) * size] for i in range(3)]
-    assert b"".join([data[:body], *records, data[body + 3 * size :]]) == data
+    parts = [data[body + i * size : body + (i + 1) * size] for i in range(3)]
+    assert b"".join([data[:body], *parts, data[body + 3 * size :]]) == data
     for order in ([0, 2], [0, 1, 1, 2], [1, 0, 2]):
         with pytest.raises(bitstream.DamagedFile):
-            read_file(b"".join([data[:body], *(records[i] for i in order), data[body + 3 * size :]]))
+            read_file(b"".join([data[:body], *(parts[i] for i in order), data[body + 3 * size :]]))
 
 
 def test_foreign_and_newer_files():

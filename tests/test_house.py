@@ -26,7 +26,7 @@ STRANGERS = {
     "info": {"evaluation"},
 }
 # no tensor rooms: files of ids, and charts, import one another only; a prior runs on layers
-PLUMBING = {f"vtok.coding.{name}" for name in ("entropy", "bitstream", "stream_header", "prior_coding")}
+PLUMBING = {f"vtok.coding.{name}" for name in ("entropy", "records", "bitstream", "stream_header", "prior_coding")}
 PLUMBING |= {"vtok.evaluation.charts"}
 LIGHTNING = {
     "vtok.training.strategy",

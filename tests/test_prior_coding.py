@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import PATIENCE_S
 
-from vtok.coding import bitstream, prior_coding
+from vtok.coding import bitstream, prior_coding, records
 from vtok.coding.bitstream import Chunk, Header, Reader, Writer, file_key
-from vtok.coding.entropy import StaticModel
+from vtok.coding.entropy import StaticModel, varint
 from vtok.coding.prior_coding import PriorModel, PriorStream
 from vtok.coding.prior_data import prefix_of, row_of, stack, tokens_of_ids
+from vtok.coding.records import packed_counts
 from vtok.coding.sample import draw_ids
 from vtok.layers import exact
 from vtok.layers.token_prior import TokenPrior, TokenPriorConfig, coded_factors
@@ -182,7 +183,7 @@ def test_a_stream_ends_within_a_byte_of_its_cost():
 def test_lengths_cost_what_a_record_spends_on_them(counts):
     tokens = tokens_of_ids(random_ids(counts), counts, (60, 7))
     alike = len(set(counts)) == 1
-    spent = len(bitstream.varint(1 + counts[0])) if alike else len(bitstream._packed_counts(counts))
+    spent = len(varint(1 + counts[0])) if alike else len(packed_counts(counts))
     assert float(prior_coding.signalling_bits(tokens)[0]) == 8 * spent
 
 
@@ -255,7 +256,7 @@ def tags_of(data) -> str:
 
 @pytest.mark.parametrize("asked", [{}, {"asked": "bytes", "asked_value": Fraction(500), "look_ahead": None}])
 def test_a_file_of_several_records_comes_back(asked, monkeypatch):
-    monkeypatch.setattr(bitstream, "RECORD_TOKENS", 40)
+    monkeypatch.setattr(records, "RECORD_TOKENS", 40)
     chunks = chunks_of(24)
     for n in range(8, 14):  # unlikely ones: packed where that is smaller, and the prior goes on after them
         chunks[n] = replace(chunks[n], indices=random_ids(chunks[n].counts, seed=n))

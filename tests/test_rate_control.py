@@ -256,7 +256,7 @@ def test_steps_that_a_model_does_not_make_are_damage(tmp_path, blocks, coding, s
 
 
 def test_nothing_is_decoded_of_a_record_that_claims_millions_of_tokens(tmp_path, blocks, monkeypatch):
-    monkeypatch.setattr("vtok.coding.bitstream.decode_static", None)
+    monkeypatch.setattr("vtok.coding.records.decode_static", None)
     path = tmp_path / "x.vtok"
     path.write_bytes(forged(blocks, "static", counts=[(1 << 23) - 2], ids=b"ab"))
     assert path.stat().st_size < 100

@@ -370,11 +370,11 @@ def test_headers_of_vtok_files_are_limited():
 
 def test_every_limit_of_the_page_is_the_code_s():
     text = (ROOT / "docs" / "security.md").read_text()
-    from vtok.coding import bitstream
+    from vtok.coding import bitstream, records
 
     assert strict.MAX_FRAME_PIXELS == stream_header.MAX_FRAME_PIXELS == 1 << 28 and "2^28 (16384 x 16384)" in text
     assert vtok_config.DataConfig().max_pixels == stream_header.MAX_STEP_PIXELS == 1 << 31
     assert sources.MAX_TEXT_BYTES == 8 << 20 and sources.MAX_MEDIA_BYTES == 4 << 30
     assert sources.MAX_INDEX_BYTES == 256 << 20 and MAX_CONFIG == vtok_config.MAX_YAML == 1 << 20
     assert vtok_config.MAX_NODES == 131072 and bitstream.MAX_HEADER == 64 << 10
-    assert bitstream.MAX_RECORD == 1 << 24 and bitstream.MAX_GROUPS == 1 << 16
+    assert records.MAX_RECORD == 1 << 24 and records.MAX_GROUPS == 1 << 16

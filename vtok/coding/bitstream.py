@@ -3,15 +3,14 @@
     header | record | record | ... | footer          docs/formats.md describes every byte
 
 Each record holds the ids of some steps of a stream and a checksum that continues the one before it; the footer holds
-the totals and a sha256 of all that precedes it. How ids become bytes is the business of `vtok.coding.entropy` and
-`vtok.coding.prior_coding`; the header is in `vtok.coding.stream_header`.
+the totals and a sha256 of all that precedes it. What is inside a record is in `vtok.coding.records`, the header in
+`vtok.coding.stream_header`.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,24 +18,32 @@ from dataclasses import astuple, dataclass, fields
 from typing import BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vtok.coding.entropy import (
     StaticModel,
     check_ids,
-    decode_static,
-    encode_static,
     factors_of,
     pack,
     packed_bits,
     packed_bytes,
-    real_ids,
     take_varint,
     unpack,
     varint,
 )
 from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.records import (
+    MAX_GROUPS,
+    MAX_RECORD,
+    MODELS,
+    Chunk,
+    Coder,
+    EntropyModel,
+    Record,
+    bytes_of,
+    check_entropy,
+    coder_of,
+    take_counts,
+)
 from vtok.coding.stream_header import (
     ASKED,
     CODINGS,
@@ -88,14 +95,9 @@ __all__ = [
 END_MAGIC = b"VTKE"
 END_BYTES = 1 + len(END_MAGIC)  # bytes of the totals, end mark
 RECORD, PLAIN, FOOTER = 0x52, 0x50, 0x46  # "R", "P" (packed, whatever the file's coding), "F"
-RECORD_TOKENS = 1024  # a record is closed once it holds this many tokens: about 2 kB, 10 bytes of it overhead
 DIGEST_BYTES = 8  # of the sha256 at the end
 MAX_HEADER = 1 << 16
-MAX_RECORD = 1 << 24  # bytes; a longer record is damage, and is refused before memory is asked for
-MAX_GROUPS = 1 << 16  # groups of one record
-EntropyModel = StaticModel | PriorModel
 StepCheck = Callable[[Sequence[int], int | None], None]  # tokens of each group, frames
-MODELS = {"static": StaticModel, "ar": PriorModel}
 FILES = {"static": "entropy.safetensors", "ar": "prior.safetensors"}
 
 
@@ -109,73 +111,6 @@ class Footer:
     records: int
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The tokens of one step of a stream, one clip, as a file holds them.
-
-    indices: [K, Q] int64 ids, group by group and inside a group by rank. counts: tokens of each group, zeros included.
-    frames: frames that these tokens stand for; None where the model does not say.
-    """
-
-    indices: np.ndarray
-    counts: tuple[int, ...]
-    frames: int | None
-
-    @classmethod
-    def from_tokens(cls, tokens: Tokens, *, first_group: int = 0) -> Chunk:
-        """The ids of one clip's tokens, whose groups are numbered from `first_group`.
-
-        Raises: ValueError for more than one clip, for continuous tokens, for ranks that are not 0, 1, 2 ... in
-        each group: such tokens would need their ranks in the file, and no nested model makes them.
-        """
-        if tokens.group.shape[0] != 1:
-            raise ValueError(
-                f"a .vtok file holds one clip, got a batch of {tokens.group.shape[0]}: write one file each"
-            )
-        indices, rank = real_ids(tokens)
-        group = tokens.group[0, : len(rank)].cpu().numpy().astype(np.int64)
-        group = group - first_group
-        if len(group) and ((np.diff(group) < 0).any() or group[0] < 0):
-            raise ValueError(f"tokens are not in time order: their groups decrease, or begin before {first_group}")
-        counts = np.bincount(group, minlength=tokens.times.shape[1] if tokens.times is not None else 1)
-        if (rank != np.concatenate([np.arange(n) for n in counts] or [[]])).any():
-            raise ValueError("the ranks inside a group must be 0, 1, 2 ... in order to be written to a .vtok file")
-        return cls(indices, tuple(counts.tolist()), int(tokens.frames[0]) if tokens.frames is not None else None)
-
-    def to_tokens(
-        self,
-        lookup: Callable[[Tensor], Tensor],
-        codebook_sizes: tuple[int, ...],
-        *,
-        device: torch.device | str = "cpu",
-        first_group: int = 0,
-    ) -> Tokens:
-        """The same as Tokens of one clip, its embeddings looked up; positions are NaN (the file holds none)."""
-        indices = torch.from_numpy(self.indices).to(device)[None]  # [1, K, Q]
-        counts = np.array(self.counts, np.int64)
-        group = torch.from_numpy(np.repeat(np.arange(len(counts)), counts) + first_group).to(device)[None]
-        rank = torch.from_numpy(np.concatenate([np.arange(n) for n in counts])).to(device, torch.int64)[None]
-        return Tokens(
-            embeddings=lookup(indices),
-            lengths=torch.tensor([indices.shape[1]], device=device),
-            positions=torch.full((1, indices.shape[1], 3), math.nan, device=device),
-            group=group,
-            rank=rank,
-            indices=indices,
-            codebook_sizes=codebook_sizes,
-            frames=torch.tensor([self.frames], device=device) if self.frames is not None else None,
-        )
-
-    def truncate(self, lengths: Sequence[int]) -> Chunk:
-        """The first tokens of each group, as many as `lengths` says and there are."""
-        keep = self.ranks < np.repeat(lengths, self.counts)
-        return Chunk(self.indices[keep], tuple(min(k, n) for k, n in zip(lengths, self.counts)), self.frames)
-
-    @property
-    def ranks(self) -> np.ndarray:
-        return np.concatenate([np.arange(n) for n in self.counts]).astype(np.int64)
-
-
 class Writer:
     """Writes a .vtok file front to back (the file needs no seek): `write` each step's tokens, then `close`.
 
@@ -184,8 +119,8 @@ class Writer:
     """
 
     def __init__(self, file: BinaryIO, header: Header, *, entropy: EntropyModel | None = None) -> None:
-        _check_entropy(header, entropy)
-        self.header, self._file, self._coder = header, file, _coder(header, entropy)
+        check_entropy(header, entropy)
+        self.header, self._file, self._coder = header, file, coder_of(header, entropy)
         self._sha, self._crc = hashlib.sha256(), 0
         self.bytes = 0  # written so far
         self._pending: list[Chunk] = []
@@ -201,7 +136,7 @@ class Writer:
             raise ValueError(f"a group holds {most} tokens, more than the budget of {self.header.budget}")
         if len(chunk.counts) > MAX_GROUPS or not chunk.counts:
             raise ValueError(f"a step holds {len(chunk.counts)} groups; a record holds 1 to {MAX_GROUPS}")
-        record = _Record([(c.counts, c.frames) for c in self._pending])
+        record = Record([(c.counts, c.frames) for c in self._pending])
         if not record.takes(chunk.counts, chunk.frames):
             self._flush()
         self._pending.append(chunk)
@@ -230,11 +165,11 @@ class Writer:
         """Most bytes of the file if steps of (tokens of each group, frames) came next and nothing after them, whatever
         their ids are: what it takes with every open record packed, and no record is ever larger."""
         sizes, size, totals = self.header.codebook_sizes, self.bytes, dict(self._totals)
-        records, record = [], _Record([(c.counts, c.frames) for c in self._pending])
+        records, record = [], Record([(c.counts, c.frames) for c in self._pending])
         for counts, step_frames in steps:
             if not record.takes(counts, step_frames):
                 records.append(record)
-                record = _Record()
+                record = Record()
             record.add(counts, step_frames)
         for each in [*records, record]:
             if each.steps:
@@ -250,7 +185,7 @@ class Writer:
         chunks, self._pending = self._pending, []
         if not chunks:
             return
-        record = _Record([(c.counts, c.frames) for c in chunks])
+        record = Record([(c.counts, c.frames) for c in chunks])
         body, counts = record.head(), record.counts
         indices = np.concatenate([chunk.indices for chunk in chunks])
         tag, ids = RECORD, self._coder.encode(indices, counts)
@@ -260,7 +195,7 @@ class Writer:
         if len(body) > MAX_RECORD:
             raise ValueError(f"a step of {len(indices)} tokens needs {len(body)} bytes, a record holds {MAX_RECORD}")
         self._put(bytes([tag]) + varint(len(body)) + body)
-        self._sha.update(_bytes_of(indices))
+        self._sha.update(bytes_of(indices))
         self._totals["groups"] += len(counts)
         self._totals["tokens"] += len(indices)
         self._totals["records"] += 1
@@ -272,33 +207,6 @@ class Writer:
         self._sha.update(frame)
         self._file.write(frame)
         self.bytes += len(frame)
-
-
-class _Record:
-    """What a record says before its ids: its steps, each (tokens of each group, frames)."""
-
-    def __init__(self, steps: Iterable[tuple[Sequence[int], int | None]] = ()) -> None:
-        self.steps = self.tokens = self.groups = 0  # groups: of one step
-        self.counts: list[int] = []
-        self.frames: int | None = None
-        for counts, frames in steps:
-            self.add(counts, frames)
-
-    def takes(self, counts: Sequence[int], frames: int | None) -> bool:
-        """Whether it stays open for this step: while it has room, and its steps are alike."""
-        alike = (self.groups, self.frames) == (len(counts), frames)
-        room = self.tokens < RECORD_TOKENS and (self.steps + 1) * len(counts) <= MAX_GROUPS // 16
-        return not self.steps or (alike and room)
-
-    def add(self, counts: Sequence[int], frames: int | None) -> None:
-        self.steps, self.groups, self.frames = self.steps + 1, len(counts), frames
-        self.tokens += sum(counts)
-        self.counts += counts
-
-    def head(self) -> bytes:
-        out = b"".join(map(varint, (self.steps, self.groups, 0 if self.frames is None else self.frames + 1)))
-        alike = len(set(self.counts)) == 1
-        return out + (varint(self.counts[0] + 1) if alike else _packed_counts(self.counts))
 
 
 class _Counted:
@@ -377,7 +285,7 @@ class Reader:
                 f"model ({FILES[self.header.coding]}); call expect() first"
             )
         groups = tokens = records = 0
-        coder = _coder(self.header, self._entropy)
+        coder = coder_of(self.header, self._entropy)
         while True:
             with self._damage():
                 tag = self._read(1)
@@ -387,7 +295,7 @@ class Reader:
                 body = self._read_record(tag)
                 chunks = self._chunks(body, coder, packed=tag[0] == PLAIN)
             for chunk in chunks:
-                self._sha.update(_bytes_of(chunk.indices))
+                self._sha.update(bytes_of(chunk.indices))
                 groups += len(chunk.counts)
                 tokens += len(chunk.indices)
                 yield chunk
@@ -419,7 +327,7 @@ class Reader:
         if uniform:
             counts = [uniform - 1] * (chunks * groups)
         else:
-            counts, at = _take_counts(body, at, chunks * groups)
+            counts, at = take_counts(body, at, chunks * groups)
         # An id costs at least 2**-22 of a bit, so no count can be checked by the bytes alone: bound it first.
         if sum(counts) > MAX_RECORD or (header.budget and max(counts) > header.budget):
             raise DamagedFile(f"{self._name}: a record of {sum(counts)} tokens")
@@ -537,70 +445,3 @@ def read_footer(file: BinaryIO, *, name: str = "this file") -> Footer:
     if totals[0] != FOOTER or at != len(totals):
         raise DamagedFile(f"{name} is damaged: its footer is not where its end mark says")
     return Footer(*values)
-
-
-class _Packed:
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        self.sizes = sizes
-
-    def encode(self, ids: np.ndarray, counts: list[int]) -> bytes:
-        return pack(ids, self.sizes)
-
-    def decode(self, data: bytes, counts: list[int]) -> np.ndarray:
-        return unpack(data, sum(counts), self.sizes)
-
-
-class _Static:
-    def __init__(self, model: StaticModel) -> None:
-        self.model = model
-
-    def encode(self, ids: np.ndarray, counts: list[int]) -> bytes:
-        return encode_static(ids, _ranks(counts), self.model)
-
-    def decode(self, data: bytes, counts: list[int]) -> np.ndarray:
-        return decode_static(data, _ranks(counts), self.model)
-
-
-def _ranks(counts: list[int]) -> np.ndarray:
-    return np.concatenate([np.arange(n) for n in counts]).astype(np.int64)
-
-
-Coder = _Packed | _Static | PriorStream
-
-
-def _coder(header: Header, entropy: EntropyModel | None) -> Coder:
-    """How the ids of a file's records become bytes and back, record after record."""
-    if isinstance(entropy, PriorModel):
-        return PriorStream(entropy)
-    return _Packed(header.codebook_sizes) if entropy is None else _Static(entropy)
-
-
-def _check_entropy(header: Header, entropy: EntropyModel | None) -> None:
-    coding = header.coding
-    if not isinstance(entropy, MODELS.get(coding, type(None))):
-        needs = f"needs {KINDS[coding]}" if coding in KINDS else "takes no entropy model"
-        raise ValueError(f"coding={coding!r} {needs}, got {type(entropy).__name__}")
-    if entropy is not None and entropy.codebook_sizes != header.codebook_sizes:
-        raise ValueError(
-            f"{KINDS[coding]} is for codebooks {entropy.codebook_sizes}, the tokens have {header.codebook_sizes}"
-        )
-
-
-def _bytes_of(indices: np.ndarray) -> bytes:
-    return np.ascontiguousarray(indices, "<i8").tobytes()
-
-
-def _packed_counts(counts: list[int]) -> bytes:
-    """Lengths of groups that differ: 0, the least, the largest less the least, then all above the least, packed."""
-    least, span = min(counts), max(counts) - min(counts)
-    above = np.array(counts, np.int64)[:, None] - least
-    return varint(0) + varint(least) + varint(span) + pack(above, (span + 1,))
-
-
-def _take_counts(body: bytes, at: int, count: int) -> tuple[list[int], int]:
-    least, at = take_varint(body, at)
-    span, at = take_varint(body, at)
-    if not 0 < span <= MAX_RECORD or least > MAX_RECORD:
-        raise ValueError(f"lengths of groups from {least} to {least + span}")
-    end = at + packed_bytes((span + 1,), count)
-    return (unpack(body[at:end], count, (span + 1,))[:, 0] + least).tolist(), end

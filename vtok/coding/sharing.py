@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vtok.budget import allocate_ahead, allocate_lagrange, interpolate_lengths, spread_lengths
-from vtok.coding.bitstream import Chunk
+from vtok.coding.records import Chunk
 from vtok.coding.spending import Purse
 from vtok.coding.trial import (
     Group,

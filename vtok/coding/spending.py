@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtok.coding.bitstream import DIGEST_BYTES, END_BYTES, MAX_RECORD, RECORD_TOKENS, Chunk, Writer
+from vtok.coding.bitstream import DIGEST_BYTES, END_BYTES, Writer
 from vtok.coding.entropy import BLOCK, PRECISION, StaticModel, to_symbols, varint
 from vtok.coding.prior_coding import PriorModel, PriorStream
+from vtok.coding.records import MAX_RECORD, RECORD_TOKENS, Chunk
 
 
 class Purse(Protocol):
