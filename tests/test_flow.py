@@ -13,12 +13,14 @@ from test_contract import CONV, FLOW, LATENTS, build_model, clip, video
 from vtok.budget import NestedConfig
 from vtok.coding import codec
 from vtok.coding.rate_control import Asked
+from vtok.config import RunConfig
 from vtok.data.encode import write_video
 from vtok.families import discrete, flow
 from vtok.layers.begin import patch_of_token
 from vtok.layers.conv3d import ConvConfig
 from vtok.layers.flow import SamplerConfig
 from vtok.quantize import QuantizerConfig
+from vtok.train import check_unchanged
 from vtok.types import Clip, to_uint8
 from vtok.vision import TowerConfig
 
@@ -227,8 +229,11 @@ def test_patches_are_aligned_with_a_frozen_tower(tmp_path):
         (dict(mask="full"), "model.mask='full' is unknown"),
         (dict(registers="pyramid"), "model.registers='pyramid' is unknown"),
         (dict(registers="dct", quantizer=QuantizerConfig("lfq", codebook_size=64)), "registers='dct' codes with FSQ"),
-        (dict(width=40), "model.width=40 must be a multiple of model.head_size=16"),
-        (dict(decoder_width=40), "model.decoder_width=40 must be a multiple"),
+        (dict(width=40), "model.width=40 must be even, a multiple of model.head_size=16"),
+        (dict(width=15, head_size=15), "model.width=15 must be even"),
+        (dict(encoder_depth=-1), "model.encoder_depth=-1 must be 0 or more"),
+        (dict(dct_frequencies=[4]), r"model.dct_frequencies=\[4\] must be \(y, x\)"),
+        (dict(decoder_width=40), "model.decoder_width=40 must be even, a multiple"),
         (dict(latents="there"), "model.latents is not read yet"),
     ],
 )
@@ -242,6 +247,8 @@ def test_bad_settings_name_the_key(changed, message):
     [
         (dict(prefix=[0.0, 1.0]), "objective.prefix=.*that of 0 above 0"),
         (dict(unconditional=1.5), "objective.unconditional=1.5"),
+        (dict(level_std=-1.0), "objective.level_std=-1.0 must be 0 or above"),
+        (dict(align=flow.AlignConfig(1.0, TowerConfig("there"))), "objective.align.tower.size is open"),
         (dict(flow=-1.0), "objective.flow=-1.0 must be 0 or above"),
         (dict(nested=NestedConfig("pow2", min_tokens=9)), "min_tokens=9"),
     ],
@@ -249,6 +256,51 @@ def test_bad_settings_name_the_key(changed, message):
 def test_bad_objectives_name_the_key(changed, message):
     with pytest.raises(ValueError, match=message):
         objective(flow.Config(**FLOW, latents_config=LATENTS), **changed)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(guidance=float("nan")), "guidance=nan must be a number of 0 or more"),
+        (dict(eta=-3.0), "eta=-3.0 is a share"),
+        (dict(momentum=float("nan")), "momentum=nan must lie between -1 and 1"),
+        (dict(projected=False, threshold=2.5), "threshold=2.5 is read with model.sampler.projected=true alone"),
+    ],
+)
+def test_samplers_that_cannot_draw_as_told_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**changed)
+
+
+def test_a_fresh_run_on_the_latents_of_an_untrained_autoencoder_is_refused():
+    config = flow.Config(**FLOW, latents_config=LATENTS)
+    model = flow.build(config, load=lambda path: pytest.fail("nothing is named"))
+    with pytest.raises(ValueError, match="model.latents is empty, .* random weights: set model.latents to the export"):
+        objective(config).begin_model(model)
+    model.fit_statistics([smooth(4, 9)])
+    assert objective(config).begin_model(model) == "", "weights of another model of this family were fitted with it"
+    read = flow.Config(**FLOW, latents="somewhere")
+    assert objective(read).begin_model(flow.build(read, load=lambda path: tokenizer())) == ""
+    pixels = flow.Config(**FLOW | dict(num_frames=1))
+    assert objective(pixels).begin_model(flow.build(pixels, load=lambda path: pytest.fail("no latents"))) == ""
+
+
+def test_a_run_whose_latents_config_was_filled_in_goes_on(tmp_path):
+    """Every preset names some settings of the autoencoder; the run's own config.yaml then holds all of them."""
+    given = dict(
+        FLOW, name="flow", latents="somewhere", latents_config=dict(latent_channels=6, conv=dict(CONV, mult=[1, 1, 2]))
+    )
+
+    def run_of(**changed):
+        return RunConfig(name="r", out=str(tmp_path), model=flow.Config(**given | changed))
+
+    before, now = run_of(), run_of()
+    flow.build(before.model, load=lambda path: tokenizer())
+    assert before.model.latents_config != now.model.latents_config
+    assert check_unchanged(before, now) == {}
+    other = run_of(latents_config=dict(latent_channels=7))
+    with pytest.raises(ValueError, match="cannot go on with another model.*latents_config"):
+        check_unchanged(before, other)
 
 
 @pytest.mark.parametrize("frames", [1, 9, 30])
@@ -267,12 +319,19 @@ def test_files_of_drawn_videos_are_never_larger_than_asked(tmp_path, frames):
 
     for asked in (dict(tokens=2 * groups), dict(tokens=2 * groups, look_ahead=1)):
         assert groups <= coded(**asked).tokens <= 2 * groups
-    assert coded(budget=1).tokens == groups
-    assert coded(bytes=230).bytes <= 230
+    least = coded(budget=1)
+    assert least.tokens == groups
+    for share in (0.6, 0.8):  # of the room between the fewest tokens and all of them
+        room = int(least.bytes + share * (whole.bytes - least.bytes))
+        done = coded(bytes=room)
+        assert least.tokens <= done.tokens < whole.tokens and done.bytes <= room
     with pytest.raises(ValueError, match="bytes=60 is too small"):
         coded(bytes=60)
     assert coded(tokens_per_second=4).tokens <= max(4 * frames / 8, 1)
-    assert coded(psnr_db=60.0).tokens <= whole.tokens
+    with pytest.raises(ValueError, match="budget=5 tokens a time block: this model has 1 to 4"):
+        coded(budget=5)
+    out_of_reach = f"{groups} of {groups} blocks do not reach it at any length"
+    assert coded(psnr_db=60.0).note.endswith(out_of_reach)
     assert np.stack(list(codec.decode_frames(model, out))).shape == (frames, 16, 16, 3)
 
 

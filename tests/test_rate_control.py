@@ -129,10 +129,15 @@ def test_a_file_is_never_larger_than_asked(request, tmp_path, which, coding, ahe
 @pytest.mark.parametrize("frames", [1, 17, 100])
 def test_an_image_a_clip_and_a_long_video(tmp_path, fitted, frames):
     source, out = video(tmp_path / "in.mkv", uneven(frames)), tmp_path / "x.vtok"
-    for asked in (Asked(bytes=400), Asked(bytes=400, look_ahead=1)):
+    whole = codec.encode_file(fitted, source, out)
+    least = codec.encode_file(fitted, source, out, asked=Asked(budget=1))
+    room = (least.bytes + whole.bytes) // 2
+    rate = Fraction(whole.tokens + least.tokens, 2) * 25 / frames
+    for asked in (Asked(bytes=room), Asked(bytes=room, look_ahead=1), Asked(tokens_per_second=rate)):
         done = codec.encode_file(fitted, source, out, asked=asked)
         assert done.frames == frames and codec.decode_file(fitted, out, tmp_path / "out.mkv").frames == frames
-        assert done.bytes <= (asked.bytes or done.bytes) and done.tokens <= (asked.tokens or done.tokens)
+        assert least.tokens < done.tokens < whole.tokens, "the setting binds"
+        assert done.bytes <= (asked.bytes or whole.bytes) and done.tokens <= rate * frames / 25
 
 
 def test_tokens_of_the_whole_video_are_never_passed_and_all_spent(tmp_path, fitted, blocks):
@@ -409,10 +414,12 @@ def test_chunks_drawn_together_are_measured_together_and_mended(monkeypatch):
     ("asked", "message"),
     [
         (dict(bytes=9, psnr_db=3), "bytes=9 and psnr_db=3: give one"),
-        (dict(psnr_db=-1), "psnr_db=-1 must be above 0"),
+        (dict(psnr_db=-1), "psnr_db=-1 must be a number above 0"),
         (dict(look_ahead=2), "look_ahead=2 goes with tokens or bytes"),
         (dict(psnr_db=30, predicted=True), "predicted=True goes with"),
         (dict(bytes=900, look_ahead=-1), "0 or more blocks"),
+        (dict(psnr_db=float("inf")), "psnr_db=inf must be a number above 0"),
+        (dict(psnr_db=4000.0), "psnr_db=4000.0 is above 150.0 dB"),
         (dict(lpips=0.1), "needs LPIPS weights: give --lpips-weights"),
         (dict(predicted_psnr_db=30), "needs a model with a halting head"),
         (dict(bytes=900, predicted=True), "needs a model with a scorer"),

@@ -33,6 +33,7 @@ from vtok import projecting
 from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
+from vtok.layers.teacher import differences
 from vtok.training import strategy
 from vtok.training.alarms import AlarmError
 from vtok.training.background import BackgroundCheckpointIO
@@ -317,7 +318,7 @@ def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
     if projecting.is_projector(now):
         new |= {k: old[k] for k in (f"model.{name}" for name in projecting.OPEN) if not new[k] and k in old}
     if hasattr(load_family(now.model.name), "build"):  # it fills in what was left open: not a change
-        new |= {k: old[k] for k, value in new.items() if k.startswith("model.") and value is None and k in old}
+        new |= {k: old[k] for k in new if k.startswith("model.") and k in old and _left_open(new[k], old[k])}
     changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
     free = {f"data.{name}" for name in FREE_DATA}
     if _processes(before) != _processes(now):  # which these make up for
@@ -331,6 +332,11 @@ def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
             "another name (init_from=EXPORT starts it from this run's weights)"
         )
     return changed
+
+
+def _left_open(value: Any, filled: Any) -> bool:
+    """Whether `filled` is what a family's `build` may have made of `value`: all of it, or the settings not named."""
+    return value is None or (isinstance(value, dict) and isinstance(filled, dict) and not differences(value, filled))
 
 
 def _processes(config: RunConfig) -> int:

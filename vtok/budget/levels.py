@@ -269,7 +269,7 @@ def search_length(
         known[middle] = measure([middle])[0]
         monotone = known[high] <= known[middle] <= known[low]
         low, high = (low, middle) if known[middle] <= target else (middle, high)
-    if not monotone or known[most] > target:
+    if known[1] > target and not (monotone and known[most] <= target):
         rest = [k for k in menu or spread_lengths(most) if k not in known]
         known |= dict(zip(rest, measure(rest))) if rest else {}
         curve = [known[k] for k in sorted(known)]

@@ -50,6 +50,7 @@ from vtok.layers.perceptual import LPIPS
 from vtok.types import Tokens
 
 Held = TypeVar("Held")
+MOST_DB = 150.0  # of PSNR: one value of 2^31 that is off by one, of 8 bits
 WAYS = ("budget", "tokens_per_second", "tokens", "bytes", "psnr_db", "lpips", "predicted_psnr_db")
 
 
@@ -89,8 +90,10 @@ class Asked:
             raise ValueError(f"{' and '.join(given)}: give one of the two")
         for name in WAYS[1:]:
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be a number above 0")
+            if value is not None and name in ("psnr_db", "predicted_psnr_db") and value > MOST_DB:
+                raise ValueError(f"{name}={value} is above {MOST_DB} dB, more than frames of 8 bits can differ by")
         if self.look_ahead is not None and self.look_ahead < 0:
             raise ValueError(f"look_ahead={self.look_ahead} must be 0 or more blocks")
         shares = self.tokens is not None or self.bytes is not None
@@ -141,8 +144,9 @@ class FixedLength:
     """The first `budget` tokens of every block; None keeps all."""
 
     def __init__(self, model: Any, *, budget: int | None) -> None:
-        if budget is not None and not 1 <= budget <= model.max_tokens:
-            raise ValueError(f"budget={budget} tokens a time block: this model has 1 to {model.max_tokens}")
+        most = getattr(model, "num_tokens", model.max_tokens)  # of a block
+        if budget is not None and not 1 <= budget <= most:
+            raise ValueError(f"budget={budget} tokens a time block: this model has 1 to {most}")
         self.budget = budget
 
     def lengths(self, steps: Iterator[Step]) -> Iterator[list[int]]:

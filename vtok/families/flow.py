@@ -94,6 +94,11 @@ class Config:
         for key in ("channels", "width", "head_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be 1 or more, such as {getattr(Config, key)}")
+        for key in ("encoder_depth", "decoder_depth", "mlp_ratio"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be 0 or more, such as {getattr(Config, key)}")
+        if len(self.dct_frequencies) != 2 or min(self.dct_frequencies) < 1:
+            raise ValueError(f"model.dct_frequencies={self.dct_frequencies} must be (y, x), each 1 or more")
         if self.registers not in ("learned", "dct"):
             raise ValueError(f"model.registers={self.registers!r} is unknown; choose learned or dct")
         if self.registers == "dct" and (self.quantizer.name != "fsq" or self.quantizer.num_codebooks > 1):
@@ -106,8 +111,8 @@ class Config:
         if self.cross_time != CrossTime() and self.mask != "flexible":
             raise ValueError(f"model.cross_time is read with model.mask=flexible, not with {self.mask!r}")
         for key, width in (("width", self.width), ("decoder_width", self.decoder_width)):
-            if width is not None and width % self.head_size:
-                raise ValueError(f"model.{key}={width} must be a multiple of model.head_size={self.head_size}")
+            if width is not None and (width % self.head_size or width % 2):
+                raise ValueError(f"model.{key}={width} must be even, a multiple of model.head_size={self.head_size}")
 
 
 @dataclass
@@ -407,6 +412,10 @@ class AlignConfig:
     depth: int = 1  # decoder blocks before the patches are read
     width: int = 2048  # hidden units of the projection, of three layers
 
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"objective.align.width={self.width} must be 1 or more hidden units")
+
 
 @dataclass
 class ObjectiveConfig:
@@ -443,6 +452,8 @@ class Objective(nn.Module):
         for key in ("unconditional", "prefix_level", "prefix_noisy"):
             if not 0 <= getattr(c, key) <= 1:
                 raise ValueError(f"objective.{key}={getattr(c, key)} must lie in [0, 1]")
+        if c.level_std < 0:
+            raise ValueError(f"objective.level_std={c.level_std} must be 0 or above")
         if c.full_steps < 0:
             raise ValueError(f"objective.full_steps={c.full_steps} must be 0 or more steps")
         if not c.prefix or min(c.prefix) < 0 or sum(c.prefix) <= 0 or c.prefix[0] <= 0:
@@ -457,6 +468,17 @@ class Objective(nn.Module):
             layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
             self.align = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
 
+    def begin_model(self, model: Model) -> str:
+        """Raises: ValueError for a fresh run on the latents of an autoencoder that nobody has trained."""
+        space = model.space
+        if model.config.latents_config is not None and not model.from_files and not bool(space.fitted):
+            raise ValueError(
+                "model.latents is empty, so the autoencoder of model.latents_config would keep its random weights: set "
+                "model.latents to the export of a continuous `discrete` tokenizer (such as "
+                "configs/discrete/vidtok_kl_488.yaml), or init_from to a model of this family"
+            )
+        return ""
+
     @staticmethod
     def _tower(align: AlignConfig, model: Config) -> Tower:
         if not align.tower.name:
@@ -464,6 +486,11 @@ class Objective(nn.Module):
         if not 1 <= align.depth <= model.decoder_depth:
             raise ValueError(
                 f"objective.align.depth={align.depth} is outside 1 to model.decoder_depth={model.decoder_depth}"
+            )
+        if align.tower.size is None:
+            raise ValueError(
+                "objective.align.tower.size is open, so the tower may crop frames, and its features would lie beside "
+                "the patches they are for: set it to (height, width), such as [224, 224]"
             )
         tower = load_tower(align.tower)
         if tower.stride != 1:

@@ -177,7 +177,7 @@ class Model(SmallReader):
         self.head = WordHead(width, c.embedding_dim, kind=c.head, rms=c.embedding_rms, skip=skip)
         self.judge: Judge | None = None
         if c.ata.score in JUDGED:
-            self.judge = Judge(width, kind=c.ata.score, yes=c.judge.yes, no=c.judge.no)
+            self.judge = Judge(width, kind=c.ata.score, yes=c.judge.yes or [], no=c.judge.no or [])
         self.match = WordMatch(width, in_dim=c.in_dim) if c.ata.score == "similarity" else None
         # what allocations leave out of the prompt they leave out of the tokens: all of a model's read the same
         self._asks = c.judge.ask if c.ata.score == "yes_no" else ""
@@ -522,7 +522,8 @@ def build(config: Config, *, load: Callable[[str], Any] | None = None) -> Model:
     model.take_weights(found)
     known = min(len(found.tokenizer), found.model.get_input_embeddings().num_embeddings)
     if config.ata.score == "yes_no" and model.judge is not None:
-        model.judge.take_rows(found.model.get_output_embeddings().weight, [*config.judge.yes, *config.judge.no])
+        words = [*(config.judge.yes or []), *(config.judge.no or [])]
+        model.judge.take_rows(found.model.get_output_embeddings().weight, words)
     asks = model.queries or (model.captioner and model.captioner.queries)
     if asks is not None:
         asks.begin_like(found.embed(torch.arange(known, device=found.device)))

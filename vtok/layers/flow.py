@@ -41,8 +41,18 @@ class SamplerConfig:
         if self.steps < 1:
             raise ValueError(f"model.sampler.steps={self.steps} must be 1 or more")
         for key in ("guidance", "threshold", "temperature"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"model.sampler.{key}={getattr(self, key)} must be 0 or more")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"model.sampler.{key}={getattr(self, key)} must be a number of 0 or more")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"model.sampler.eta={self.eta} is a share, 0 to 1")
+        if not -1 < self.momentum < 1:
+            raise ValueError(f"model.sampler.momentum={self.momentum} must lie between -1 and 1, or it grows for ever")
+        unread = [k for k in ("eta", "momentum", "threshold", "per_channel") if getattr(self, k) and not self.projected]
+        if unread:
+            raise ValueError(
+                f"model.sampler.{unread[0]}={getattr(self, unread[0])} is read with model.sampler.projected=true "
+                "alone: leave it out, or project"
+            )
 
 
 def draw_levels(count: int, *, mean: float = 0.0, std: float = 1.0, stratified: bool = True) -> Tensor:

@@ -15,7 +15,7 @@ W words of a question, V vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ class JudgeConfig:
     """How the small model is asked, where `ata.score` is yes_no."""
 
     ask: str = "\nDoes this segment help to answer that? Yes or No:"  # follows the question
-    yes: list[int] = field(default_factory=list)  # ids that such answers begin with; [] = read off the tokenizer
-    no: list[int] = field(default_factory=list)
+    yes: list[int] | None = None  # ids that such answers begin with; None = read off the tokenizer
+    no: list[int] | None = None
 
 
 class Judge(nn.Module):
