@@ -110,7 +110,7 @@ _SIZES = {
         *(f"model.halting_{k}" for k in ("depth", "width")),
         # decoded by a flow
         *("model.num_frames", "data.num_frames", "model.decoder_width", "objective.align.width", "optim.lr"),
-        *("model.latents_config.conv", "objective.align.tower.size"),
+        *("model.latents_config.conv", "objective.align.tower.size", "model.num_tokens", "eval.budgets"),
     },
     "discrete": _COMMON
     | {
