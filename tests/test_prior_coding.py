@@ -191,10 +191,27 @@ def test_lengths_cost_what_a_record_spends_on_them(counts):
 def test_ten_thousand_random_sequences_come_back():
     prior = make_prior(sizes=(20,), factors=((4, 5),), width=8, depth=1, head_width=4)
     rng = np.random.default_rng(1)
-    for _ in range(10_000):
-        counts = rng.integers(0, 3, rng.integers(1, 4)).tolist()
+    for number in range(10_000):
+        counts = rng.integers(0, 3 if number % 500 else 60, rng.integers(1, 4)).tolist()
         ids = rng.integers(0, 20, (sum(counts), 1))
         assert np.array_equal(PriorStream(prior).decode(PriorStream(prior).encode(ids, counts), counts), ids)
+
+
+@pytest.mark.parametrize("factors", [(8, 8, 8, 5, 5, 5), (64, 128)], ids=["fsq", "vq"])
+def test_files_of_codebooks_as_presets_have_them_come_back(factors):
+    """Ids that the prior thinks likely, so that records are coded, and random ones, so that some are packed."""
+    size = math.prod(factors)
+    prior = make_prior(sizes=(size,), factors=(factors,), width=8, depth=1, head_width=4, noise=1.0)
+    rng, coded = np.random.default_rng(1), 0
+    for number in range(40):
+        counts = rng.integers(0, 12, 3).tolist()
+        likely = draw_ids(prior, groups=counts, seed=number)[0]
+        ids = likely if number % 4 else rng.integers(0, size, (sum(counts), 1))
+        data = write_file(prior, [Chunk(ids, tuple(counts), 3)])
+        (back,) = read_file(data, prior)
+        assert np.array_equal(back.indices, ids) and back.counts == tuple(counts)
+        coded += len(data) < len(write_file(prior, [Chunk(np.full_like(ids, size - 1), tuple(counts), 3)]))
+    assert coded > 5, "files of likely ids are smaller than packed ones"
 
 
 def test_codebooks_too_large_for_one_table_are_split():
