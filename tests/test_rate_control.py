@@ -448,6 +448,20 @@ def test_only_flexible_can_predict():
         Allocated(model, (16, 16), purse=TokenPurse(9), predicted=True)
 
 
+@torch.no_grad()
+def test_a_scorer_reads_a_last_chunk_as_one_though_it_comes_in_steps(tmp_path, monkeypatch):
+    model = make_model(**dict(BLOCKS, num_tokens=8), scorer_depth=1, scorer_levels=4)
+    frames, seen = uneven(11), []  # chunks of 4 frames, blocks of 2: the last chunk has 3
+    predict = Allocated._predict
+    monkeypatch.setattr(Allocated, "_predict", lambda *given: (seen.extend(predict(*given)), seen[-len(given[2]) :])[1])
+    source = video(tmp_path / "in.mkv", frames)
+    codec.encode_file(model, source, tmp_path / "x.vtok", asked=Asked(tokens=30, predicted=True))
+    whole = model.predict_distortion(Clip(["a"], torch.from_numpy(frames).permute(3, 0, 1, 2)[None]))[0]
+    assert len(seen) == len(whole) == 6
+    for found, wanted, count in zip(seen, whole.double(), (2, 2, 2, 2, 2, 1)):
+        assert torch.allclose(found[1::2], wanted * count, rtol=1e-4), "lengths that the scorer knows: 2, 4, 6, 8"
+
+
 def test_a_scorer_shares_out_without_decoding(tmp_path, monkeypatch):
     model = make_model(**dict(BLOCKS, num_tokens=8), scorer_depth=1, scorer_levels=4)
     source, out = video(tmp_path / "in.mkv", uneven(30)), tmp_path / "x.vtok"

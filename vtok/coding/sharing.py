@@ -84,6 +84,7 @@ class Allocated:
         self.step_frames: list[int | None] = []
         self.past: deque[tuple[Tensor, Tensor]] = deque(maxlen=NEAR)
         self.seen = 0  # frames so far
+        self.chunk: list[np.ndarray] = []  # frames [T, H, W, 3] of a chunk that is not whole yet, for a scorer
         self.block = usual_frames(model)  # of a block, where the model says
         self.at_least = False  # whether nothing but one token a block is within the setting
 
@@ -161,8 +162,13 @@ class Allocated:
 
     def _predict(self, step: Step, groups: list[Group]) -> list[Tensor]:
         device = step.tokens.embeddings.device
-        video = torch.from_numpy(step.frames).permute(3, 0, 1, 2)[None].to(device)
-        table = self.model.predict_distortion(Clip(keys=["stream"], video=video))[0].double().cpu()  # [G, S]
+        self.chunk = [*self.chunk, step.frames]  # a last chunk can come in two steps, and its blocks see each other
+        frames = np.concatenate(self.chunk)
+        if len(frames) >= self.model.num_frames:
+            self.chunk = []
+        video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(device)
+        table = self.model.predict_distortion(Clip(keys=["stream"], video=video))[0]  # [G, S]
+        table = table[-len(groups) :].double().cpu()
         most = most_tokens(groups[0].tokens)
         unit = most // table.shape[1]
         menu = [unit * (s + 1) for s in range(table.shape[1])]
