@@ -211,8 +211,8 @@ class Model(OverlappedTokenizer):
                 channels=space.dim,
                 frequencies=(c.dct_frequencies[0], c.dct_frequencies[1]),
             )
-            self.to_latent = nn.Linear(width, self.code.share)  # corrections of coefficients, not latents
-            self.coefficients_in = nn.Linear(self.code.share, width)
+            self.to_latent = nn.Linear(width, self.code.transform.share)  # corrections of coefficients, not latents
+            self.coefficients_in = nn.Linear(self.code.transform.share, width)
             self.guess_in = nn.Linear(values, wide)
         if not self.out.weight.is_meta:
             self._begin(grid)
@@ -255,7 +255,7 @@ class Model(OverlappedTokenizer):
         registers, coefficients = self.registers[:count].to(x).expand(x.shape[0], -1, -1), None
         if c.registers == "dct":
             coefficients = self.code.analyse(latents)  # [M n, coefficients]
-            own = self.code.by_token(coefficients).unflatten(0, (-1, grid[0])).flatten(1, 2)
+            own = self.code.transform.by_token(coefficients).unflatten(0, (-1, grid[0])).flatten(1, 2)
             registers = registers + self.coefficients_in(own.to(x))
         x = torch.cat([x, registers], 1)
         mask = _cached_mask(c.mask, c.cross_time, patches.shape[1], count, grid[0], x.device)

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.transform import TransformCode
@@ -21,7 +20,6 @@ class FrameCode(nn.Module):
 
     Args:
         frequencies: lowest (y, x) cosine frequencies kept. levels: FSQ levels of a token.
-    Attributes: `share`, coefficients that go with a token, in order of variance.
     """
 
     open_variance: Tensor  # [K + 1, D]
@@ -32,7 +30,6 @@ class FrameCode(nn.Module):
         self.transform = TransformCode(
             num_tokens=num_tokens, levels=levels, channels=channels, max_frequencies=(1, *frequencies)
         )
-        self.share = -(-self.transform.num_coefficients // num_tokens)
         self.register_buffer("open_variance", torch.ones(num_tokens + 1, channels))
 
     @staticmethod
@@ -42,11 +39,6 @@ class FrameCode(nn.Module):
     def analyse(self, latents: Tensor) -> Tensor:
         """[M, D, n, h, w] -> [M n, N] coefficients of unit variance, most important first."""
         return self.transform.analyse(self._frames(latents))
-
-    def by_token(self, coefficients: Tensor) -> Tensor:
-        """[M n, N] -> [M n, K, share], zero where there are no more."""
-        short = self.share * self.num_tokens - coefficients.shape[1]
-        return F.pad(coefficients, (0, short)).unflatten(1, (-1, self.share))
 
     def latents(self, coefficients: Tensor, correction: Tensor) -> Tensor:
         """Coefficients [M n, N] plus corrections [M, n, K, share] as latents of the quantizer [M, n, K, Q]."""

@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -124,11 +123,9 @@ class RegisterTokenizer(ChunkedTokenizer):
                 if c.predictor_width
                 else None
             )
-            # coefficients go with tokens in order of variance, `share` to a token
-            self.share = -(-count // c.num_tokens)
-            self.to_latent = nn.Linear(c.width, self.share)  # corrections of coefficients, not latents
-            self.coefficients_in = nn.Linear(self.share, c.width)
-            self.decoded_in = nn.Linear(self.share, c.width)
+            self.to_latent = nn.Linear(c.width, self.code.share)  # corrections of coefficients, not latents
+            self.coefficients_in = nn.Linear(self.code.share, c.width)
+            self.decoded_in = nn.Linear(self.code.share, c.width)
             self.base_in = nn.Linear(self.patch_pixels, c.width)
             for residual in (self.to_latent, self.out):  # the network begins as no correction at all
                 nn.init.zeros_(residual.weight)
@@ -168,11 +165,6 @@ class RegisterTokenizer(ChunkedTokenizer):
 
     # ---- one chunk -----------------------------------------------------------------------------------------------
 
-    def _by_token(self, coefficients: Tensor) -> Tensor:
-        """[M, coefficients] -> [M, K, share], zero where there are no more."""
-        short = self.share * self.config.num_tokens - coefficients.shape[1]
-        return F.pad(coefficients, (0, short)).unflatten(1, (-1, self.share))
-
     def latents(self, chunks: Chunks) -> Latents:
         """Register outputs, ready for the quantizer."""
         c = self.config
@@ -188,7 +180,7 @@ class RegisterTokenizer(ChunkedTokenizer):
         coefficients = None
         if c.registers == "dct":
             coefficients = self.code.analyse(chunks.video, chunks.lengths.clamp_min(1))
-            registers = registers + self.coefficients_in(self._by_token(coefficients).to(patches))
+            registers = registers + self.coefficients_in(self.code.by_token(coefficients).to(patches))
         mask = _cached_mask("encoder", c.mask, patches.shape[1], num_registers, chunks.blocks, x.device)
         block_valid = chunks.block_valid.repeat_interleave(c.num_tokens, 1)
         mask = with_valid_keys(mask, torch.cat([chunks.patch_valid, block_valid], 1))
@@ -259,7 +251,7 @@ class RegisterTokenizer(ChunkedTokenizer):
                 num_frames=chunks.video.shape[2],
                 size=(chunks.video.shape[3], chunks.video.shape[4]),
             )
-            latents = latents + self.decoded_in(self._by_token(known).to(latents))[:, None, :count]
+            latents = latents + self.decoded_in(self.code.by_token(known).to(latents))[:, None, :count]
             queries = queries + self.base_in(to_patches(base, c.patch).to(queries))
         length = queries.shape[1]
         mask = _cached_mask("decoder", c.mask, length, chunks.blocks * count, chunks.blocks, latents.device)

@@ -32,6 +32,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok.layers.refinement import (
@@ -125,7 +126,8 @@ class TransformCode(nn.Module):
 
     Everything that `fit` finds is in buffers, so a state_dict carries it; their sizes depend on the arguments only.
     Parameters are corrections that start at zero (weight decay then pulls towards the fit): `analysis` and
-    `synthesis` [P, P] on the rotation, `gain` [M] on decoded values.
+    `synthesis` [P, P] on the rotation, `gain` [M] on decoded values. `share`: coefficients that go with a token, in
+    order of variance, for networks beside the code (`by_token`).
     """
 
     frequencies: Tensor
@@ -162,6 +164,7 @@ class TransformCode(nn.Module):
         available = channels * math.prod(max_frequencies)
         self.num_coefficients = min(available, num_coefficients or max(num_rotated, 8 * num_tokens))
         self.num_rotated = min(self.num_coefficients, num_rotated)
+        self.share = -(-self.num_coefficients // num_tokens)
         symbols = symbols_of(tuple(levels), num_tokens, split=split_levels)
         for name, value in zip(Symbols._fields, symbols):
             self.register_buffer(f"symbol_{name}", value, persistent=False)
@@ -181,6 +184,11 @@ class TransformCode(nn.Module):
         spectrum = natural_spectrum(candidates)
         strongest = spectrum.argsort(descending=True, stable=True)[:count]
         self._install(candidates[strongest], torch.zeros(count), torch.eye(rotated), spectrum[strongest])
+
+    def by_token(self, coefficients: Tensor) -> Tensor:
+        """[..., M] -> [..., K, share], zero where there are no more."""
+        short = self.share * self.num_tokens - coefficients.shape[-1]
+        return F.pad(coefficients, (0, short)).unflatten(-1, (self.num_tokens, self.share))
 
     def _apply(self, fn, recurse=True):
         """As nn.Module, but fitted numbers stay float32 when the module is cast: bfloat16 would move every cell."""
