@@ -3,6 +3,7 @@ the flexible family run and rest as they should."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ _SIZES = {
         *(f"model.halting_{k}" for k in ("depth", "width")),
         # decoded by a flow
         *("model.num_frames", "data.num_frames", "model.decoder_width", "objective.align.width", "optim.lr"),
-        *("model.latents_config.conv", "objective.align.tower.size", "model.num_tokens", "eval.budgets"),
+        *("model.latents_config.conv", "objective.align.tower.size", "eval.budgets"),
+        *("model.num_tokens", "model.patch"),  # of flows, held to a rule below
     },
     "discrete": _COMMON
     | {
@@ -148,6 +150,17 @@ def test_twins_differ_in_size_alone(name):
     if teacher:  # a twin's teacher is the teacher's twin
         trained = _resolved("flexible/titok_teacher_tiny")
         assert all(trained[f"model.{k}"] == v for k, v in teacher.items() if k != "quantizer")
+
+
+@pytest.mark.parametrize("name", ["flexible/flextok", "flexible/videoflextok", "flexible/flextok_pixel"])
+def test_tokens_of_a_flow_twin_go_with_its_patches(name):
+    """A decoder begins by reading tokens by place: with a patch or two for all of them, most have nothing to say."""
+    ratios = []
+    for each in (name, f"{name}_tiny"):
+        model = configuration.load(CONFIGS / f"{each}.yaml").model
+        side = model.patch * (8 if model.latents_config else 1)
+        ratios.append(model.num_tokens / math.prod(-(-size // side) for size in model.size))
+    assert ratios[0] <= ratios[1] <= 4, ratios
 
 
 LOWEST_RATE, HIGHEST_RATE = 1e-3, 5e-3
