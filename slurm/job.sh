@@ -25,8 +25,9 @@ vtok_prepare() {
 # COMMAND ...: runs it once a rank, asks SLURM for another turn if it was told to stop, and ends the script.
 vtok_run() {
   local status=0
-  # A training that was told to stop, and saved, leaves its status here. The status of srun alone does not tell: when
-  # one rank fails, srun ends the others by SIGTERM.
+  # A training that was told to stop, and saved, leaves its status here; so does any rank that is told before there is
+  # anything to save. The status of srun alone does not tell: when one rank ends so, or fails, srun ends the others by
+  # SIGTERM.
   export VTOK_STOPPED=$vtok_folder/.stopped-$job
   rm -f "$VTOK_STOPPED"
   trap : USR1 # should somebody signal the script as well, it goes on to the lines below
@@ -36,7 +37,7 @@ vtok_run() {
     rm -f "$VTOK_STOPPED"
     vtok_requeue "$status"
   elif [ "$status" = 138 ] || { [ "$status" = 143 ] && vtok_is_leaving; }; then
-    vtok_requeue "$status" # a command that SIGUSR1 or SIGTERM ends as it stands, or a training that had not begun
+    vtok_requeue "$status" # a command that SIGUSR1 or SIGTERM ends as it stands, or a training that could not save yet
   fi
   echo "vtok: job $job ended with status $status, $(date +%FT%T%z)"
   exit "$status"

@@ -116,8 +116,11 @@ def run_script(
 
 def test_the_script_asks_for_another_turn_only_when_it_should(cluster, tmp_path):
     # srun's status tells of rank 0 only where that runs already
-    both = "up = __file__ + '.up'\nif rank == 0: open(up, 'w')\nwhile not os.path.exists(up): time.sleep(0.05)\n"
+    both = (
+        "up = __file__ + '.up'\nif rank == 0: open(up, 'w').close()\nwhile not os.path.exists(up): time.sleep(0.05)\n"
+    )
     stopped = "open(os.environ['VTOK_STOPPED'], 'w').write('138') if rank == 0 else None\n"
+    watched = f"sys.path.insert(0, {str(ROOT)!r})\nfrom vtok.training import signals\nsignals.watch()\n"
     cases = {  # (command, restarts, state and exit status at the end)
         "fails": (
             f"{both}if rank == 1: sys.exit(1)\ntime.sleep(900)",
@@ -127,6 +130,12 @@ def test_the_script_asks_for_another_turn_only_when_it_should(cluster, tmp_path)
         "killed": (f"{both}if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(900)", 0, ("FAILED", None)),
         "saved": (f"if start < 2:\n {stopped}", 2, ("COMPLETED", "0:0")),
         "unready": ("if start == 0: os.kill(os.getpid(), signal.SIGUSR1)", 1, ("COMPLETED", "0:0")),
+        # the other is ended by srun's SIGTERM, whose 143 is then the status of srun: nobody takes the nodes back
+        "one unready": (
+            f"{watched}{both}if start == 0:\n if rank == 1: os.kill(os.getpid(), signal.SIGUSR1)\n time.sleep(900)",
+            1,
+            ("COMPLETED", "0:0"),
+        ),
         "for ever": (stopped, 3, ("FAILED", "138:0")),
     }
     nodes = {"unready": 1}  # of two ranks srun may end the second by SIGTERM before its own signal does

@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vtok: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[argv[0]][0].partition(":")
+    if argv[0] == "train":
+        from vtok.training import signals
+
+        signals.watch()  # before torch is imported: in a job, that alone may outlast the notice of its end
     try:
         return int(getattr(importlib.import_module(module), function)(argv[1:]) or 0)
     except ModuleNotFoundError as error:

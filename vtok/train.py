@@ -34,7 +34,7 @@ from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.layers.teacher import differences
-from vtok.training import strategy
+from vtok.training import signals, strategy
 from vtok.training.alarms import AlarmError
 from vtok.training.background import BackgroundCheckpointIO
 from vtok.training.curves import Curves
@@ -172,8 +172,8 @@ def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> P
         data: clips from elsewhere than `config.data`: loaders that yield `Clip`, `advance(clip)`, and the place in the
             stream as its state. None takes `config.data`.
     Returns: the run directory.
-    Raises: ValueError for settings; NonFiniteError; AlarmError; SystemExit with 128 + signal number after a SIGTERM or
-        SIGUSR1, once the checkpoint is written (under slurm/job.sh that number goes to the file VTOK_STOPPED).
+    Raises: ValueError for settings; NonFiniteError; AlarmError; SystemExit with 128 + signal number after a SIGTERM,
+        SIGUSR1 or SIGINT, once the checkpoint is written (under slurm/job.sh it goes to the file VTOK_STOPPED).
     """
     check(config)
     if not _first_rank():
@@ -182,12 +182,8 @@ def train(config: RunConfig, *, data: pl.LightningDataModule | None = None) -> P
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with Lock(config.run_dir):
         interrupted = _train(config, data)
-    if interrupted:
-        mark = os.environ.get("VTOK_STOPPED")
-        if mark is None:
-            raise SystemExit(128 + interrupted)
-        # slurm/job.sh asks for another turn: the mark tells it apart from ranks that srun ends because one failed
-        Path(mark).write_text(f"{128 + interrupted}\n")
+    if interrupted and not signals.stop_mark(interrupted):
+        raise SystemExit(128 + interrupted)
     return config.run_dir
 
 
@@ -258,10 +254,15 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
+    signals.silence(trainer)
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
     except ToldToStop:  # in a validation that is made again: owed, or due after steps that are
         pass
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into an end without a word
+            raise KeyboardInterrupt from None
+        raise
     finally:
         conductor.close()
     return conductor.interrupted if first else 0

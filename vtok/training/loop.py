@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from vtok.training.alarms import AlarmError, Alarms, codebook_line
 from vtok.training.background import Saver
 from vtok.training.curves import Bar, Curves
 from vtok.training.lit import LitCompressor, codebook_use
+from vtok.training.signals import Told
 from vtok.training.telemetry import Telemetry, kind_of
 from vtok.training.watchdog import Watchdog
 from vtok.types import Clip
@@ -49,7 +49,6 @@ class Conductor(pl.Callback):
     def __init__(self, config: RunConfig, curves: Curves) -> None:
         self.config, self.curves = config, curves
         self.interrupted = 0  # number of the signal that stopped the run
-        self.signalled = 0
         self.pending: list[dict[str, Any]] = []  # reports of steps, still on the device
         self.window: dict[str, list[float]] = {}  # numbers of the steps since the last line, mean over ranks
         self.counts: list[Tensor | None] = [None, None]  # ids of the window: of all ranks, and here since the last fold
@@ -65,9 +64,7 @@ class Conductor(pl.Callback):
         self.telemetry: Telemetry | None = None
         self.shown: Clip | None = None  # the validation clips whose pictures are saved
         self.saver = Saver()
-        self.handlers: dict[int, Any] = {}  # as they were before Lightning and this run set theirs
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        self.told = Told()
 
     # life cycle
 
@@ -86,8 +83,7 @@ class Conductor(pl.Callback):
         self.seconds_per_step = math.inf
         lit.clock = self._clock(self.elapsed_before)
         assert lit.steps_done == trainer.global_step
-        for number in self.handlers:
-            signal.signal(number, self._on_signal)
+        self.told.listen()
         self.bar = Bar("train", enabled=self.config.trainer.progress and trainer.is_global_zero)
         self.bar.start()
         self.telemetry = self._telemetry(trainer, lit)
@@ -112,14 +108,9 @@ class Conductor(pl.Callback):
         # on every rank: a counted pass may round differently, and ranks should differ by their clips alone
         return Telemetry(lit.model, lit.device, precision=run.precision, peak=run.peak_tflops, enabled=run.count_flops)
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        self.signalled = number  # and nothing else: saving here would interrupt a collective half-way
-
     def close(self) -> None:
         """Gives signals and terminal back, and flushes the curves; also after an error."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
+        self.told.close()
         self.watchdog.stop()
         if problem := self.saver.wait():
             log.error("%s", problem)
@@ -223,7 +214,7 @@ class Conductor(pl.Callback):
         run, step = self.config.trainer, lit.steps_done
         regular = bool(run.checkpoint_every and step % run.checkpoint_every == 0)
         due = time.perf_counter() - self.saved_at > 60 * run.checkpoint_minutes
-        elapsed, stop = self._elapsed(), self.signalled
+        elapsed, stop = self._elapsed(), self.told.number
         if trainer.world_size > 1:
             if step < self.poll_at and step < run.max_steps:
                 return regular, 0
@@ -413,7 +404,7 @@ class Conductor(pl.Callback):
         Raises: ToldToStop, on every rank, once a signal has come to any: little time may be left.
         """
         for batch in itertools.chain(loader, itertools.repeat(None)):
-            going, stop = float(batch is not None), float(self.signalled)
+            going, stop = float(batch is not None), float(self.told.number)
             if trainer.world_size > 1:
                 going, stop = _all_max([going, stop], lit.device)
             if stop:
