@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 from sweep import combinations, filled, override, read_sweep  # noqa: E402
 
 from vtok.config import RunConfig, load, to_yaml  # noqa: E402
+from vtok.training import step_size  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -101,11 +102,12 @@ def fit(config: RunConfig, args: argparse.Namespace, given: list[str]) -> list[s
             )
     ranks, before = asked[0] * asked[1], said[0] * said[1]
     if said != (1, 1) and before != ranks:
-        clips = config.data.batch_size * trainer.accumulate
+        now = dataclasses.replace(config, trainer=dataclasses.replace(trainer, num_nodes=asked[0], devices=asked[1]))
+        would, meant = (step_size.words(step_size.clips_of_a_step(each)) for each in (now, config))
         raise ValueError(
             f"the configuration is for {before} processes (trainer.num_nodes={said[0]} x trainer.devices={said[1]}), "
             f"and --nodes {args.nodes} --gpus-per-node {args.gpus_per_node} gives {ranks}: the global batch would be "
-            f"{ranks * clips} clips, not {before * clips}. To have that, add trainer.num_nodes={asked[0]} "
+            f"{would} clips, not {meant}. To have that, add trainer.num_nodes={asked[0]} "
             f"trainer.devices={asked[1]}; else change the arguments"
         )
     if said != asked:
@@ -142,11 +144,11 @@ def layout_of(args: argparse.Namespace, *, tasks: int, workers: int, nodes: int)
 
 def arithmetic(config: RunConfig) -> str:
     """The global batch, spelled out."""
-    t = config.trainer
-    batch, ranks = config.data.batch_size, t.num_nodes * t.devices
+    t, ranks = config.trainer, step_size.processes(config)
+    sizes, clips = step_size.batch_sizes(config)[1], step_size.clips_of_a_step(config)
     return (
-        f"{t.strategy}: {t.num_nodes} nodes x {t.devices} = {ranks} ranks; global batch = {batch} x {ranks} ranks x "
-        f"{t.accumulate} accumulated = {batch * ranks * t.accumulate} clips"
+        f"{t.strategy}: {t.num_nodes} nodes x {t.devices} = {ranks} ranks; global batch = {step_size.words(sizes)} x "
+        f"{ranks} ranks x {t.accumulate} accumulated = {step_size.words(clips)} clips"
     )
 
 

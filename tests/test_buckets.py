@@ -276,6 +276,9 @@ def test_data_module_refuses_other_buckets(parts):
         ClipDataModule(settings_of(parts, part_batch_sizes=[2, 4])).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data.part_batch_sizes.* was \[2, 5\] and is None"):
         ClipDataModule(settings_of(parts, part_batch_sizes=None, part_frames=None)).load_state_dict(state)
+    again = ClipDataModule(settings_of(parts, part_batch_sizes=[4, 10], reorder=True))
+    again.load_state_dict({**state, "world": 2})
+    assert again._order == 1, "half the processes, batches twice as large: a pass in another order"
     # A checkpoint from before there were buckets is one without them.
     plain = settings_of(parts, part_batch_sizes=None, part_frames=None)
     old = {k: v for k, v in ClipDataModule(plain).state_dict().items() if k != "part_batch_sizes"}

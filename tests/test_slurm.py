@@ -130,6 +130,21 @@ def test_contradictions_are_told(capsys, words, said):
     assert said in refused(capsys, *words, "data.shards=x", *time_limit)
 
 
+def test_parts_with_batch_sizes_of_their_own_are_counted(capsys):
+    parts = (
+        MANY,
+        "data.shards=a::b",
+        "data.weights=[1, 1]",
+        "data.part_frames=[17, 1]",
+        "data.part_batch_sizes=[2, 5]",
+    )
+    words = (*parts, "--time", "1-0", "--gpus-per-node", 8)
+    assert "global batch = 2 or 5 x 64 ranks x 1 accumulated = 128 or 320 clips" in dry_run(
+        capsys, *words, "--nodes", 8
+    )
+    assert "would be 64 or 160 clips, not 128 or 320" in refused(capsys, *words, "--nodes", 4)
+
+
 def test_the_same_ranks_may_lie_otherwise(capsys):
     """Eight nodes of eight, or four of sixteen: the global batch is the same, so the arguments may say so."""
     words = (MANY, "data.shards=x", "--time", "1-0", "--nodes", 4, "--gpus-per-node", 16)

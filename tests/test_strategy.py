@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import launching
@@ -10,6 +11,7 @@ import torch
 from launching import ROOT
 from torch import nn
 
+from vtok import train as training
 from vtok.config import loads
 from vtok.training import checkpoints, strategy
 
@@ -62,6 +64,38 @@ def test_the_global_batch_is_told_and_has_one_truth():
     ):
         with pytest.raises(ValueError, match=rf"trainer.deepspeed.{key}=7: set {fix}"):
             strategy.batch_line(config(strategy="deepspeed_2", deepspeed={key: 7}))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "fix"),
+    [  # (batch size or those of parts, processes, accumulate)
+        ((4, 2, 1), (4, 1, 2), None),
+        ((4, 2, 1), (4, 1, 1), "Set trainer.accumulate=2"),
+        ((4, 2, 1), (3, 1, 1), "Set data.batch_size=8"),
+        ((4, 2, 1), (3, 3, 1), "a number of processes that divides 8"),
+        (([2, 5], 2, 1), ([2, 5], 1, 2), None),
+        (([2, 5], 2, 1), ([4, 10], 1, 1), None),
+        (([2, 5], 2, 1), ([2, 5], 1, 1), r"learn from 2 or 5 clips .* learned from 4 or 10. Set trainer.accumulate=2"),
+        (([2, 6], 2, 1), ([2, 5], 1, 2), r"Set data.part_batch_sizes=\[2, 6\]"),
+        (([2, 5], 2, 1), (4, 1, 1), r"Set data.part_batch_sizes=\[4, 10\]"),
+    ],
+)
+def test_another_number_of_processes_goes_on_with_the_same_clips_a_step(then, now, fix):
+    def made(size, devices, accumulate):
+        run = config(devices=devices, accumulate=accumulate)
+        run.data.batch_size, run.data.part_batch_sizes = (16, size) if isinstance(size, list) else (size, None)
+        return run
+
+    with nullcontext() if fix is None else pytest.raises(ValueError, match=fix):
+        training.check_unchanged(made(*then), made(*now))
+
+
+def test_a_batch_size_that_nothing_reads_makes_up_for_no_process():
+    then, now = config(devices=2), config(devices=1)
+    then.data.part_batch_sizes = now.data.part_batch_sizes = [2, 5]
+    now.data.batch_size = 2 * then.data.batch_size
+    with pytest.raises(ValueError, match="learn from 2 or 5 clips"):
+        training.check_unchanged(then, now)
 
 
 def test_float_buffers_survive_a_cast():

@@ -34,7 +34,7 @@ from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.layers.teacher import differences
-from vtok.training import signals, strategy
+from vtok.training import signals, step_size, strategy
 from vtok.training.alarms import AlarmError
 from vtok.training.background import BackgroundCheckpointIO
 from vtok.training.curves import Curves
@@ -322,9 +322,9 @@ def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
         new |= {k: old[k] for k in new if k.startswith("model.") and k in old and _left_open(new[k], old[k])}
     changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
     free = {f"data.{name}" for name in FREE_DATA}
-    if _processes(before) != _processes(now):  # which these make up for
-        _check_global_batch(before, now)
-        free |= {"trainer.accumulate", "data.batch_size", "data.num_workers"}
+    if step_size.processes(before) != step_size.processes(now):  # which these make up for
+        step_size.check_same(before, now)
+        free |= {"trainer.accumulate", "data.batch_size", "data.part_batch_sizes", "data.num_workers"}
     refused = [k for k in changed if k not in free and any(k == f or (f[-1] == "." and k.startswith(f)) for f in FIXED)]
     if refused:
         told = "; ".join(f"{k} was {changed[k][0]!r} and is now {changed[k][1]!r}" for k in refused)
@@ -338,29 +338,6 @@ def check_unchanged(before: RunConfig, now: RunConfig) -> dict[str, Any]:
 def _left_open(value: Any, filled: Any) -> bool:
     """Whether `filled` is what a family's `build` may have made of `value`: all of it, or the settings not named."""
     return value is None or (isinstance(value, dict) and isinstance(filled, dict) and not differences(value, filled))
-
-
-def _processes(config: RunConfig) -> int:
-    return config.trainer.devices * config.trainer.num_nodes
-
-
-def _check_global_batch(before: RunConfig, now: RunConfig) -> None:
-    """Raises ValueError where a step would learn from another number of clips than before."""
-    old, new = (_processes(c) * c.trainer.accumulate * c.data.batch_size for c in (before, now))
-    if old == new:
-        return
-    batch, world = now.data.batch_size, _processes(now)
-    if old % (world * batch) == 0:
-        fix = f"trainer.accumulate={old // (world * batch)}"
-    elif old % (world * now.trainer.accumulate) == 0:
-        fix = f"data.batch_size={old // (world * now.trainer.accumulate)}"
-    else:
-        fix = f"a number of processes that divides {old}"
-    raise ValueError(
-        f"{now.run_dir} was trained by {_processes(before)} process(es) and would go on with {world}: a step would "
-        f"learn from {new} clips ({batch} x {world} x trainer.accumulate={now.trainer.accumulate}) where it learned "
-        f"from {old}. Set {fix}, or start a new run with init_from=EXPORT"
-    )
 
 
 def _first_rank() -> bool:
@@ -539,7 +516,7 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
-        "world_size": config.trainer.devices * config.trainer.num_nodes,
+        "world_size": step_size.processes(config),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "commit": _commit(),
     }

@@ -253,8 +253,8 @@ class ClipDataModule(lightning.LightningDataModule):
         if changed:
             fix = "Use the checkpoint's values"
             try:
-                if changed <= set(MOVED):
-                    exact = not self.bucketed and not self.config.size_scales
+                if changed <= {*MOVED, "part_batch_sizes"}:
+                    exact = not (self.bucketed or "part_batch_sizes" in changed or self.config.size_scales)
                     self._batches = carry_over(state_dict, now, exact=exact)
                     return
             except ValueError as error:

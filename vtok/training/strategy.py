@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vtok.config import RunConfig
-from vtok.training import checkpoints
+from vtok.training import checkpoints, step_size
 from vtok.training.checkpoints import consolidate as consolidate
 from vtok.training.checkpoints import describe as describe
 from vtok.training.checkpoints import discard as discard
@@ -60,14 +60,10 @@ def batch_line(config: RunConfig) -> str:
     for key, instead in keys.items():
         if key in config.trainer.deepspeed:
             raise ValueError(f"trainer.deepspeed.{key}={config.trainer.deepspeed[key]!r}: set {instead} instead")
-    run = config.trainer
-    world = run.devices * run.num_nodes
-    sizes = config.data.part_batch_sizes or [config.data.batch_size]
-    whole = " or ".join(str(size * world * run.accumulate) for size in sizes)
-    each = " or ".join(str(size) for size in sizes)
+    key, sizes = step_size.batch_sizes(config)
     return (
-        f"a step learns from {whole} clips: {each} (data.{'part_batch_sizes' if len(sizes) > 1 else 'batch_size'}) x "
-        f"{world} process(es) x {run.accumulate} (trainer.accumulate)"
+        f"a step learns from {step_size.words(step_size.clips_of_a_step(config))} clips: {step_size.words(sizes)} "
+        f"({key}) x {step_size.processes(config)} process(es) x {config.trainer.accumulate} (trainer.accumulate)"
     )
 
 
@@ -88,7 +84,7 @@ def build(config: RunConfig, *, frozen_model: bool) -> Strategy | str:
         )
     if stage:
         return _deepspeed(config, stage, frozen_model)
-    world = trainer.devices * trainer.num_nodes
+    world = step_size.processes(config)
     if trainer.strategy == "fsdp":
         return Sharded(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if trainer.strategy == "ddp" or world > 1:
@@ -474,5 +470,4 @@ def goes_on(about: dict[str, Any], config: RunConfig) -> bool:
 
     DeepSpeed goes on from no other shards; everything else passes through `vtok.training.checkpoints.read`.
     """
-    run = config.trainer
-    return about["strategy"] == run.strategy and about["world_size"] == run.devices * run.num_nodes
+    return about["strategy"] == config.trainer.strategy and about["world_size"] == step_size.processes(config)
