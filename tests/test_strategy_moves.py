@@ -152,3 +152,55 @@ def test_every_strategys_checkpoint_is_read_for_an_export(runs):
         model, _ = load_run(runs / first_half(source))
         expected = checkpoints.model_weights(runs / first_half(source) / "checkpoints" / "last.ckpt")
         assert all(torch.equal(value, expected[name].to(value.dtype)) for name, value in model.state_dict().items())
+
+
+CHANGED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+import test_train
+from vtok.train import train
+
+AS_IT_WAS = {{"weight_decay": 0.1, "schedule": "constant", "clip_grad_norm": 0.0}}
+CHANGES = {{
+    "then": {{}},
+    "settings": {{"weight_decay": 40.0, "betas": [0.5, 0.6]}},
+    "groups": {{"weight_decay": 40.0, "lr_multipliers": {{"model.inward": 0.25}}}},
+}}
+for asked in sys.argv[2:]:
+    name, chosen, steps, changed = asked.split(",")
+    trainer = {{"strategy": chosen, "max_steps": int(steps), "log_every": 1, "statistics_clips": 4}}
+    if chosen == "deepspeed_3":
+        whole = {{"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+        trainer["deepspeed"] = {{"zero_optimization": whole}}
+    optim = {{**AS_IT_WAS, **CHANGES[changed]}}
+    config = test_train.settings(Path(sys.argv[1]), name=name, objective={{"start": 1}}, trainer=trainer, optim=optim)
+    config.data.val_shards = ""
+    train(config, data=test_train.Data())
+    with open(sys.argv[1] + "/ended.txt", "a") as ended:
+        print(asked, 0, file=ended)
+"""
+
+
+@pytest.mark.slow
+def test_what_optim_says_now_takes_effect_under_every_strategy(tmp_path):
+    """Weight decay, betas and multipliers of a run that goes on, also where its optimizer's groups are then others."""
+    script, strategies = CHANGED.format(tests=str(ROOT / "tests")), ("auto", "deepspeed_2", "deepspeed_3")
+    changes = ("settings", "groups")
+    launch(tmp_path, script, *[f"{chosen},{chosen},3,then" for chosen in strategies])
+    for chosen in strategies:
+        for changed in changes:
+            shutil.copytree(tmp_path / chosen, tmp_path / f"{chosen}-{changed}", symlinks=True)
+    launch(tmp_path, script, *[f"{s}-{changed},{s},6,{changed}" for s in strategies for changed in changes])
+    before = checkpoints.consolidate(tmp_path / "auto" / "checkpoints" / "last.ckpt")
+    for changed in changes:
+        ends = {
+            s: checkpoints.consolidate(tmp_path / f"{s}-{changed}" / "checkpoints" / "last.ckpt") for s in strategies
+        }
+        name = "model.outward.weight"
+        assert ends["auto"][name].norm() < 0.99 * before[name].norm(), "the decay shows"
+        for chosen in strategies[1:]:
+            for name, value in ends["auto"].items():
+                assert torch.allclose(ends[chosen][name], value, atol=2e-5), (changed, chosen, name)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.training.zero_shards import MOMENTS, CheckpointError, check_shards, read_shards
+from vtok.training.zero_shards import MOMENTS, CheckpointError, check_shards, check_trained, read_shards
 
 log = logging.getLogger(__name__)
 
@@ -333,13 +333,8 @@ def adapt(
     """
     moments = moments_of(checkpoint)
     if moments is not None:
-        known = {name for group in names for name in group}
-        if strange := sorted(moments.keys() - known):
-            raise CheckpointError(
-                f"the checkpoint holds the optimizer's state of {strange[:4]}, which are not trained here: put optim."
-                "freeze and optim.train_only back, or start a new run with init_from"
-            )
         flat = [name for group in names for name in group]
+        check_trained(moments, flat)
         state = {
             i: {**{k: moments[n][k] for k in MOMENTS}, "step": torch.as_tensor(float(moments[n]["step"]))}
             for i, n in enumerate(flat)

@@ -33,7 +33,7 @@ from vtok.training.checkpoints import mark_best as mark_best
 from vtok.training.checkpoints import model_weights as model_weights
 from vtok.training.checkpoints import publish as publish
 from vtok.training.zero_shards import TAG as TAG
-from vtok.training.zero_shards import CheckpointError, fill
+from vtok.training.zero_shards import CheckpointError, fill, same_groups
 
 STRATEGIES = (
     "auto", "ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload",
@@ -150,8 +150,14 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
         def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
             path = Path(self.broadcast(str(checkpoint_path)))
             verify(path)
-            if goes_on(describe(path), config):
-                return super().load_checkpoint(path)
+            if goes_on(describe(path), config) and same_groups(path, self.deepspeed_engine):
+                groups = self.deepspeed_engine.optimizer.param_groups
+                now = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+                state = super().load_checkpoint(path)
+                # the engine puts back the settings of then: what `optim.` says now would not take effect
+                for group, settings in zip(self.deepspeed_engine.optimizer.param_groups, now, strict=True):
+                    group.update(settings)
+                return state
             whole = checkpoints.read(path)
             fill(self.deepspeed_engine, whole.pop("state_dict"), checkpoints.moments_of(whole) or {})
             return {k: v for k, v in whole.items() if k not in ("moments", "optimizer_states", "optimizer_names")}

@@ -12,7 +12,7 @@ each process's parts end to end. DeepSpeed is not imported here: an export is ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,21 @@ def read_shards(folder: Path, *, moments: bool = True) -> dict[str, Any]:
     return {**client_state(folder), "state_dict": state, **({"moments": found} if moments else {})}
 
 
+def same_groups(folder: Path, engine: Any) -> bool:
+    """Whether the shards hold the parameters in the optimizer groups that an engine has: it takes no others."""
+    written = load_shard(_ranks(folder, "model_states")[0])["param_shapes"]
+    return [list(shapes) for shapes in written] == [list(shapes) for shapes in engine._get_zero_param_shapes()]
+
+
+def check_trained(moments: Iterable[str], trained: Iterable[str]) -> None:
+    """Raises CheckpointError for moments of parameters that are not trained: they would be lost."""
+    if strange := sorted(set(moments) - set(trained)):
+        raise CheckpointError(
+            f"the checkpoint holds the optimizer's state of {strange[:4]}, which are not trained here: put optim."
+            "freeze and optim.train_only back, or start a new run with init_from"
+        )
+
+
 def _float(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
@@ -172,10 +187,12 @@ def fill(engine: Any, weights: Mapping[str, Tensor], moments: Mapping[str, Mappi
 
     Each process keeps its own part. A group whose parameters were stepped unequally often (DDP passes by those without
     a gradient, ZeRO does not) takes the largest count: ZeRO has one for a group.
-    Raises: CheckpointError where a trained parameter is not in `weights`, or has another shape.
+    Raises: CheckpointError where a trained parameter is not in `weights`, or has another shape, and where one with
+        moments is not trained.
     """
     outer = engine.optimizer
     names = {id(p): name for name, p in engine.module.named_parameters()}
+    check_trained(moments, [n for n, p in engine.module.named_parameters() if p.requires_grad])
     lacking = [n for n, p in engine.module.named_parameters() if p.requires_grad and n not in weights]
     if lacking:
         raise CheckpointError(f"the checkpoint does not fit the model: it lacks {lacking[:8]}")
