@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from vtok.data import sources, strict
 from vtok.data.decode import iter_frames
 from vtok.data.sources import BrokenSample, ShardReader, open_sources, scan
 from vtok.data.strict import DecodeError
+from vtok.data.verify import _samples as shard_samples
 from vtok.data.verify import verify
 from vtok.evaluate import load_model
 from vtok.loading import MAX_CONFIG, read_training
@@ -312,6 +314,41 @@ def test_members_and_indices_are_limited(tmp_path, monkeypatch):
         open_sources(str(tmp_path))
 
 
+def claiming(kind: bytes, size: int) -> bytes:
+    """A header of a tar that says what follows has so many bytes; a file of holes may well have them."""
+    return member("././@LongLink", kind, size=size).tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_headers_of_a_tar_are_limited(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", clip("good"))
+    whole = path.read_bytes()
+    with path.open("wb") as file:
+        file.write(whole[: -(-len(whole.rstrip(b"\0")) // 512) * 512] + claiming(kind, 3 << 30))
+        file.truncate(file.tell() + (3 << 30))  # of holes: the disk holds none of it
+    tracemalloc.start()
+    found = scan(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 16 << 20
+    assert "above the limit of 1048576" in str(found[-1].problem), found
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    path.rename(folder / "a.tar")
+    with pytest.raises(tarfile.ReadError, match="above the limit"):
+        list(shard_samples(folder / "a.tar"))
+
+
+def test_headers_of_a_tar_that_pile_up_are_limited(tmp_path):
+    many = tmp_path / "many.tar"
+    with tarfile.open(many, "w", format=tarfile.PAX_FORMAT, pax_headers={f"k{i}": "v" for i in range(65)}) as tar:
+        tar.addfile(member("a.mp4"))
+    assert "more than 64 global PAX records" in str(scan(many)[-1].problem)
+    deep = tmp_path / "deep.tar"
+    deep.write_bytes(b"".join(claiming(tarfile.GNUTYPE_LONGNAME, 1) + b"x".ljust(512, b"\0") for _ in range(3000)))
+    assert "RecursionError" in str(scan(deep)[-1].problem)
+
+
 def test_a_download_ends_where_the_index_says(tmp_path):
     with pytest.raises(OSError, match="gives more than the 1000 bytes it may have"):
         sources.fetch("pipe:cat /dev/zero # a.tar", tmp_path, num_bytes=1000, tries=1)
@@ -375,6 +412,7 @@ def test_every_limit_of_the_page_is_the_code_s():
     assert strict.MAX_FRAME_PIXELS == stream_header.MAX_FRAME_PIXELS == 1 << 28 and "2^28 (16384 x 16384)" in text
     assert vtok_config.DataConfig().max_pixels == stream_header.MAX_STEP_PIXELS == 1 << 31
     assert sources.MAX_TEXT_BYTES == 8 << 20 and sources.MAX_MEDIA_BYTES == 4 << 30
+    assert sources.MAX_TAR_HEADER_BYTES == 1 << 20 and sources.MAX_TAR_GLOBALS == 64
     assert sources.MAX_INDEX_BYTES == 256 << 20 and MAX_CONFIG == vtok_config.MAX_YAML == 1 << 20
     assert vtok_config.MAX_NODES == 131072 and bitstream.MAX_HEADER == 64 << 10
     assert records.MAX_RECORD == 1 << 24 and records.MAX_GROUPS == 1 << 16

@@ -44,6 +44,8 @@ MEDIA = tuple(suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
 TEXTS = ("json", "txt")
 MAX_TEXT_BYTES = 8 << 20  # one of those
 MAX_MEDIA_BYTES = 4 << 30
+MAX_TAR_HEADER_BYTES = 1 << 20  # a header beside a member's own: a long name, or PAX records
+MAX_TAR_GLOBALS = 64  # PAX records that hold for all members
 MAX_INDEX_BYTES = 256 << 20  # an index.json of millions of shards
 
 
@@ -280,6 +282,29 @@ class Sample(NamedTuple):
     passing: bool = False
 
 
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class TarHeader(tarfile.TarInfo):
+    """A member's header; a further header before it, which tarfile reads whole, may not be larger than the limit."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _HEADERS and found.size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(
+                f"a header of type {found.type.decode('latin-1')!r} of {found.size} bytes, above the limit of "
+                f"{MAX_TAR_HEADER_BYTES}"
+            )
+        return found
+
+
 def scan(
     path: str | Path, *, shard: int = 0, expected: int | None = None, media: Sequence[str] = MEDIA
 ) -> list[Sample]:
@@ -296,9 +321,11 @@ def scan(
     damage: str | None = None
     last: str | None = None
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=TarHeader) as tar:
             while (member := tar.next()) is not None:
                 vars(tar)["members"] = []  # the archive would keep every header otherwise
+                if len(tar.pax_headers) > MAX_TAR_GLOBALS:
+                    raise tarfile.ReadError(f"more than {MAX_TAR_GLOBALS} global PAX records")
                 if member.isdir():
                     continue
                 folder, _, base = member.name.rpartition("/")
@@ -325,7 +352,7 @@ def scan(
             # A cut inside a header, or between two members, ends the iteration without an error.
             if not _is_zero(file, tar.offset):
                 damage = "cut short: the end mark is missing"
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         damage = f"{type(error).__name__}: {error}"
     if damage is not None and last is not None:
         groups.pop(last, None)

@@ -17,7 +17,7 @@ from typing import Any
 
 from vtok.data.decode import iter_frames, probe
 from vtok.data.maps import MapError, check_count, parse_map
-from vtok.data.sources import MEDIA
+from vtok.data.sources import MEDIA, TarHeader
 from vtok.data.strict import DecodeError
 from vtok.data.workers import Notify, Workers
 
@@ -166,7 +166,7 @@ def check_text(data: bytes, meta: dict[str, Any]) -> list[str]:
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members by extension), as WebDataset groups them: successive members with one name up to the first dot."""
     key, members = None, {}
-    with tarfile.open(tar, "r|") as archive:
+    with tarfile.open(tar, "r|", tarinfo=TarHeader) as archive:
         for member in archive:
             if not member.isreg():
                 raise tarfile.TarError(f"{member.name!r} is not a plain file")
