@@ -20,6 +20,7 @@ from vtok.export import ExportError
 from vtok.loading import load_run
 from vtok.training import checkpoints, strategy
 from vtok.training.checkpoints import CheckpointError
+from vtok.training.curves import Curves, keep_until
 from vtok.training.zero_shards import TAG, check_shards, load_shard, read_shards
 
 NAMES = ("last.ckpt", "previous.ckpt", "best.ckpt")
@@ -193,6 +194,21 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_older_checkpoint_goes_on
     assert checkpoints.sha256(last) == digest and not (run / "checkpoints" / ".writing").exists()
     training.train(longer, data=test_train.Data())
     assert [step_of(run / "checkpoints" / name) for name in NAMES[:2]] == [6, 3]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_curves_file(tmp_path):
+    curves = Curves(tmp_path, tensorboard=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        curves.write(1, {"train/loss": 0.5})
+        with pytest.raises(OSError, match=f"{tmp_path}/metrics.jsonl"):
+            curves.write(2, {"train/loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    curves.close()  # says nothing again
+    keep_until(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.5}\n'
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Strategies and checkpoints: the pure parts here; DDP and DeepSpeed with two processes, in two launches (slow)."""
 
 import json
+import re
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -58,12 +59,22 @@ def test_the_global_batch_is_told_and_has_one_truth():
     )
     asked.data.part_batch_sizes = [5, 1]
     assert strategy.batch_line(asked).startswith("a step learns from 120 or 24 clips: 5 or 1 (data.part_batch_sizes)")
-    for key, fix in (
-        ("train_batch_size", "data.batch_size and"),
-        ("gradient_accumulation_steps", "trainer.accumulate"),
-    ):
-        with pytest.raises(ValueError, match=rf"trainer.deepspeed.{key}=7: set {fix}"):
-            strategy.batch_line(config(strategy="deepspeed_2", deepspeed={key: 7}))
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "said"),
+    [
+        ({"train_batch_size": 7}, "train_batch_size=7: set data.batch_size and"),
+        ({"gradient_accumulation_steps": 7}, "gradient_accumulation_steps=7: set trainer.accumulate"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping=0.5: set optim.clip_grad_norm"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: set trainer.strategy"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer={'type': 'Lamb'}: set optim.lr"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler={'type': 'WarmupLR'}: set optim.schedule"),
+    ],
+)
+def test_what_has_a_key_is_said_there_alone(deepspeed, said):
+    with pytest.raises(ValueError, match="^" + re.escape(f"trainer.deepspeed.{said}")):
+        training.check(config(strategy="deepspeed_2", deepspeed=deepspeed))
 
 
 @pytest.mark.parametrize(
@@ -284,3 +295,61 @@ def test_accumulation_means_the_same_under_ddp_and_deepspeed(runs):
     one, two = (ledger(runs / f"{c}-{PLAIN}-accumulate", 0) for c in ("ddp", "deepspeed_2"))
     assert len(one) == 12 and [r[:2] for r in one] == [r[:2] for r in two]
     assert [r[2] for r in one] == pytest.approx([r[2] for r in two], abs=2e-5)
+
+
+FULL = """
+import os, resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+import test_train
+from vtok.train import train
+from vtok.training import strategy
+
+out, asked = Path(sys.argv[1]), sys.argv[2]
+rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+class Mine(test_train.Data):
+    def advance(self, clip):
+        self.done += 1
+
+def begin(steps):
+    trainer = {{"devices": 2, "strategy": asked, "max_steps": steps, "statistics_clips": 4}}
+    config = test_train.settings(out, name=asked, trainer=trainer)
+    config.data.val_shards = ""
+    train(config, data=Mine())
+
+begin(2)
+save = strategy.save
+def limited(*args, **keywords):  # the disk of one rank's node, in a manner of speaking
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == int(os.environ["FULL_AT"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        save(*args, **keywords)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+strategy.save = limited
+try:
+    begin(4)
+except Exception as error:
+    (out / f"told-{{rank}}.txt").write_text(f"{{type(error).__name__}}: {{error}}")
+if rank == 0:
+    with open(out / "ended.txt", "a") as ended:
+        print(asked, 0, file=ended)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_one_shard_is_told_by_every_rank(tmp_path, monkeypatch, full):
+    monkeypatch.setenv("FULL_AT", str(full))
+    launching.launch(tmp_path, FULL.format(tests=str(ROOT / "tests")), "deepspeed_2")
+    for rank in (0, 1):
+        told = (tmp_path / f"told-{rank}.txt").read_text()
+        assert told.startswith("CheckpointError: the checkpoint of step 4 could not be written: "), told
+        assert "last.ckpt (step 2) is as it was" in told
+    folder = tmp_path / "deepspeed_2" / "checkpoints"
+    assert not (folder / ".writing").exists() and strategy.describe(folder / "last.ckpt")["step"] == 2
+    checkpoints.verify(folder / "last.ckpt")

@@ -93,7 +93,7 @@ def check(config: RunConfig) -> None:
     """Raises ValueError, naming key, value and fix, for settings that cannot work together or at all."""
     trainer, optim = config.trainer, config.optim
     stage = strategy.stage_of(trainer.strategy)
-    strategy.batch_line(config)
+    strategy.check_deepspeed(config)
     positive = {
         "trainer.max_steps": trainer.max_steps,
         "trainer.accumulate": trainer.accumulate,

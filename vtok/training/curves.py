@@ -13,6 +13,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ from torch import Tensor
 
 from vtok.data.encode import write_video
 from vtok.training.tracking import WandbRun
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """The system's errors of writing, which name no file, name this one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def plain(value: Any) -> Any:
@@ -53,7 +64,7 @@ class Curves:
         path = folder / "metrics.jsonl"
         if path.exists():
             keep_until(path, resumed if resumed is not None else -1, owed=owed)
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("ab", buffering=0)  # what a full disk does not take is told once, not at the close again
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -70,7 +81,10 @@ class Curves:
             return
         if self.remote is not None:
             self.remote.write(step, values)
-        self.file.write(json.dumps({"step": step, **{k: plain(v) for k, v in values.items()}}) + "\n")
+        line = (json.dumps({"step": step, **{k: plain(v) for k, v in values.items()}}) + "\n").encode()
+        with _naming(self.file.name):
+            while line:
+                line = line[self.file.write(line) :]
         if self.board is not None:
             for key, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
@@ -134,7 +148,8 @@ class Curves:
     def flush(self) -> None:
         """Everything written so far is on disk: before a checkpoint that says these steps are done."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with _naming(self.file.name):
+                os.fsync(self.file.fileno())
         if self.board is not None:
             self.board.flush()
 

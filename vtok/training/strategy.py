@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -47,19 +47,30 @@ def stage_of(name: str) -> int:
     return int(name.split("_")[1]) if name.startswith("deepspeed") else 0
 
 
-def batch_line(config: RunConfig) -> str:
-    """How many clips a step learns from, and how that comes about.
+# What of DeepSpeed's configuration has a key of vtok's, and where: a second value would be another truth beside it.
+SAID_ELSEWHERE = {
+    "train_batch_size": "data.batch_size and trainer.accumulate",
+    "train_micro_batch_size_per_gpu": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "gradient_clipping": "optim.clip_grad_norm",
+    "zero_optimization.stage": "trainer.strategy (deepspeed_1, deepspeed_2, deepspeed_3)",
+    "optimizer": "optim.lr, optim.betas and optim.weight_decay (AdamW)",
+    "scheduler": "optim.schedule, optim.warmup_steps and optim.min_lr_ratio",
+}
 
-    Raises: ValueError for a DeepSpeed batch size in `trainer.deepspeed`, which would be another truth beside the keys.
-    """
-    keys = {
-        "train_batch_size": "data.batch_size and trainer.accumulate",
-        "train_micro_batch_size_per_gpu": "data.batch_size",
-        "gradient_accumulation_steps": "trainer.accumulate",
-    }
-    for key, instead in keys.items():
-        if key in config.trainer.deepspeed:
-            raise ValueError(f"trainer.deepspeed.{key}={config.trainer.deepspeed[key]!r}: set {instead} instead")
+
+def check_deepspeed(config: RunConfig) -> None:
+    """Raises ValueError for what `trainer.deepspeed` says beside the key that says it for every strategy."""
+    for key, instead in SAID_ELSEWHERE.items():
+        value: Any = config.trainer.deepspeed
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            raise ValueError(f"trainer.deepspeed.{key}={value!r}: set {instead} instead")
+
+
+def batch_line(config: RunConfig) -> str:
+    """How many clips a step learns from, and how that comes about."""
     key, sizes = step_size.batch_sizes(config)
     return (
         f"a step learns from {step_size.words(step_size.clips_of_a_step(config))} clips: {step_size.words(sizes)} "
@@ -147,6 +158,28 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
                 path.write_text(json.dumps(self.config, indent=1, sort_keys=True, default=str) + "\n")
                 print(f"DeepSpeed, as in {path}: {json.dumps(self.config, sort_keys=True, default=str)}")
 
+        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            """As the parent's; a shard that cannot be written is kept as the IO's `failure`, and all ranks meet."""
+            io, path = self.checkpoint_io, Path(self.broadcast(str(filepath)))
+            assert isinstance(io, AtomicCheckpointIO)
+            engine, own = self.deepspeed_engine, ("state_dict", "optimizer_states")
+            with io.keeping():
+                if self.is_global_zero:
+                    (path / TAG).mkdir(parents=True, exist_ok=True)
+                    (path / "latest").write_text(TAG)  # by DeepSpeed one rank alone would fail at it, after all else
+            writes = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+            for owner, name in writes:
+                setattr(owner, name, _inside(io.keeping, getattr(owner, name)))
+            try:
+                state = {k: v for k, v in checkpoint.items() if k not in own}
+                frozen = self.exclude_frozen_parameters
+                engine.save_checkpoint(
+                    path, tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=frozen
+                )
+            finally:
+                for owner, name in writes:
+                    delattr(owner, name)
+
         def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
             path = Path(self.broadcast(str(checkpoint_path)))
             verify(path)
@@ -177,6 +210,14 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
         engine.config["zero_force_ds_cpu_optimizer"] = False
     _merge(engine.config, config.trainer.deepspeed)
     return engine
+
+
+def _inside(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **keywords: Any) -> Any:
+        with context():
+            return function(*args, **keywords)
+
+    return wrapped
 
 
 class Sharded(ModelParallelStrategy):
@@ -407,15 +448,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     failure: Exception | None = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, a file that cannot be written becomes the `failure`."""
         try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk as a RuntimeError
+            self.failure = error
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with self.keeping():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk as a RuntimeError
-            self.failure = error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(path)
@@ -434,16 +481,20 @@ def save(trainer: Any, folder: Path, names: list[str], *, about: dict[str, Any])
         discard(written)
     trainer.strategy.barrier("before saving")
     trainer.save_checkpoint(written)
-    problem = ""
+    io = trainer.strategy.checkpoint_io
+    failure, io.failure = io.failure, None
+    told = [failure and str(failure).splitlines()[0]]
+    if trainer.world_size > 1:  # any of them may have had a shard to write
+        told *= trainer.world_size
+        torch.distributed.all_gather_object(told, told[0])
+    problem = next((each for each in told if each), "")
     if first:
-        io = trainer.strategy.checkpoint_io
         try:
-            if failure := getattr(io, "failure", None):
-                io.failure = None
-                raise OSError(str(failure)) from failure
-            publish(written, names, about=about)
+            if not problem:
+                publish(written, names, about=about)
         except OSError as error:
             problem = str(error).splitlines()[0]
+        if problem:
             with suppress(OSError):
                 discard(written)
     problem = trainer.strategy.broadcast(problem)
