@@ -171,6 +171,29 @@ def test_a_run_names_what_it_waits_for(tmp_path, caplog, clock):
     assert not [t for t in threading.enumerate() if t.name == "watchdog"]
 
 
+@pytest.mark.parametrize("where", ["setup", "loader"])
+def test_a_start_that_stands_still_is_told_of(tmp_path, caplog, clock, where):
+    def stands() -> None:
+        clock.now += 1.4 * LIMIT_S
+        until(lambda: any("nothing has ended" in record.message for record in caplog.records))
+
+    class Stands(test_train.Data):
+        def setup(self, stage):
+            if where == "setup":
+                stands()
+
+        def train_dataloader(self):
+            if where == "loader":
+                stands()
+            return super().train_dataloader()
+
+    config = test_train.settings(tmp_path, trainer={"stall_minutes": FAST, "max_steps": 1, "statistics_clips": 0})
+    run = training.train(config, data=Stands())
+    (text,) = [p.read_text() for p in (run / "stacks").iterdir()]
+    what = {"setup": "the meeting of the processes", "loader": "the checkpoint to go on from, the loader"}[where]
+    assert "after step 0, in " in text and what in text and "stands" in text
+
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})

@@ -255,6 +255,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         default_root_dir=run_dir,
     )
     signals.silence(trainer)
+    lit.moved = conductor.watchdog.moved
+    conductor.begin(rank=trainer.global_rank, step=resumed or 0)
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
     except ToldToStop:  # in a validation that is made again: owed, or due after steps that are

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,6 +98,7 @@ class LitCompressor(pl.LightningModule):
         self.ema_state: dict[str, Tensor] | None = None
         self._ema: tuple[list[Tensor], list[Tensor]] | None = None
         self._ledger: Any = None
+        self.moved: Callable[[str], Any] = lambda _: None  # told what comes next: the run's watchdog
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the hook it is in some twenty times a step, and Module looks for parameters in each of them
@@ -129,7 +130,7 @@ class LitCompressor(pl.LightningModule):
                 torch.manual_seed(step_seed(self.config.seed, 1 << 62, 0))
                 bar = Bar("statistics", enabled=run.progress, delay_s=3.0)
                 with strategy.alone():
-                    fit(_videos(loader, run.statistics_clips, bar))
+                    fit(_videos(loader, run.statistics_clips, bar, self.moved))
                 bar.stop()
             state = self.trainer.strategy.broadcast({k: v.cpu() for k, v in self.model.state_dict().items()})
             self.model.load_state_dict(state)
@@ -502,7 +503,7 @@ def _perplexity(counts: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum())) if len(counts) else 0.0
 
 
-def _videos(loader: Iterable[Clip], clips: int, bar: Bar) -> Iterator[Tensor]:
+def _videos(loader: Iterable[Clip], clips: int, bar: Bar, moved: Callable[[str], Any]) -> Iterator[Tensor]:
     """Float videos of the first `clips` training clips, with progress."""
     seen = 0
     for clip in loader:
@@ -510,6 +511,7 @@ def _videos(loader: Iterable[Clip], clips: int, bar: Bar) -> Iterator[Tensor]:
         assert video is not None
         yield video[: clips - seen]
         seen += len(clip)
+        moved(f"the statistics, after {seen} clips")
         if bar.due():
             bar.show(min(seen / clips, 1.0), f"{min(seen, clips)} of {clips} clips")
         if seen >= clips:

@@ -68,6 +68,17 @@ class Conductor(pl.Callback):
 
     # life cycle
 
+    def begin(self, *, rank: int, step: int) -> None:
+        """From here on a start that stands still is told of as well."""
+        self.watchdog.start(rank=rank, step=step)
+        self.watchdog.moved("the meeting of the processes")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.watchdog.moved("the set-up: statistics, weights, what shards them")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watchdog.moved("the set-up: the checkpoint to go on from, the loader")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         lit = _lit(pl_module)
         state = lit.extra_state
@@ -88,7 +99,7 @@ class Conductor(pl.Callback):
         self.bar.start()
         self.telemetry = self._telemetry(trainer, lit)
         self.telemetry.flops.restore(state.get("flops", {}))
-        self.watchdog.start(rank=trainer.global_rank, step=lit.steps_done)
+        self.watchdog.moved("the first step", step=lit.steps_done)
         now = time.perf_counter()
         self.began = self.boundary = self.line_began = self.saved_at = now
         self.line_step = lit.steps_done

@@ -1,6 +1,7 @@
 """What hangs in a run that does not move: after `trainer.stall_minutes` without progress each rank writes its stacks.
 
-    no micro-batch, validation batch or checkpoint ended for M minutes
+    no micro-batch, validation batch, checkpoint or part of the start (the processes meet, statistics, weights, the
+    checkpoint to go on from, the loader) ended for M minutes
         --> <run>/stacks/rank-<R>-<n>.txt   all threads of the rank, then its loader workers
         --> one line of the log              and the run goes on waiting: who stops it is the collective's own
                                              time-out (10 minutes with NCCL), SLURM, or the user
