@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -21,10 +22,13 @@ from test_push import exported, files, hub, make_run, pushed  # noqa: F401
 from waiting import PATIENCE_S, until
 
 import vtok
+from vtok import cli
 from vtok import export as shipping
+from vtok.config import load
 from vtok.loading import WEIGHTS, ExportError, without_token
 
 NAME = "tester/model"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def oid(folder: Path) -> str:
@@ -194,3 +198,34 @@ def test_messages_do_not_repeat_the_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "some-other-kind-of-secret")
     said = without_token(f"401 for Bearer some-other-kind-of-secret, {TOKEN} at hf_hub_download")
     assert said == "401 for Bearer hf_***, hf_*** at hf_hub_download"
+
+
+@pytest.mark.parametrize("what", ["load", "push", "vlm"])
+def test_tracebacks_do_not_repeat_the_token(tmp_path, monkeypatch, what):
+    """Of the Python interface, where nobody turns errors into a line."""
+
+    class Repeats:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise OSError(f"401 for Bearer {TOKEN}")
+
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, Repeats)
+    for name in ("create_repo", "model_info"):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, Repeats)
+    monkeypatch.setattr(shipping, "read_config", lambda _: {"model_id": "m"})
+    monkeypatch.setattr(shipping, "is_projector", lambda _: True)
+    with pytest.raises(ExportError, match="401 for Bearer hf_") as caught:
+        if what == "load":
+            vtok.load(NAME)
+        elif what == "push":
+            shipping.push(tmp_path, NAME)
+        else:
+            shipping.named_vlm(NAME, load(CONFIGS / "flexible" / "debug.yaml"))
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
+def test_private_without_push_is_refused(tmp_path, exported, capsys):  # noqa: F811
+    run = str(exported.parent / "run")
+    assert cli.main(["export", run, "--out", str(tmp_path / "out"), "--private"]) == 1
+    assert "--private: it is of a --push; name the repository, --push USER/REPO" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

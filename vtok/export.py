@@ -285,7 +285,7 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except hub_errors() as error:
         why = without_token(str(error))
-        raise ExportError(f"--vlm {vlm} is no folder here and could not be had from the Hub: {why}") from error
+        raise ExportError(f"--vlm {vlm} is no folder here and could not be had from the Hub: {why}") from None
     if facts.get("model_type") not in SEAMS:
         raise ExportError(f"--vlm {vlm} is of type {facts.get('model_type')!r}; tokens are put into {', '.join(SEAMS)}")
     width = facts.get("text_config", facts).get("hidden_size")
@@ -385,7 +385,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str 
         raise ExportError(
             f"--push {repo}: {without_token(_refusal(why))}. Nothing is lost: the export is complete in {folder}; give "
             "the same command again, which sends what did not arrive"
-        ) from error
+        ) from None
     return str(url)
 
 
@@ -437,6 +437,8 @@ def main_export(argv: list[str]) -> None:
     parser.add_argument("--push", metavar="USER/REPO", help="upload to the Hub as well")
     parser.add_argument("--private", action="store_true", help="with --push: a private repository")
     args = parser.parse_args(argv)
+    if args.private and not args.push:
+        raise ExportError("--private: it is of a --push; name the repository, --push USER/REPO, or leave it out")
     out = export(
         args.run,
         args.out,

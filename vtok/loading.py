@@ -315,9 +315,9 @@ def export_folder(path_or_repo: str | Path, *, revision: str | None = None) -> P
             raise ExportError(
                 f"{text!r} is no folder here, and it was not downloaded before HF_HUB_OFFLINE=1 was set: load it once "
                 "without that, or copy the folder here"
-            ) from error
+            ) from None
         told = without_token(str(error))
-        raise ExportError(f"{text!r} is no folder here and could not be had from the Hub: {told}") from error
+        raise ExportError(f"{text!r} is no folder here and could not be had from the Hub: {told}") from None
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
