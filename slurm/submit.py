@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -46,13 +46,13 @@ class Layout:
 
 @dataclasses.dataclass
 class Plan:
-    """What is to be submitted. configs: file name -> yaml; tasks: a command each, with {folder} for the snapshot."""
+    """What is to be submitted. configs: file name -> yaml; tasks: a command each, whose paths lie in the snapshot."""
 
     name: str
     run_dir: Path
     layout: Layout
     configs: dict[str, str]
-    tasks: list[list[str]]
+    tasks: list[list[str | PurePosixPath]]
     is_array: bool
     notes: list[str]
     at_once: int = 0
@@ -162,7 +162,7 @@ def plan_training(args: argparse.Namespace) -> Plan:
         run_dir=config.run_dir,
         layout=layout_of(args, tasks=trainer.devices, workers=config.data.num_workers, nodes=trainer.num_nodes),
         configs={"config.yaml": to_yaml(config)},
-        tasks=[["train", "{folder}/config.yaml"]],
+        tasks=[["train", PurePosixPath("config.yaml")]],
         is_array=False,
         notes=[*notes, arithmetic(config)],
     )
@@ -185,9 +185,13 @@ def plan_array(args: argparse.Namespace) -> Plan:
     for key in {key for element in elements for key in element}:
         if not any(f"{{{key}}}" in argument for argument in arguments):
             raise ValueError(f"{path}: {key} is in grid or runs, but no argument holds {{{key}}}")
-    tasks = []
+    tasks: list[list[str | PurePosixPath]] = []
     for element in elements:
         own = [filled(argument, element, f"{path}: arguments") for argument in arguments]
+        if torn := [argument for argument in own if "\n" in argument or "\0" in argument]:
+            raise ValueError(
+                f"{path}: arguments hold a line break in {torn[0]!r}: every command is one line of tasks.txt"
+            )
         for part in range(parts):
             tasks.append([sweep["command"], *own, *(["--part", f"{part}/{parts}"] if parts > 1 else [])])
     name = str(sweep.get("name", path.stem))
@@ -224,7 +228,7 @@ def _plan_trainings(args: argparse.Namespace, sweep: dict[str, Any], elements: l
         trainer, workers = config.trainer, config.data.num_workers
         layouts.append(layout_of(args, tasks=trainer.devices, workers=workers, nodes=trainer.num_nodes))
         configs[f"configs/{index:03d}.yaml"] = to_yaml(config)
-        tasks.append(["train", f"{{folder}}/configs/{index:03d}.yaml"])
+        tasks.append(["train", PurePosixPath("configs", f"{index:03d}.yaml")])
         told = ", ".join(f"{key}={value}" for key, value in element.items()) or "as it is"
         notes = [*notes, arithmetic(config)]
         print(f"  {index:>3}  {config.run_dir}  {told}", file=sys.stderr)
@@ -312,7 +316,10 @@ def commands(plan: Plan, folder: Path, args: argparse.Namespace) -> list[str]:
         around += [*args.container_arg, args.container]
     python = args.python or ("python3" if args.container else sys.executable)
     run = [*around, python, "-P", "-m", "vtok.cli"]
-    return [shlex.join([*run, *(word.replace("{folder}", str(folder)) for word in task)]) for task in plan.tasks]
+    return [
+        shlex.join([*run, *(str(folder / word) if isinstance(word, PurePosixPath) else word for word in task)])
+        for task in plan.tasks
+    ]
 
 
 def render(plan: Plan, folder: Path, args: argparse.Namespace) -> str:
@@ -322,8 +329,11 @@ def render(plan: Plan, folder: Path, args: argparse.Namespace) -> str:
     directives += [f"--gpus-per-node={layout.gpus}"] if layout.gpus else []
     directives += args.sbatch_arg
     for path in (folder, Path.cwd()):
-        if re.search(r"[\s\"'%\\]", str(path)):
-            raise ValueError(f"{str(path)!r}: SLURM's directives hold no spaces, quotes, % or backslashes in paths")
+        if re.search(r"[\s\"'%\\#:]", str(path)):
+            raise ValueError(
+                f"{str(path)!r}: SLURM's directives and PYTHONPATH hold no spaces, quotes, %, \\, # or : in paths; "
+                "choose another name=, out= or place to submit from"
+            )
     exports = {"OMP_NUM_THREADS": str(layout.threads), **dict(item.split("=", 1) for item in args.env)}
     lines = [f"export {key}={shlex.quote(value)}" for key, value in exports.items()]
     lines.append(f'export PYTHONPATH={shlex.quote(str(folder / "code"))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
@@ -332,6 +342,7 @@ def render(plan: Plan, folder: Path, args: argparse.Namespace) -> str:
         "name": re.sub(r"[^\w.-]", "-", f"vtok-{plan.name}"),
         "cwd": str(Path.cwd()),
         "folder": str(folder),
+        "quoted_folder": shlex.quote(str(folder)),
         "nodes": str(layout.nodes),
         "tasks": str(layout.tasks),
         "cpus": str(layout.cpus),

@@ -80,5 +80,5 @@ def filled(text: str, values: dict[str, Any], where: str) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """key=value as the command line has it; json is yaml, and keeps strings apart from numbers."""
-    return f"{key}={json.dumps(value)}" if not isinstance(value, str) else f"{key}={value}"
+    """key=value as the command line has it; json is yaml, and keeps strings apart from numbers: "007" from 7."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from waiting import PATIENCE_S
 
 from vtok.config import load
@@ -123,6 +124,7 @@ MANY = str(CONFIGS / "discrete" / "magvit2_lfq.yaml")  # 8 nodes of 8
         ((DEBUG, "--gpus-per-node", 0, "optim.lr=-1"), "optim.lr=-1.0 must be 0 or above"),
         ((DEBUG, "--gpus-per-node", 0, "optim.rate=1"), "Known keys here: betas"),
         ((DEBUG, "--gpus-per-node", 0, "name=a b"), "no spaces"),
+        ((DEBUG, "--gpus-per-node", 0, "name='a#b'"), "# or : in paths; choose another name="),
     ],
 )
 def test_contradictions_are_told(capsys, words, said):
@@ -182,7 +184,7 @@ def test_a_sweep_is_every_run_with_every_combination(tmp_path, capsys):
     (tmp_path / "configs").mkdir()
     for name, text in plan.configs.items():
         (tmp_path / name).write_text(text)
-    made = [load(tmp_path / task[1].removeprefix("{folder}/")) for task in plan.tasks]
+    made = [load(tmp_path / task[1]) for task in plan.tasks]
     assert [config.name for config in made] == [f"all-{i:03d}" for i in range(8)]
     expected = [(fps, lr, seed) for fps in (4, 8) for lr in (0.1, 0.2) for seed in (0, 1)]
     assert [(c.data.fps, c.optim.lr, c.seed) for c in made] == expected
@@ -230,6 +232,41 @@ def test_what_is_wrong_with_a_sweep_is_told(tmp_path, capsys, content, said):
     config = (DEBUG, "data.shards=x") if training else ()
     err = refused(capsys, *config, "--array", path, "--gpus-per-node", 0, "--time", 60)
     assert said in err and ("sweep.yaml" in err or "seeds" in err)
+
+
+def test_strings_of_a_sweep_stay_strings(tmp_path, capsys):
+    for value in ("007", "", "null", "1e3", "a: b", "ja\u00fc \U0001f600", "[1]", "x,y"):
+        assert loads_word(sweeps.override("data.root", value)) == value
+    assert loads_word(sweeps.override("data.root", 7)) == 7 and loads_word(sweeps.override("data.root", 1e-4)) == 1e-4
+
+
+def loads_word(word: str) -> object:
+    return OmegaConf.from_dotlist([word]).data.root
+
+
+def test_an_argument_is_one_word_of_one_line_whatever_it_holds(tmp_path, capsys):
+    content = {"command": "eval", "arguments": ["{run}"], "grid": {"run": ["a\nb"]}}
+    words = ("--array", tmp_path / "s.yaml", "--gpus-per-node", 0, "--time", 60)
+    write(tmp_path / "s.yaml", content)
+    assert "arguments hold a line break in 'a\\nb'" in refused(capsys, *words)
+    write(tmp_path / "s.yaml", {**content, "grid": {"run": ["{folder}/x"]}})
+    assert "vtok.cli eval '{folder}/x'\n" in dry_run(capsys, *words)
+
+
+@pytest.mark.parametrize("name", ["lr&wd(1)", "a;b", "$HOME", "a*", "<x>|`y`"])
+def test_any_name_that_is_taken_passes_the_shell(tmp_path, capsys, name):
+    """The head of the script, run by bash: the folder is that of the name, and nothing else is called."""
+    words = ("data.shards=x", f"name={json.dumps(name)}", f"out={tmp_path}", "--gpus-per-node", 0, "--time", 60)
+    script = dry_run(capsys, DEBUG, *words)
+    checked_by_bash(script)
+    head = "\n".join(line for line in script.splitlines() if line.startswith(("export PYTHONPATH", "vtok_folder=")))
+    done = subprocess.run(
+        ["bash", "-euc", f'{head}\necho "$vtok_folder"; echo "$PYTHONPATH"'], capture_output=True, text=True,
+        timeout=PATIENCE_S, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    folder = tmp_path / name / "slurm" / "001"
+    assert done.stdout.splitlines() == [str(folder), str(folder / "code")], done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_command_is_one_process(tmp_path, capsys):
