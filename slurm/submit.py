@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from sweep import combinations, filled, override, read_sweep  # noqa: E402
 
+from vtok.commit import commit_of, difference, git  # noqa: E402
 from vtok.config import RunConfig, load, to_yaml  # noqa: E402
 from vtok.training import step_size  # noqa: E402
 
@@ -250,23 +251,9 @@ def _plan_trainings(args: argparse.Namespace, sweep: dict[str, Any], elements: l
 # 2. the snapshot
 
 
-def git(*words: str) -> str | None:
-    """What git says of this source tree; None where it is no checkout."""
-    if not (ROOT / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, timeout=60)
-    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else None
-
-
-def commit() -> str:
-    """The commit, with "+changes" where files differ; as environment.json of a run has it."""
-    sha = (git("rev-parse", "HEAD") or "").strip()
-    return (sha + ("+changes" if (git("status", "--porcelain", "-uno") or "").strip() else "")) or "unknown"
-
-
 def snapshot(folder: Path, plan: Plan) -> None:
     """Fills the job's folder: a queued or requeued job must not see what is edited meanwhile."""
-    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "vtok")
+    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "vtok")
     if listed is not None:
         names = [name for name in listed.split("\0") if name]
     else:
@@ -275,9 +262,8 @@ def snapshot(folder: Path, plan: Plan) -> None:
         if (ROOT / name).is_file() and "__pycache__" not in name:
             (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "code" / name)
-    (folder / "code" / "COMMIT").write_text(commit() + "\n")
-    changes = git("diff", "HEAD", "--binary")
-    if changes:
+    (folder / "code" / "COMMIT").write_text((commit_of(ROOT) or "unknown") + "\n")
+    if changes := difference(ROOT):
         (folder / "code.diff").write_text(changes, errors="surrogateescape")
     shutil.copyfile(HERE / "job.sh", folder / "job.sh")
     for name, text in plan.configs.items():
@@ -428,7 +414,7 @@ def submit(args: argparse.Namespace) -> str:
         shutil.rmtree(folder)
         raise ValueError(f"sbatch refused: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]
-    record = {"job": job, "time": time.strftime("%FT%T%z"), "commit": commit(), "command": sys.argv}
+    record = {"job": job, "time": time.strftime("%FT%T%z"), "commit": commit_of(ROOT) or "unknown", "command": sys.argv}
     (folder / "submit.json").write_text(json.dumps(record, indent=1) + "\n")
     for note in plan.notes:
         print(note)

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from soak import crashes, faults, inputs, judge, kills, launch
 from soak.corpus import Corpus
 from soak.damage import REJECT
 from soak.jobs import Count, jobs
+from vtok.commit import commit_of
 
 TURN = ("training", "packing", "tokenizing", "exporting", "training")  # of kills
 
@@ -158,18 +158,9 @@ def table(rows: list[Row], *, seconds: float, seed: int) -> str:
     for row in rows:
         verdict = "ok" if not row.faults else f"**{len(row.faults)} wrong**"
         lines.append(f"| {row.what} | {row.count} | {row.found} | {verdict} |")
-    made = f"{time.strftime('%Y-%m-%d')}, commit {_commit()}, seed {seed}, {seconds / 60:.1f} minutes"
+    commit = commit_of(Path(__file__).resolve().parent.parent, ("vtok", "soak")) or "unknown"
+    made = f"{time.strftime('%Y-%m-%d')}, commit {commit}, seed {seed}, {seconds / 60:.1f} minutes"
     return "\n".join([*lines, "", f"{made} on {len(os.sched_getaffinity(0))} CPU cores."])
-
-
-def _commit() -> str:
-    run = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        commit = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=30)
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (commit.stdout.strip() or "unknown") + (" with changes" if dirty.stdout.strip() else "")
 
 
 def _parser(*, short: bool) -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from waiting import PATIENCE_S
 
+from vtok.commit import commit_of, difference
 from vtok.config import load
 
 ROOT = Path(__file__).parent.parent
@@ -311,10 +312,38 @@ def test_the_snapshot_is_the_code_as_it_stands(tmp_path):
         env={"PYTHONPATH": str(tmp_path / "code"), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.stdout.strip() == str(tmp_path / "code" / "vtok" / "__init__.py"), done.stderr
-    sha = slurm.git("rev-parse", "HEAD")
+    sha = slurm.git(ROOT, "rev-parse", "HEAD")
     if sha is not None:
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?\n", (tmp_path / "code" / "COMMIT").read_text())
-        assert (tmp_path / "code.diff").exists() == bool(slurm.git("diff", "HEAD"))
+        assert (tmp_path / "code.diff").exists() == bool(slurm.difference(ROOT))
+
+
+def test_code_that_nobody_has_added_is_a_change_and_in_the_difference(tmp_path):
+    root, name = tmp_path / "checkout", "vtok/ne\u00fc.py"
+
+    def git(*words: str) -> None:
+        own = ("-c", "user.name=x", "-c", "user.email=x@x")
+        subprocess.run(["git", "-C", str(root), *own, *words], check=True, capture_output=True, timeout=PATIENCE_S)
+
+    (root / "vtok").mkdir(parents=True)
+    assert commit_of(root) is None
+    git("init", "-q")
+    (root / "vtok" / "a.py").write_text("a = 1\n")
+    (root / ".gitignore").write_text("/runs/\n*.pyc\n")
+    git("add", "-A")
+    git("commit", "-qm", "x")
+    (root / "runs").mkdir()
+    for ignored in ("runs/x.py", "vtok/a.pyc", "notes.txt"):
+        (root / ignored).touch()
+    assert re.fullmatch("[0-9a-f]{40}", commit_of(root) or "") and difference(root) == ""
+    (root / name).write_text("b = 2\n")
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", commit_of(root) or "")
+    (root / "vtok" / "a.py").write_text("a = 3\n")
+    (tmp_path / "code.diff").write_text(difference(root), errors="surrogateescape")
+    (root / name).unlink()
+    git("checkout", "-q", "vtok")
+    git("apply", str(tmp_path / "code.diff"))
+    assert (root / name).read_text() == "b = 2\n" and (root / "vtok" / "a.py").read_text() == "a = 3\n"
 
 
 def test_scripts_are_sound_and_numbers_of_submissions_go_on(tmp_path):

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import vtok
 from vtok import projecting
+from vtok.commit import commit_of
 from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
@@ -520,24 +520,8 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "gpus": gpus,
         "world_size": step_size.processes(config),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "commit": _commit(),
+        "commit": commit_of(Path(vtok.__file__).resolve().parent.parent),
     }
-
-
-def _commit() -> str | None:
-    """Commit of the source tree vtok runs from, with "+changes" where files differ; None for an installed package."""
-    root = Path(vtok.__file__).resolve().parent.parent
-    if (root / "COMMIT").is_file():  # a snapshot that slurm/submit.py made
-        return (root / "COMMIT").read_text().strip()
-    if not (root / ".git").exists():
-        return None
-    try:
-        run = ["git", "-C", str(root)]
-        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return (commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")) or None
 
 
 if __name__ == "__main__":
