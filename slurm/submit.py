@@ -32,6 +32,7 @@ from sweep import combinations, filled, override, read_sweep  # noqa: E402
 from vtok.commit import commit_of, difference, git  # noqa: E402
 from vtok.config import RunConfig, load, to_yaml  # noqa: E402
 from vtok.training import step_size  # noqa: E402
+from vtok.training.lock import job_is_over  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -284,10 +285,8 @@ def check_free(run_dir: Path) -> None:
     """Raises ValueError while an earlier submission for this run directory waits or runs."""
     for record in sorted((run_dir / "slurm").glob("*/submit.json")):
         job = json.loads(record.read_text())["job"]
-        asked = ["squeue", "--noheader", "--jobs", job, "--format=%T"]
-        state = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
-        if set(state) - {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}:
-            raise ValueError(f"job {job} ({state[0]}) is for {run_dir} already: scancel {job}, or choose another name=")
+        if job_is_over(job) is False:
+            raise ValueError(f"job {job} (not ended) is for {run_dir} already: scancel {job}, or choose another name=")
 
 
 # 3. the script

@@ -16,6 +16,7 @@ from vtok import train as training
 from vtok.cli import main
 from vtok.config import to_yaml
 from vtok.info.run_info import summary, text
+from vtok.training.lock import process_started
 
 
 def test_the_package_runs_as_the_command(monkeypatch, capsys):
@@ -48,7 +49,7 @@ def write(run, *, rows=(), lock=None, starts=(), **trainer):
 
 
 def mine() -> dict:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": training.process_started(os.getpid())}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": process_started(os.getpid())}
 
 
 def line(step: int, seconds: float, **values: float) -> dict:

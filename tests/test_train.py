@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import socket
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from vtok.config import OptimConfig, load, loads
 from vtok.metrics.distortion import clip_psnr
 from vtok.progress import duration
 from vtok.training import curves, lit, loop, strategy
+from vtok.training import lock as lock_room
 from vtok.training import optim as optim_room
 from vtok.training.curves import contact_sheet, keep_until
 from vtok.types import Clip, to_uint8
@@ -442,7 +444,7 @@ def test_two_processes_do_not_share_a_run_directory(tmp_path):
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
             training.train(config, data=Data())
         assert lock.exists()
-    held = {"pid": os.getpid(), "host": training.socket.gethostname(), "started": "0", "slurm_job": None}
+    held = {"pid": os.getpid(), "host": socket.gethostname(), "started": "0", "slurm_job": None}
     lock.write_text(json.dumps(held))  # the number is in use again, by another process than the one that took the lock
     training.train(config, data=Data())
     lock.write_text(json.dumps({**held, "host": "elsewhere"}))
@@ -455,13 +457,13 @@ def test_two_processes_do_not_share_a_run_directory(tmp_path):
 
 def test_of_two_starts_that_find_one_stale_lock_the_later_gives_way(tmp_path, monkeypatch):
     lock = tmp_path / "lock"
-    stale = {"pid": 1 << 30, "host": training.socket.gethostname(), "started": "0", "slurm_job": None}
+    stale = {"pid": 1 << 30, "host": socket.gethostname(), "started": "0", "slurm_job": None}
     lock.write_text(json.dumps(stale))
-    ours = {"pid": os.getpid(), "started": training.process_started(os.getpid()), "slurm_job": "7"}
+    ours = {"pid": os.getpid(), "started": lock_room.process_started(os.getpid()), "slurm_job": "7"}
     other = json.dumps({**stale, **ours})
     renames = iter([lambda: lock.write_text(other)])  # the other start is quicker: its lock is there before we rename
     rename = os.rename
-    monkeypatch.setattr(training.os, "rename", lambda a, b: (next(renames, lambda: None)(), rename(a, b)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (next(renames, lambda: None)(), rename(a, b)))
     with pytest.raises(ValueError, match="in use by process"):
         training.Lock(tmp_path).__enter__()
     assert lock.read_text() == other and [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -470,6 +472,43 @@ def test_of_two_starts_that_find_one_stale_lock_the_later_gives_way(tmp_path, mo
         assert json.loads(lock.read_text())["pid"] == os.getpid()
         lock.write_text(other)  # taken over meanwhile, by a machine that saw no sign of life
     assert lock.read_text() == other
+
+
+@pytest.mark.parametrize(
+    ("squeue", "taken"),
+    [
+        ("echo TIMEOUT", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo RUNNING", False),
+        ("echo PENDING", False),
+        ("echo COMPLETING", False),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+)
+def test_a_lock_of_a_slurm_job_that_has_ended_is_taken_over_at_once(tmp_path, monkeypatch, squeue, taken):
+    """Killed outright on another node, it left the lock a moment ago."""
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\n[ "$2" = --jobs=41 ] || exit 9\n{squeue}\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (("JOB_ID", "42"), ("CLUSTER_NAME", "here")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    run = _made(tmp_path / "run")
+    held = {"pid": 1, "host": "elsewhere", "started": "0", "slurm_job": "41", "slurm_cluster": "here"}
+
+    def refused() -> bool:
+        try:
+            with lock_room.Lock(run):
+                return False
+        except ValueError as error:
+            assert "in use by process 1 on elsewhere" in str(error)
+            return True
+
+    (run / "lock").write_text(json.dumps(held))
+    assert refused() != taken
+    (run / "lock").write_text(json.dumps({**held, "slurm_cluster": "there"}))
+    assert refused(), "its numbers are those of other jobs"
+    (run / "lock").write_text(json.dumps({**held, "slurm_job": "42"}))
+    assert not refused(), "an earlier start of this job"
 
 
 def _made(folder: Path) -> Path:

@@ -10,13 +10,11 @@ The run directory: config.yaml, environment.json, checkpoints/{last,best}.ckpt, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import socket
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -42,7 +40,8 @@ from vtok.training.init_from import begin_from, check_allowed
 from vtok.training.keys import check_keys
 from vtok.training.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.training.lit_projector import LitProjector
-from vtok.training.loop import Conductor, ToldToStop, touch
+from vtok.training.lock import Lock
+from vtok.training.loop import Conductor, ToldToStop
 from vtok.training.optim import SCHEDULES, untrained_at_rest
 from vtok.types import ShapeError
 
@@ -369,99 +368,6 @@ def _quieten() -> None:
 
 
 # the run directory
-
-
-class Lock:
-    """Holds a run directory: two processes in one would write over each other's checkpoints.
-
-    Stale, and taken over: a lock of a process of this machine that is gone, of an earlier start of the same SLURM job,
-    or one from another machine that was not renewed for ten minutes (a thread and every checkpoint renew it).
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "lock"
-        self.stop = threading.Event()
-
-    def __enter__(self) -> Lock:
-        mine = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": process_started(os.getpid()),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        }
-        self.text = json.dumps(mine)
-        for _ in range(3):
-            aside = self.path.with_name(f".lock-{mine['host']}-{mine['pid']}")
-            aside.write_text(self.text)
-            try:
-                os.link(aside, self.path)  # fails if there is one; the lock is never seen half-written
-                break
-            except FileExistsError:
-                self._refuse_or_clear(mine)
-            finally:
-                aside.unlink(missing_ok=True)
-        else:
-            raise ValueError(f"{self.path} keeps coming back: another process starts in this run directory")
-        threading.Thread(target=self._renew, daemon=True).start()
-        return self
-
-    def _refuse_or_clear(self, mine: dict[str, Any]) -> None:
-        try:
-            text, age_s = self.path.read_text(), time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return
-        try:
-            held = json.loads(text)
-        except ValueError:  # emptied by a power cut
-            held = {"pid": 0, "host": mine["host"], "started": ""}
-        if held["host"] == mine["host"]:
-            stale = process_started(held["pid"]) != held["started"]
-        else:
-            stale = age_s > 600 or bool(mine["slurm_job"] and held.get("slurm_job") == mine["slurm_job"])
-        if not stale:
-            raise ValueError(
-                f"{self.path.parent} is in use by process {held['pid']} on {held['host']}: wait for it, end it, or "
-                f"choose another name. If that process is surely gone, delete {self.path}"
-            )
-        log.warning("taking over %s from process %s on %s, which is gone", self.path, held["pid"], held["host"])
-        # Two starts may find the same stale lock: what is taken away must be what was read, not the other's new one.
-        aside = self.path.with_name(f".lock-{mine['host']}-{mine['pid']}-stale")
-        try:
-            os.rename(self.path, aside)
-            if aside.read_text() != text:
-                os.link(aside, self.path)
-        except (FileNotFoundError, FileExistsError):
-            pass
-        finally:
-            aside.unlink(missing_ok=True)
-
-    def _renew(self) -> None:
-        while not self.stop.wait(60):
-            touch(self.path.parent)
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop.set()
-        with contextlib.suppress(OSError):
-            if self.path.read_text() == self.text:  # not another's, which took over while this machine slept
-                self.path.unlink()
-
-
-def process_started(pid: int) -> str | None:
-    """When a process of this machine began, in clock ticks since boot; None when there is none of that number.
-
-    Process numbers come back after a while: the same number with another beginning is another process.
-    """
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else rest[18]
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:  # no /proc (macOS)
-        os.kill(pid, 0)
-        return "running"
-    except OSError:
-        return None
 
 
 def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:

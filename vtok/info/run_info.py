@@ -20,8 +20,9 @@ from typing import Any
 
 from vtok.config import RunConfig, load
 from vtok.progress import duration
-from vtok.train import finished, process_started
+from vtok.train import finished
 from vtok.training import strategy
+from vtok.training.lock import process_started
 
 SILENT_S = 120.0  # a running run is not called stalled before; nor before it missed several lines
 MISSED = 5

@@ -11,11 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,6 +27,7 @@ from vtok.training.alarms import AlarmError, Alarms, codebook_line
 from vtok.training.background import Saver
 from vtok.training.curves import Bar, Curves
 from vtok.training.lit import LitCompressor, codebook_use
+from vtok.training.lock import touch
 from vtok.training.signals import Told
 from vtok.training.telemetry import Telemetry, kind_of
 from vtok.training.watchdog import Watchdog
@@ -515,11 +514,3 @@ def _all_max(values: list[Any], device: torch.device) -> list[float]:
 def _lit(module: Any) -> LitCompressor:
     assert isinstance(module, LitCompressor)
     return module
-
-
-def touch(folder: Path) -> None:
-    """Renews the lock of a run directory: its age tells other machines whether the run lives."""
-    try:
-        os.utime(folder / "lock")
-    except OSError:
-        pass

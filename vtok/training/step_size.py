@@ -32,7 +32,7 @@ def check_same(before: RunConfig, now: RunConfig) -> None:
     old, new = clips_of_a_step(before), clips_of_a_step(now)
     if old == new:
         return
-    (key, sizes), world, accumulate = batch_sizes(now), processes(now), now.trainer.accumulate
+    sizes, world, accumulate = batch_sizes(now)[1], processes(now), now.trainer.accumulate
     same = len(old) == len(sizes)
     times = {was // (world * size) for was, size in zip(old, sizes)}
     if same and len(times) == 1 and all(was % (world * size) == 0 for was, size in zip(old, sizes)):
@@ -44,6 +44,6 @@ def check_same(before: RunConfig, now: RunConfig) -> None:
         fix = f"a number of processes that divides {words(old)}"
     raise ValueError(
         f"{now.run_dir} was trained by {processes(before)} process(es) and would go on with {world}: a step would "
-        f"learn from {words(new)} clips ({words(sizes)} ({key}) x {world} x trainer.accumulate={accumulate}) where it "
-        f"learned from {words(old)}. Set {fix}, or start a new run with init_from=EXPORT"
+        f"learn from {words(new)} clips ({words(sizes)} x {world} x trainer.accumulate={accumulate}) where it learned "
+        f"from {words(old)}. Set {fix}, or start a new run with init_from=EXPORT"
     )
