@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 from pathlib import Path
@@ -27,6 +28,29 @@ def corpus(tmp_path_factory) -> Path:
 
 
 # ---- the shard list
+
+
+@pytest.mark.parametrize("claim", sources.CLAIMS)
+def test_a_folder_that_is_still_being_made_is_no_data(tmp_path, claim):
+    """One part of it failed, say: its clips would be missing without a word."""
+    folder = make_shards(tmp_path / "out" / "train", 2, 1)
+    (folder / "index.json").rename(tmp_path / "index.json")
+    assert len(open_sources(str(folder))[0]) == 2, "somebody's tars"
+    for where in (folder, folder.parent):
+        (where / claim).touch()
+        with pytest.raises(ValueError, match=f"data.shards=.* has no index.json, and .*/{claim} says .*again"):
+            open_sources(str(folder))
+        (where / claim).rename(tmp_path / claim)
+    (folder / claim).touch()
+    (tmp_path / "index.json").rename(folder / "index.json")
+    assert len(open_sources(str(folder))[0]) == 2
+
+
+def test_claims_are_those_of_the_commands_that_make_folders():
+    root = Path(__file__).parents[1] / "vtok"
+    texts = [path.read_text() for path in root.rglob("*.py") if path.name != "sources.py"]
+    named = {name for text in texts for name in re.findall(r'claim="(\w+\.json)"|out / "(\w+ing\.json)"', text)}
+    assert {one or other for one, other in named} == set(sources.CLAIMS)
 
 
 def test_brace_expansion_keeps_padding_and_multiplies():

@@ -42,6 +42,7 @@ VIDEO_SUFFIXES = (
 )
 MEDIA = tuple(suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
 TEXTS = ("json", "txt")
+CLAIMS = ("packing.json", "recording.json", "tokenizing.json")  # what vtok shards, features and tokenize begin with
 MAX_TEXT_BYTES = 8 << 20  # one of those
 MAX_MEDIA_BYTES = 4 << 30
 MAX_TAR_HEADER_BYTES = 1 << 20  # a header beside a member's own: a long name, or PAX records
@@ -159,6 +160,12 @@ def _open_source(part: str, *, root: str, cache_dir: str, setting: str) -> list[
                 raise ValueError(f"{setting}: {index} has over {MAX_INDEX_BYTES} bytes, the limit of an index")
             found = _read_index(index.read_bytes(), where, setting)
         else:
+            begun = [folder / name for folder in (Path(where), Path(where).resolve().parent) for name in CLAIMS]
+            if claim := next((path for path in begun if path.is_file()), None):
+                raise ValueError(
+                    f"{setting}={part!r}: {where} has no index.json, and {claim} says that it is being made: not every "
+                    "part of it is there. Give the command that makes it again (all of its --part)"
+                )
             found = [Shard(str(p), p.name) for p in sorted(Path(where).glob("*.tar"))]
         if not found:
             inner = sorted(p.parent.name for p in Path(where).glob("*/index.json"))
