@@ -21,3 +21,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Every test draws the same random numbers whatever ran before it, in whichever process."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Tables that tests have recorded: what a process of several prints, nobody sees."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                for name, value in report.user_properties:
+                    if name == "table":
+                        terminalreporter.write_sep("-", report.nodeid)
+                        terminalreporter.write_line(str(value))

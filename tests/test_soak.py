@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,16 +282,15 @@ def _python(text: str, folder: Path, *arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_the_short_form_finds_nothing_wrong(short, capsys):
+def test_the_short_form_finds_nothing_wrong(short, record_property):
     done, _ = short
+    record_property("table", done.stdout)  # conftest.py prints it at the end
     assert done.returncode == 0, done.stderr[-5000:] + done.stdout
     assert "3 of 3 survived" in done.stdout and "wrong**" not in done.stdout
     for kind in inputs.KINDS:
         assert f"| changed: {kind} |" in done.stdout
     for word in ("training", "packing", "tokenizing", "exporting"):
         assert f"SIGKILL while {word} | 1 |" in done.stdout and f"an operation on files, {word} |" in done.stdout
-    with capsys.disabled():
-        print(f"\n{done.stdout}")
 
 
 @pytest.mark.slow
@@ -306,3 +306,20 @@ def test_a_missing_rename_is_found(short, tmp_path):
     (tmp_path / "planted.py").write_text(RENAME_OFF)
     times, corrupt = map(int, _python(CRASH, tmp_path, short[1].root, 12).split()[-2:])
     assert times >= 8 and corrupt > 0, "written in place, and no kill left half a file behind"
+
+
+TABLE = """
+def test_it(record_property):
+    record_property("table", "| SIGUSR1 | 3 of 3 survived |")
+    print("nobody sees this")
+"""
+
+
+@pytest.mark.slow
+def test_tables_are_printed_at_the_end_by_whichever_process(tmp_path):
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    (tmp_path / "test_table.py").write_text(TABLE)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("| SIGUSR1 | 3 of 3 survived |") == 1, done.stdout
+    assert "nobody sees this" not in done.stdout
