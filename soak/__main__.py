@@ -7,7 +7,6 @@ of the table is not what it must be.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -27,6 +26,7 @@ from soak.corpus import Corpus
 from soak.damage import REJECT
 from soak.jobs import Count, jobs
 from vtok.commit import commit_of
+from vtok.data.workers import cores
 
 TURN = ("training", "packing", "tokenizing", "exporting", "training")  # of kills
 
@@ -160,7 +160,7 @@ def table(rows: list[Row], *, seconds: float, seed: int) -> str:
         lines.append(f"| {row.what} | {row.count} | {row.found} | {verdict} |")
     commit = commit_of(Path(__file__).resolve().parent.parent, ("vtok", "soak")) or "unknown"
     made = f"{time.strftime('%Y-%m-%d')}, commit {commit}, seed {seed}, {seconds / 60:.1f} minutes"
-    return "\n".join([*lines, "", f"{made} on {len(os.sched_getaffinity(0))} CPU cores."])
+    return "\n".join([*lines, "", f"{made} on {cores()} CPU cores."])
 
 
 def _parser(*, short: bool) -> argparse.ArgumentParser:

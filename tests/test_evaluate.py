@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,3 +229,9 @@ def test_every_option_is_read_by_all_kinds_of_models_or_by_some_that_are_named()
     some = {name for names in READ_BY.values() for name in names.split()}
     shared = {"model", "shards", "out", "clips", "batch_size", "device", "seed", "no_progress", "no_report"}
     assert some | shared == known and not some & shared
+
+
+def test_processes_are_as_many_as_the_job_has_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert _parser().parse_args(["run"]).processes == 3

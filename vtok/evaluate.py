@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from vtok.config import DataConfig, EvalConfig, from_dict, load_family
 from vtok.config import load as load_config
+from vtok.data.workers import cores
 from vtok.evaluation.evaluator import Evaluator, durations
 from vtok.evaluation.rows import check_same_weights
 from vtok.layers.perceptual import file_sha256, load_lpips
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--codecs", help=f"comma-separated from {','.join(CODECS)}, or none")
     parser.add_argument("--codec-clips", type=int, help="at most this many clips through the codecs")
     parser.add_argument("--profile", default="offline", choices=("offline", "low-delay"), help="how codecs are driven")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that run codecs")
+    parser.add_argument("--processes", type=int, default=cores(), help="processes that run codecs")
     parser.add_argument("--lpips", help="LPIPS weights; default: the run's eval.lpips_weights")
     parser.add_argument("--lpips-sha256", help="their hash")
     parser.add_argument("--fvd", help="I3D weights for rFVD; default: the run's eval.fvd_weights")

@@ -33,7 +33,7 @@ import torch
 from vtok.data.health import Health, TooManyBroken
 from vtok.data.pack import _add, _Hashing, _sync_folder, write_atomically, write_shared
 from vtok.data.sources import Shard, open_sources
-from vtok.data.workers import WorkerError, Workers
+from vtok.data.workers import WorkerError, Workers, cores
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -396,7 +396,7 @@ def devices_of(device: str) -> list[str]:
 
 
 def default_workers(device: str, devices: list[str]) -> int:
-    return len(os.sched_getaffinity(0)) if device == "cpu" else len(devices)
+    return cores() if device == "cpu" else len(devices)
 
 
 def print_rest(out: Path, rejected: list[dict[str, Any]], outstanding: int) -> None:

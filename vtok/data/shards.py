@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -39,7 +38,7 @@ from vtok.data.maps import open_map
 from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_shard, write_shared
 from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
-from vtok.data.workers import Notify, WorkerError, Workers
+from vtok.data.workers import Notify, WorkerError, Workers, cores
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -318,7 +317,7 @@ def pack(
     settings, out = settings or Settings(), Path(out)
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part={part[0]}/{part[1]}: the first number counts from 0 and lies below the second")
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     with Console(stderr=True, quiet=not progress).status("listing inputs"):
         found = collect(inputs, exclude=out)
     if found.ignored:
@@ -452,7 +451,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    workers = cores() if arguments.workers is None else arguments.workers
     problems = verify(arguments.verify, workers=workers, progress=not arguments.quiet)
     for problem in problems:
         print(problem)

@@ -27,7 +27,7 @@ from vtok.data.synthetic_maps import MAP_CHANNELS, check_map_settings, render_ma
 from vtok.data.synthetic_needles import Needle, Series
 from vtok.data.synthetic_pixels import render
 from vtok.data.synthetic_scenes import LEVELS, QUESTION_TYPES, Level, Scene, Shot, Thing, scene, scene_of
-from vtok.data.workers import Notify, WorkerError, Workers
+from vtok.data.workers import Notify, WorkerError, Workers, cores
 
 __all__ = ["LEVELS", "MAP_CHANNELS", "QUESTION_TYPES", "Level", "Needle", "Scene", "Series", "Shot", "Thing"]
 __all__ += ["render", "render_map", "scene", "scene_of", "write_corpus", "write_scene"]
@@ -132,7 +132,7 @@ def write_corpus(
     scene(**jobs[0][0])  # bad arguments fail here, before a folder or a process is made
     for split in {job[3] for job in jobs}:
         (out / split).mkdir(parents=True, exist_ok=True)
-    workers = min(workers or os.cpu_count() or 1, clips)
+    workers = min(workers or cores(), clips)
     size_of_task = min(8, -(-clips // (4 * workers)))
     tasks = [(jobs[at : at + size_of_task],) for at in range(0, clips, size_of_task)]
     with Workers(workers if workers > 1 else 0, progress=progress) as pool:

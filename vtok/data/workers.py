@@ -33,6 +33,13 @@ STRIKES = 2  # deaths of a worker at one place before it is given up
 Notify = Callable[[str], None]
 
 
+def cores() -> int:
+    """Cores that this process may run on: a job's share of a machine, not the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
 class WorkerError(RuntimeError):
     """A task raised; the message is its error's."""
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok.data.workers import cores
 from vtok.training.zero_shards import MOMENTS, CheckpointError, check_shards, check_trained, read_shards
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def sha256(path: Path) -> str:
 
 
 def _hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter free
+    with ThreadPoolExecutor(min(8, cores())) as pool:  # hashing leaves the interpreter free
         return dict(zip(files, pool.map(sha256, files.values())))
 
 
