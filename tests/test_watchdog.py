@@ -1,5 +1,6 @@
 """A run that stands still tells where: in one process here; two ranks that wait for each other (slow)."""
 
+import copy
 import logging
 import os
 import subprocess
@@ -192,6 +193,23 @@ def test_a_start_that_stands_still_is_told_of(tmp_path, caplog, clock, where):
     (text,) = [p.read_text() for p in (run / "stacks").iterdir()]
     what = {"setup": "the meeting of the processes", "loader": "the checkpoint to go on from, the loader"}[where]
     assert "after step 0, in " in text and what in text and "stands" in text
+
+
+def test_a_watched_module_can_be_copied(tmp_path):
+    """As benchmarks/train_step.py does, in the middle of a run."""
+    copies = []
+
+    class Copies(test_train.Data):
+        def advance(self, clip):
+            super().advance(clip)
+            module = self.trainer.lightning_module
+            trainer, module._trainer = module._trainer, None
+            copies.append(copy.deepcopy(module))
+            module._trainer = trainer
+
+    config = test_train.settings(tmp_path, trainer={"stall_minutes": 8, "max_steps": 1, "statistics_clips": 0})
+    training.train(config, data=Copies())
+    assert len(copies) == 1
 
 
 SCRIPT = """

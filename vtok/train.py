@@ -254,7 +254,7 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
         default_root_dir=run_dir,
     )
     signals.silence(trainer)
-    lit.moved = conductor.watchdog.moved
+    lit.moved = lambda doing: conductor.watchdog.moved(doing)  # a method would be copied with its watchdog's locks
     conductor.begin(rank=trainer.global_rank, step=resumed or 0)
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
