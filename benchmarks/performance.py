@@ -23,9 +23,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from memory import Memory
+from torch.utils.data import DataLoader
 
 from vtok.config import RunConfig, flatten, load
 from vtok.data.prefetch import ahead_of
@@ -37,12 +37,11 @@ PLAIN = "as it is"
 TO_DISK = "checkpoint every 5 steps"
 
 
-class Memory(pl.LightningDataModule):
+class Loaded(Memory):
     """Clips from memory through loader workers, pinned and copied as the run's keys say; marks the time of each."""
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.wall: list[float] = []
         self.cpu: list[float] = []
 
@@ -55,26 +54,9 @@ class Memory(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         data, device = self.config.data, self.trainer.strategy.root_device
         pin = device.type == "cuda" if data.pin_memory is None else data.pin_memory
-        stream = _Clips(data.batch_size, data.num_frames, tuple(data.size))
         workers = data.num_workers if device.type == "cuda" else 0
-        return ahead_of(
-            DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pin), device, wanted=data.prefetch
-        )
-
-
-class _Clips(IterableDataset):
-    def __init__(self, count: int, frames: int, size: tuple[int, ...]) -> None:
-        coarse = torch.rand(4 * count, 3, frames, 4, 4, generator=torch.Generator().manual_seed(0))
-        video = torch.nn.functional.interpolate(coarse, (frames, *size), mode="trilinear").mul(255).to(torch.uint8)
-        self.parts = video.split(count)
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __iter__(self):
-        for i in range(1 << 40):
-            part = self.parts[i % len(self.parts)]
-            yield Clip(keys=[f"{i}/{j}" for j in range(len(part))], video=part.clone())
+        loader = DataLoader(self.stream, batch_size=None, num_workers=workers, pin_memory=pin)
+        return ahead_of(loader, device, wanted=data.prefetch)
 
 
 def rows_of(config: RunConfig, *, cuda: bool) -> dict[str, tuple[str, list[str]]]:
@@ -109,7 +91,7 @@ def child(path: str, overrides: list[str], steps: int) -> dict[str, Any]:
     run.val_every = run.sample_every = 0
     run.checkpoint_minutes, run.progress, run.tensorboard, run.ledger = 1e6, False, False, True
     run.statistics_clips = min(run.statistics_clips, 64)
-    data = Memory(config)
+    data = Loaded(config)
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         config.out = out
         folder = train(config, data=data)

@@ -37,16 +37,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from memory import Memory
 
 from vtok.config import RunConfig, load, load_family
 from vtok.info.dry_run import DryRun, Watch
 from vtok.info.estimate import WEIGHTS
 from vtok.info.skeletons import Skeletons
 from vtok.train import build, train
-from vtok.types import Clip
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = (8, 64, 512)
@@ -129,32 +127,6 @@ def table(config: RunConfig, *, gbit: float | None = None) -> str:
 
 
 # measured
-
-
-class Memory(pl.LightningDataModule):
-    """The same few clips, from memory, for every rank."""
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        size, frames, count = config.data.size, config.data.num_frames, config.data.batch_size
-        video = torch.randint(0, 256, (4, count, 3, frames, *size), generator=torch.Generator().manual_seed(0))
-        self.clips = [Clip(keys=[str(i)] * count, video=v.to(torch.uint8)) for i, v in enumerate(video)]
-
-    def advance(self, clip: Clip) -> None:
-        pass
-
-    def train_dataloader(self) -> DataLoader:
-        clips = self.clips
-
-        class Stream(IterableDataset):
-            def __len__(self) -> int:
-                return 1 << 40
-
-            def __iter__(self):
-                for i in range(1 << 40):
-                    yield clips[i % len(clips)]
-
-        return DataLoader(Stream(), batch_size=None)
 
 
 def worker(asked: list[str]) -> None:

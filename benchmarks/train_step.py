@@ -31,7 +31,8 @@ os.environ["FORCE_COLOR"] = "1"  # a live bar, as on a terminal
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from memory import Endless, Memory
+from torch.utils.data import DataLoader
 from twins import loss_networks
 
 from vtok.config import RunConfig, load
@@ -65,18 +66,13 @@ class Bare:
         self.step += 1
 
 
-class Alternating(pl.LightningDataModule):
+class Alternating(Memory):
     """Clips from memory; a bare step before each batch. `marks`: CPU time at each of our steps, and of bare so far."""
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        self.config, self.bare, self.bare_s = config, None, 0.0
+        super().__init__(config)
+        self.bare, self.bare_s = None, 0.0
         self.marks: list[tuple[float, float]] = []
-        size, frames, count = config.data.size, config.data.num_frames, config.data.batch_size
-        generator = torch.Generator().manual_seed(0)
-        coarse = torch.rand(4 * count, 3, frames, 4, 4, generator=generator)
-        video = torch.nn.functional.interpolate(coarse, (frames, *size), mode="trilinear").mul(255).to(torch.uint8)
-        self.clips = [Clip(keys=[str(i)] * count, video=part) for i, part in enumerate(video.split(count))]
 
     def advance(self, clip: Clip) -> None:
         self.marks.append((time.process_time(), self.bare_s))
@@ -84,13 +80,9 @@ class Alternating(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         outer = self
 
-        class Stream(IterableDataset):
-            def __len__(self) -> int:
-                return 1 << 40
-
+        class Stream(Endless):
             def __iter__(self):
-                for i in range(1 << 40):
-                    clip = outer.clips[i % len(outer.clips)]
+                for clip in super().__iter__():
                     module = outer.trainer.lightning_module
                     if outer.trainer.training and getattr(outer.trainer, "optimizers", None):
                         outer.bare = outer.bare or Bare(module, outer.config)
@@ -99,7 +91,7 @@ class Alternating(pl.LightningDataModule):
                         outer.bare_s += time.process_time() - began
                     yield clip
 
-        return DataLoader(Stream(), batch_size=None)
+        return DataLoader(Stream(self.stream.batches), batch_size=None)
 
 
 @dataclass
