@@ -542,10 +542,12 @@ def test_statistics_are_fitted_behind_a_bar_on_a_terminal_and_in_few_lines_elsew
         bar = curves.Bar("statistics", delay_s=3.0)
         bar.console, bar.live = Console(file=io.StringIO(), force_terminal=terminal, width=100), terminal
         bar.every = 0.5 if terminal else 15.0
-        for clip in lit._videos(DataLoader(Stream(0, 20), batch_size=None), 78, bar):
+        moves: list[str] = []
+        for clip in lit._videos(DataLoader(Stream(0, 20), batch_size=None), 78, bar, moves.append):
             assert len(clip) in (BATCH, 2)
             clock[0] += 2.0  # a batch takes two seconds
         bar.stop()
+        assert len(moves) == 20 and moves[-1] == "the statistics, after 78 clips"  # that the watchdog is told of
         return bar.console.file.getvalue() + capsys.readouterr().out
 
     live, log = shown(True), shown(False)

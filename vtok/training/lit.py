@@ -511,7 +511,7 @@ def _videos(loader: Iterable[Clip], clips: int, bar: Bar, moved: Callable[[str],
         assert video is not None
         yield video[: clips - seen]
         seen += len(clip)
-        moved(f"the statistics, after {seen} clips")
+        moved(f"the statistics, after {min(seen, clips)} clips")
         if bar.due():
             bar.show(min(seen / clips, 1.0), f"{min(seen, clips)} of {clips} clips")
         if seen >= clips:
