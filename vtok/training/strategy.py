@@ -184,11 +184,12 @@ def _deepspeed(config: RunConfig, stage: int, frozen_model: bool) -> Strategy:
             path = Path(self.broadcast(str(checkpoint_path)))
             verify(path)
             if goes_on(describe(path), config) and same_groups(path, self.deepspeed_engine):
-                groups = self.deepspeed_engine.optimizer.param_groups
+                optimizer: Any = self.deepspeed_engine.optimizer
+                groups = optimizer.param_groups
                 now = [{k: v for k, v in group.items() if k != "params"} for group in groups]
                 state = super().load_checkpoint(path)
                 # the engine puts back the settings of then: what `optim.` says now would not take effect
-                for group, settings in zip(self.deepspeed_engine.optimizer.param_groups, now, strict=True):
+                for group, settings in zip(optimizer.param_groups, now, strict=True):
                     group.update(settings)
                 return state
             whole = checkpoints.read(path)
