@@ -10,12 +10,9 @@ The run directory: config.yaml, environment.json, checkpoints/{last,best}.ckpt, 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import socket
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import vtok
 from vtok import projecting
-from vtok.commit import commit_of
-from vtok.config import RunConfig, flatten, load, load_family, to_dict, to_yaml
+from vtok.config import RunConfig, flatten, load, load_family, to_dict
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.layers.teacher import differences
@@ -42,7 +38,8 @@ from vtok.training.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.training.lit_projector import LitProjector
 from vtok.training.lock import Lock
 from vtok.training.loop import Conductor, ToldToStop
-from vtok.training.optim import SCHEDULES, untrained_at_rest
+from vtok.training.optim import SCHEDULES
+from vtok.training.run_files import write_run_files
 from vtok.types import ShapeError
 
 log = logging.getLogger(__name__)
@@ -207,7 +204,7 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     data = ClipDataModule(config.data, tower=tower, audio=audio) if data is None else data
     lit = build(config, fresh=about is None)
     if first:
-        _write_run_files(config, lit)
+        write_run_files(config, lit)
         if about is not None:
             print(f"resuming {run_dir} at step {about['step']}" + (f"; changed: {changed}" if changed else ""))
             if not strategy.goes_on(about, config):
@@ -365,69 +362,6 @@ def _quieten() -> None:
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts rest on purpose (optim.freeze)
     ):
         warnings.filterwarnings("ignore", text)
-
-
-# the run directory
-
-
-def _write_run_files(config: RunConfig, lit: LitCompressor) -> None:
-    text = to_yaml(config)
-    aside = config.run_dir / ".config.yaml"
-    aside.write_text(text)
-    os.replace(aside, config.run_dir / "config.yaml")
-    path = config.run_dir / "environment.json"
-    try:
-        starts = json.loads(path.read_text())["starts"]
-    except (OSError, ValueError, KeyError):
-        starts = []
-    shipped = sum(p.numel() for p in lit.model.parameters())
-    trained = sum(p.numel() for p in lit.parameters() if p.requires_grad)
-    counts: dict[str, Any] = {"parameters": shipped, "parameters_trained": trained}
-    counts["max_tokens"] = getattr(lit.model, "max_tokens", None)
-    aside = config.run_dir / ".environment.json"
-    aside.write_text(json.dumps({"starts": [*starts, {**environment(config), **counts}]}, indent=1))
-    os.replace(aside, path)
-    print(text.rstrip())
-    print(f"model: {shipped / 1e6:.2f} M parameters; trained here: {trained / 1e6:.2f} M")
-    print(strategy.batch_line(config))
-    if config.optim.freeze or config.optim.train_only:
-        rests = [p.numel() for p in lit.model.parameters() if not p.requires_grad]
-        print(f"at rest (optim.freeze, optim.train_only): {len(rests)} tensors of the model, {sum(rests) / 1e6:.2f} M")
-        untrained = untrained_at_rest(lit.model)
-        if untrained and not config.init_from:
-            print(
-                f"warning: {', '.join(untrained)} rest as they began, untrained: init_from is empty. Set it to an "
-                "export, or let them learn (optim.freeze, optim.train_only)"
-            )
-
-
-def environment(config: RunConfig) -> dict[str, Any]:
-    """What a start of a run ran on: versions, machine, processes, command and commit, as JSON-ready values."""
-    import importlib.metadata
-    import platform
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    packages = ("vtok", "lightning", "av", "deepspeed", "vector-quantize-pytorch")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [sys.executable, *sys.argv],
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {**{name: version(name) for name in packages}, "torch": torch.__version__},
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "world_size": step_size.processes(config),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "commit": commit_of(Path(vtok.__file__).resolve().parent.parent),
-    }
 
 
 if __name__ == "__main__":
