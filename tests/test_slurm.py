@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -74,9 +73,13 @@ def test_full_presets_can_be_submitted(name, capsys):
     assert said["nodes"] == str(nodes) and said["time"] == "2-00:00:00" and "requeue" in said
     assert said["gpus-per-node"] == said["ntasks-per-node"] == str(devices) and said["partition"] == "gpus"
     assert said["signal"] == "SIGUSR1@120" and said["open-mode"] == "append" and "{{" not in script
-    told = re.search(rf"# deepspeed_2: .* = {nodes * devices} ranks; global batch = (.*) = (\d+) clips", script)
-    factors = re.fullmatch(r"(\d+) x (\d+) ranks x (\d+) accumulated", told[1]) if told else None
-    assert told and factors and math.prod(map(int, factors.groups())) == int(told[2])
+    told = re.search(rf"# deepspeed_2: .* = {nodes * devices} ranks; global batch = (.*) = ([\d or]+) clips", script)
+    factors = re.fullmatch(r"([\d or]+) x (\d+) ranks x (\d+) accumulated", told[1]) if told else None
+    assert told and factors
+    sizes, clips = ([int(n) for n in text.split(" or ")] for text in (factors[1], told[2]))  # of each part of the data
+    assert [size * int(factors[2]) * int(factors[3]) for size in sizes] == clips
+    config = load(CONFIGS / name)
+    assert sizes == list(config.data.part_batch_sizes or [config.data.batch_size])
 
 
 def test_every_family_has_a_preset_for_many_gpus():
