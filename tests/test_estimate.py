@@ -167,6 +167,22 @@ def test_a_dry_step_is_the_real_one():
     assert dry == real and real.forward_flops > 0 and real.peak_bytes > real.held_bytes > 0
 
 
+def test_large_modules_are_moved_in_place():
+    """As peft moves its adapters: the parameter stays the one that others hold, also where it is tied."""
+    move = torch.nn.Module._apply
+    with DryRun():
+        layer, tied = torch.nn.Linear(1024, 2048, bias=False), torch.nn.Linear(1024, 2048)
+        own = tied.weight = layer.weight
+        layer.to("cpu", dtype=torch.float32)
+        both = torch.nn.ModuleList([layer, tied]).to(torch.bfloat16)
+        assert layer.weight is tied.weight is own and own.dtype == tied.bias.dtype == torch.bfloat16
+        assert {name for name, _ in both.named_parameters()} == {"0.weight", "1.bias"}
+        layer(torch.zeros(2, 1024, dtype=torch.bfloat16)).sum().backward()
+        assert own.grad is not None and own.grad.dtype == torch.bfloat16
+        assert layer.float().weight.dtype == layer.weight.grad.dtype == torch.float32
+    assert torch.nn.Module._apply is move
+
+
 def test_what_hangs_on_large_numbers_is_refused():
     with DryRun() as run:
         large = run.empty(1 << 21)

@@ -45,6 +45,15 @@ class DryRun(TorchDispatchMode):
         self._real = WeakIdKeyDictionary()  # stand-ins
         self.guessed = False  # whether a stand-in was needed: set it back before what is to be asked about
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._patched = contextlib.ExitStack()
+
+    def __enter__(self) -> Any:
+        self._patched.enter_context(_moved_in_place())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patched.close()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A fake tensor."""
@@ -135,6 +144,39 @@ class DryRun(TorchDispatchMode):
             else:
                 out.append(index)
         return out
+
+
+@contextlib.contextmanager
+def _moved_in_place() -> Iterator[None]:
+    """While active, `Module.to` and its like give fake parameters other data, as they do real ones.
+
+    torch would swap a fake parameter with another, which fails as soon as anything refers to it weakly: fake tensors
+    that were made of it do.
+    """
+    original = nn.Module._apply
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            child._apply(fn)
+        fakes = {name: value for name, value in module._parameters.items() if isinstance(value, FakeTensor)}
+        for parameter in fakes.values():
+            with torch.no_grad():
+                moved = fn(parameter)
+                gradient = None if parameter.grad is None else fn(parameter.grad)
+            if moved is not parameter:
+                parameter.grad = None
+                parameter.data, parameter.grad = moved, gradient
+        module._parameters.update(dict.fromkeys(fakes))
+        try:
+            return original(module, fn, recurse=False)
+        finally:
+            module._parameters.update(fakes)
+
+    nn.Module._apply = apply
+    try:
+        yield
+    finally:
+        nn.Module._apply = original
 
 
 def _whole_numbers(known: Any, out: Any) -> Any:
