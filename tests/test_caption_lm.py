@@ -228,6 +228,26 @@ def test_lengths_can_be_imposed(folders, form):
     assert (first[0] - first[1]).abs().max() < 1e-10  # the words they share are the same
     with pytest.raises(ShapeError, match="lengths or one below 1"):
         model.compress(features, exact=exact[:, :2])
+    with pytest.raises(ValueError, match=f"exact asks for {MOST + 1} words of a segment: ask for 1 to {MOST}"):
+        model.compress(features, exact=exact + MOST - 8)
+
+
+@torch.no_grad()
+def test_every_segment_keeps_its_base_tokens_and_a_word(folders):
+    """At the largest number of tokens that is: without a budget no segment is left without what it looks like."""
+    model, clip = made(folders["llama"], "pool")
+    base = model.config.base.tokens
+    assert base == 4
+    free = model.encode(clip)
+    assert torch.equal(free.lengths, (model.captioner.kept + base * (model.captioner.kept > 0)).sum(1))
+    model.max_tokens = 3 * (base + 1)
+    tokens = model.encode(clip)
+    has = torch.zeros(3, 3, dtype=torch.int64).scatter_add(1, tokens.group, tokens.mask.long())
+    assert has[0].tolist() == [5, 5, 5] and model.captioner.kept[0].tolist() == [1, 1, 1]
+    model.max_tokens -= 1
+    assert model.encode(clip, budget=2).lengths.tolist() == [2, 2, 2]  # what is asked for is given
+    with pytest.raises(ValueError, match="max_tokens=14 cannot hold a clip of 3 segments, each with 4 base tokens"):
+        model.encode(clip)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from vtok.evaluation.free_lengths import (
     sentences,
 )
 from vtok.families.language import build
+from vtok.layers.base_tokens import BaseConfig
 from vtok.llm import LLMConfig, load_llm
 from vtok.types import Clip
 
@@ -156,6 +157,35 @@ def test_the_table_of_a_model_whose_lengths_are_free(folder, tmp_path):
         again = Imposed(model, seen.lengths).encode(clip)
     assert torch.equal(own.lengths, again.lengths)
     assert (own.embeddings - again.embeddings).abs().max() < 1e-5  # what a model chose itself is nothing to impose
+
+
+@torch.no_grad()
+def test_lengths_that_are_cut_again_are_said(folder):
+    """Base tokens are no words; where the most tokens of a clip cut imposed lengths, that row has fewer."""
+    torch.manual_seed(0)
+    llm = load_llm(LLMConfig(name=folder))
+    sizes = dict(embedding_dim=llm.embedding_dim, embedding_rms=llm.embedding_rms, base=BaseConfig("pool", patches=2))
+    clip = videos([7, 1, 6, 4])
+    clip.features["tower"].patches = clip.features["tower"].patches.float()
+    model = build(config(folder, **sizes)).eval()
+    asked = [{"question": "What?", "answer": "ring", "choices": ["ring", "star"]}]
+    clip = Clip([f"val-{i}" for i in range(4)], features=clip.features, qa=[asked] * 4)
+    model.max_tokens = 20
+    free = Observed(model)
+    free.encode(clip)
+    assert min(n for row in free.lengths.values() for n in row) >= 1 and sum(free.lengths["val-0"]) == 20 - 3 * 2
+    how = dict(val=[clip], template="<video> Question: {question} Answer:", budgets=[4], progress=False)
+    result = AnsweringEvaluator(model, llm, **how).run(model="m")
+    total = sum(map(sum, free.lengths.values()))
+    for name, key in ((FIXED, "fixed"), (SHUFFLED, "shuffled")):
+        given = Imposed(model, controlled(free.lengths, seed=0)[name])
+        given.encode(clip)
+        lost = total - sum(map(sum, given.lengths.values()))
+        assert result["lengths"][key]["words_lost"] == lost
+        row = next(row for row in result["rows"] if row["method"] == name)
+        assert (f"max_tokens cut {lost} words" in (row["note"] or "")) == bool(lost)
+    assert result["lengths"]["fixed"]["words_lost"] > 0
+    assert "Not of the same total: model.max_tokens cut" in " ".join(sentences(result["lengths"]))
 
 
 def test_models_without_free_lengths_have_no_such_rows(folder):

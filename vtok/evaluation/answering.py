@@ -231,7 +231,7 @@ class AnsweringEvaluator:
     def _lengths(self, rows: dict[tuple[str, int | None], AnswerRow]) -> dict[str, Any] | None:
         """Rows of the same total elsewhere, after the free lengths of all clips are known; what is said of them."""
         assert self.observed is not None
-        free, found = self.observed.lengths, {}
+        free, found, spent = self.observed.lengths, {}, {}
         if not free:
             return None
         for name, lengths in controlled(free, seed=self.seed).items():
@@ -239,8 +239,11 @@ class AnsweringEvaluator:
             for clip in self._clips():
                 self._ask(row, self._seen(clip, self.model)[0], model, None)
             rows[name, None] = row
-            found[name] = paired(rows[self.family, None], row, seed=self.seed)
-        return judged(free, found, self.facts, seed=self.seed)
+            found[name], spent[name] = paired(rows[self.family, None], row, seed=self.seed), model.lengths
+            lost = sum(map(sum, free.values())) - sum(map(sum, model.lengths.values()))
+            if lost:
+                row.note(f"not of the same total: model.max_tokens cut {lost} words of clips that were given more")
+        return judged(free, found, self.facts, seed=self.seed, spent=spent)
 
     def _menu(self, model: Any, features: Any) -> list[int | None]:
         """The budgets of every row, settled by the first clips; all tokens for a model that takes no budget."""

@@ -29,7 +29,8 @@ Lengths = dict[str, list[int]]  # words of each segment, by clip
 
 
 class Observed:
-    """A model whose captions' lengths are written down, by clip, in `lengths`; asked as the model is."""
+    """A model whose captions' lengths are written down, by clip, in `lengths`: words that were handed on where no
+    budget was asked. Asked as the model is."""
 
     def __init__(self, model: Any):
         self.model, self.lengths = model, Lengths()
@@ -40,28 +41,30 @@ class Observed:
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         tokens = self.model.encode(clip, budget=budget)
         if budget is None:
-            counts = torch.zeros(len(clip), int(tokens.num_groups.max()), dtype=torch.int64, device=tokens.group.device)
-            counts = counts.scatter_add(1, tokens.group.masked_fill(~tokens.mask, 0), tokens.mask.long()).tolist()
-            base = self.model.config.base.tokens
-            for key, row, groups in zip(clip.keys, counts, tokens.num_groups.tolist()):
-                self.lengths[key] = [count - base for count in row[:groups]]
+            self._note(clip, tokens)
         return tokens
 
+    def _note(self, clip: Clip, tokens: Tokens) -> None:
+        kept = self.model.captioner.kept.tolist()
+        for key, row, groups in zip(clip.keys, kept, tokens.num_groups.tolist()):
+            self.lengths[key] = row[:groups]
 
-class Imposed:
-    """A model whose captions have the lengths that are given, past their stop or cut; asked as the model is."""
 
-    def __init__(self, model: Any, lengths: Mapping[str, Sequence[int]]):
-        self.model, self.lengths = model, lengths
+class Imposed(Observed):
+    """A model whose captions have the lengths that are given, past their stop or cut. What the most tokens of a clip
+    leave of them is in `lengths`."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    def __init__(self, model: Any, asked: Mapping[str, Sequence[int]]):
+        super().__init__(model)
+        self.asked = asked
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
-        rows = [list(self.lengths[key]) for key in clip.keys]
+        rows = [list(self.asked[key]) for key in clip.keys]
         most = max(len(row) for row in rows)
         exact = torch.tensor([row + [0] * (most - len(row)) for row in rows])
-        return self.model.compress(self.model.features(clip), budget=budget, prompt=clip.prompt, exact=exact)
+        tokens = self.model.compress(self.model.features(clip), budget=budget, prompt=clip.prompt, exact=exact)
+        self._note(clip, tokens)
+        return tokens
 
 
 def fixed_lengths(lengths: Lengths) -> Lengths:
@@ -194,10 +197,16 @@ def _stretches(seconds: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def judged(
-    lengths: Lengths, differences: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any] | None, *, seed: int
+    lengths: Lengths,
+    differences: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Any] | None,
+    *,
+    seed: int,
+    spent: Mapping[str, Lengths] | None = None,
 ) -> dict[str, Any]:
     """The `lengths` of eval.json. differences: of accuracies, free minus imposed, by the imposed row's name, as
-    `vtok.evaluation.answer_rows.paired` has them."""
+    `vtok.evaluation.answer_rows.paired` has them. spent: by the same names, lengths as they were handed on
+    (`Imposed.lengths`); fewer words than the free ones where clips were cut to `model.max_tokens`."""
     every = [count for row in lengths.values() for count in row]
     out: dict[str, Any] = {
         "words_mean": sum(every) / len(every),
@@ -215,6 +224,9 @@ def judged(
             low = (found["difference_ci"] or [math.nan])[0]
             verdict = {"no_worse": low > -MARGIN} if key == "fixed" else {"loses": low > 0}
             out[key] = {**found, **verdict}
+            if spent is not None:
+                handed = [count for row in spent[name].values() for count in row]
+                out[key] |= {"words_mean": sum(handed) / len(handed), "words_lost": sum(every) - sum(handed)}
     return out
 
 
@@ -239,15 +251,25 @@ def sentences(found: Mapping[str, Any] | None) -> list[str]:
         verdict = "no worse than" if fixed["no_worse"] else "not shown to be as good as"
         out.append(
             f"Free lengths are {verdict} the fixed length of the same mean: {100 * fixed['difference']:+.1f} points"
-            f"{_bounds(fixed['difference_ci'], 100)}, {100 * found['margin']:.0f} allowed."
+            f"{_bounds(fixed['difference_ci'], 100)}, {100 * found['margin']:.0f} allowed.{_lost(fixed)}"
         )
     if shuffled is not None and shuffled["difference"] is not None:
         verdict = "lose" if shuffled["loses"] else "are not shown to lose"
         out.append(
             f"The same lengths shuffled between videos {verdict}: free ones are {100 * shuffled['difference']:+.1f} "
-            f"points{_bounds(shuffled['difference_ci'], 100)} ahead."
+            f"points{_bounds(shuffled['difference_ci'], 100)} ahead.{_lost(shuffled)}"
         )
     return [text.replace("-", "\N{MINUS SIGN}") if "points" in text else text for text in out]
+
+
+def _lost(found: Mapping[str, Any]) -> str:
+    """That a row had fewer words than the free lengths."""
+    if not found.get("words_lost"):
+        return ""
+    return (
+        f" Not of the same total: model.max_tokens cut {found['words_lost']} words of these, to "
+        f"{found['words_mean']:.1f} a caption."
+    )
 
 
 def _bounds(bounds: Sequence[float] | None, scale: float) -> str:

@@ -303,7 +303,7 @@ class Model(SmallReader):
             inner = (lengths[:, None] - first).clamp(max=c.window)[there]
             asked = [ids for _, ids in rows]
             segments = Segments(there, visual, inside, raw, features.grid, inner, asked, times)
-            limit = limits(budget, most=self.max_tokens, shape=there.shape)
+            limit = limits(budget, most=self.max_tokens, there=there, base=c.base.tokens)
             return self.captioner(self, self.head, segments, limit=limit, captions=captions, exact=exact)
         if c.ata.score == "novelty":
             at = torch.arange(features.patches.shape[1], device=lengths.device) // c.window

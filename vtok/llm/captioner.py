@@ -56,6 +56,7 @@ class Captioner(nn.Module):
     """What learns in soft captions beside the small language model and the head.
 
     learned: what the target captions taught in the last training step; None where there were none to learn.
+    kept: [B, G] int64, words of each segment among the tokens that were made last, 0 past a clip's own.
 
     Args:
         captions, base: as the model's. words: of a caption at most. width, rms: of the small model's words. out:
@@ -79,6 +80,7 @@ class Captioner(nn.Module):
         self.length = LengthHead(width, most=words) if captions.length == "head" else None
         self.base = BaseTokens(base, **out) if base.kind else None
         self.learned: Learned | None = None
+        self.kept: Tensor | None = None
 
     def forward(
         self,
@@ -95,7 +97,8 @@ class Captioner(nn.Module):
         Args:
             limit: [B] int64, tokens of a clip at most, or [B, G], of each segment.
             captions: of each clip, entries as `Clip.captions` has them: targets, where the model is in training.
-            exact: [B, up to G] int64, words of each segment, exactly; None: as many as there is to tell.
+            exact: [B, up to G] int64, words of each segment, before the limit; None: as many as there is to tell.
+        Raises: ShapeError for `exact` of other segments; ValueError for words that a caption cannot have.
         """
         there, prompt = segments.there, self.prompt(reader, segments)
         targets = None
@@ -108,13 +111,20 @@ class Captioner(nn.Module):
                     f"exact has {list(exact.shape)} lengths or one below 1, the clips {list(there.shape)} segments"
                 )
             exact = exact[there]
+            if int(exact.max()) > self.words:
+                raise ValueError(
+                    f"exact asks for {int(exact.max())} words of a segment: ask for 1 to {self.words} "
+                    "(model.num_tokens)"
+                )
         written = self.write(reader, prompt, targets, exact)
-        made, words = head(written.states), written.lengths
+        made, words, beside = head(written.states), written.lengths, 0
         if self.base is not None:
             base = self.base(segments.patches, segments.grid, segments.frames)
-            made, words = torch.cat([base.to(made.dtype), made], 1), words + base.shape[1]
+            beside = base.shape[1]
+            made, words = torch.cat([base.to(made.dtype), made], 1), words + beside
         has = torch.zeros(there.shape, dtype=torch.int64, device=made.device).masked_scatter(there, words)
         kept = torch.minimum(has, limit.to(has)) if limit.ndim == 2 else fair_shares(has, limit.to(has))
+        self.kept = (kept - beside).clamp(min=0)
         return segment_tokens(made, kept, there.sum(1), times=segments.times)
 
     def prompt(self, reader: SmallReader, segments: Segments) -> Prompt:
@@ -196,11 +206,21 @@ def _text(entry: Any) -> str:
     return str(entry.get("text") or "") if isinstance(entry, dict) else str(entry)
 
 
-def limits(budget: Budget | None, *, most: int, shape: torch.Size) -> Tensor:
-    """[B] int64: tokens that each clip may have, or [B, G], each segment. shape: [B, G].
+def limits(budget: Budget | None, *, most: int, there: Tensor, base: int = 0) -> Tensor:
+    """[B] int64: tokens that each clip may have, or [B, G], each segment.
 
-    Raises: ValueError for budgets out of range, ShapeError for those of another shape.
+    there: [B, G] bool, segments that there are. base: tokens of each beside its words.
+
+    Raises: ValueError for budgets out of range, and for clips that without one have more segments than `most` tokens
+        give their base and a word; ShapeError for those of another shape.
     """
+    shape, segments = there.shape, int(there.sum(1).max())
+    if budget is None and segments * (base + 1) > most:
+        raise ValueError(
+            f"model.max_tokens={most} cannot hold a clip of {segments} segments, each with {base} base tokens "
+            f"(model.base) and a word at least: set it to {segments * (base + 1)} or more, or lower model.max_frames, "
+            "or raise model.window"
+        )
     if isinstance(budget, Tensor) and budget.ndim == 2:
         if budget.shape != shape or budget.is_floating_point() or int(budget.min()) < 0:
             raise ShapeError(f"budget is {budget.dtype} {list(budget.shape)}, expected int64 {list(shape)}, 0 or more")
