@@ -104,7 +104,9 @@ def test_the_table_measures_every_method_at_as_many_tokens(lab, tmp_path):
         assert 0 <= row["token_f1"] <= 1 and row["token_f1_ci"][0] <= row["token_f1"] <= row["token_f1_ci"][1]
         if ratio and ratio > 1:
             assert found["words_mean"] / row["tokens_mean"] == pytest.approx(ratio, rel=0.1)
-    assert table["blind", None]["tokens_mean"] == 0
+            assert row["words_per_token"] == pytest.approx(found["words_mean"] / row["tokens_mean"])
+            assert "were asked" not in (row["note"] or "")
+    assert table["blind", None]["tokens_mean"] == 0 and table["blind", None]["words_per_token"] is None
     for each in found["versus"]:  # against itself by another name, and against sums of runs of words
         ours, other = table["language", each["ratio"]], table[each["against"], each["ratio"]]
         assert each["difference"] == pytest.approx(ours["token_f1"] - other["token_f1"]) and each["texts"] == 5
@@ -122,6 +124,28 @@ def test_the_table_measures_every_method_at_as_many_tokens(lab, tmp_path):
         RepeatingEvaluator(Words(llm), llm, val=[], repeat="", ratios=[0.5])
     with pytest.raises(ValueError, match="have no texts"):
         RepeatingEvaluator(Words(llm), llm, val=[Clip(["a"])], progress=False, **prompts).run()
+
+
+def test_ratios_that_texts_do_not_reach_are_said(lab, tmp_path, capsys):
+    """A text has one token at least: asked for more words a token than it has, it has as many as there are."""
+    llm = load_llm(LLMConfig(name=str(lab / "llm")))
+    texts = ["a red ring", "a blue star moves"]
+    clip, count = Clip(["a", "b"], text=texts), sum(len(llm.tokenizer(text).input_ids) for text in texts)
+    evaluator = RepeatingEvaluator(
+        Words(llm), llm, val=[clip], repeat="<video>\nRepeat:", ratios=[1, 40], progress=False
+    )
+    found = evaluator.run(model="words")
+    table = {(row["method"], row["ratio"]): row for row in found["rows"]}
+    for method in ("language", "truncation", "mean_pool"):
+        row = table[method, 40.0]
+        assert row["words_per_token"] == count / 2 < 36
+        assert f"40 words a token were asked, these texts came to {count / 2:.1f}" in row["note"]
+        assert table[method, 1.0]["words_per_token"] == 1 and "asked" not in (table[method, 1.0]["note"] or "")
+    assert [f"(these texts came to {count / 2:.1f})" in line for line in told(found)] == [False, True]
+    print_repeats(found)
+    assert "note: 40 words a token were asked" in " ".join(capsys.readouterr().out.split())
+    page = write_repeat_report(found, evaluator.examples, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "were asked, these texts came to" in page and "reached" in page
 
 
 def test_what_a_text_scores_does_not_depend_on_the_texts_beside_it(lab):

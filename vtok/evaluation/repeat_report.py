@@ -29,6 +29,7 @@ from vtok.evaluation.page import (
     table,
     write_page,
 )
+from vtok.evaluation.repeating import missed
 
 ENDS = {"blind": "blind", "words": "every word"}  # rows without a ratio of their own
 
@@ -36,6 +37,7 @@ ENDS = {"blind": "blind", "words": "every word"}  # rows without a ratio of thei
 def told(evaluation: Mapping[str, Any]) -> list[str]:
     """A sentence a ratio: whether the compressor leads what it is held against."""
     family, out = evaluation.get("family"), []
+    reached = {row["ratio"]: row["words_per_token"] for row in evaluation.get("rows") or [] if row["method"] == family}
     by_ratio: dict[float, list[Mapping[str, Any]]] = {}
     for each in evaluation.get("versus") or []:
         by_ratio.setdefault(each["ratio"], []).append(each)
@@ -43,7 +45,9 @@ def told(evaluation: Mapping[str, Any]) -> list[str]:
         beaten = [f"{points(x['difference'])}{range_of(x['difference_ci'])} against {x['against']}" for x in gaps]
         ahead = [x["winner"] for x in gaps]
         verdict = "leads" if all(x == family for x in ahead) else "does not lead everything"
-        out.append(f"{ratio:g} words a token, F1 of what is said again: {family} {verdict}: {', '.join(beaten)}.")
+        got = reached.get(ratio)
+        came = f" (these texts came to {got:.1f})" if missed(ratio, got) else ""
+        out.append(f"{ratio:g} words a token{came}, F1 of what is said again: {family} {verdict}: {', '.join(beaten)}.")
     return out
 
 
@@ -131,12 +135,18 @@ def _series(rows: Sequence[Mapping[str, Any]], family: str, key: str) -> list[Se
             if row["method"] != name or value is None:
                 continue
             bounds = interval(row, key)
-            text = f"{name}, {row['ratio']:g} words a token ({row['tokens_mean']:.1f} tokens): {per_cent(value)} %"
+            text = f"{name}, {row['ratio']:g} words a token ({_reached(row)}{row['tokens_mean']:.1f} tokens)"
+            text += f": {per_cent(value)} %"
             text += f" (95 %: {per_cent(bounds[0])} to {per_cent(bounds[1])})" if bounds else ""
             marks.append((row["ratio"], 100 * value, text))
             whiskers += [(row["ratio"], 100 * bounds[0], 100 * bounds[1])] if bounds else []
         out.append(Series(name, sorted(marks), at, ours=name == family, whiskers=tuple(whiskers)))
     return out
+
+
+def _reached(row: Mapping[str, Any]) -> str:
+    got = number(row.get("words_per_token"))
+    return "" if got is None else f"{got:.1f} reached, "
 
 
 def _levels(rows: Sequence[Mapping[str, Any]], count: int, key: str) -> list[Level]:
@@ -168,7 +178,8 @@ def _plot_section(rows: Sequence[Mapping[str, Any]], family: str) -> str:
     if not figures:
         return ""
     return f"""<section id="ratios" aria-labelledby="ratios-title"><h2 id="ratios-title">By compression ratio</h2>
-<p class="note">A ratio is words of the language model for each token it reads in their place. Dotted: the model blind,
+<p class="note">A ratio is words of the language model for each token it reads in their place, as asked; the table has
+what texts of their length came to. Dotted: the model blind,
 and with every word. Bars are 95 % intervals over texts. Point at a mark for its numbers; choose a name to hide it.</p>
 {legend(_series(rows, family, "token_f1"))}<div class="charts">{"".join(figures)}</div></section>"""
 
@@ -201,6 +212,7 @@ def _table_section(rows: Sequence[Mapping[str, Any]], family: str) -> str:
     columns = [
         Column("method", "method", "s"),
         Column("ratio", "words a token", "g"),
+        Column("words_per_token", "reached", ".1f"),
         Column("tokens_mean", "tokens", ".1f"),
         Column("token_f1", "F1 %", per_cent, "token_f1_ci"),
         Column("exact_match", "exact %", per_cent),

@@ -6,8 +6,9 @@
     2. at each ratio the compressor, the text's first words, and means of runs of its words, all as many tokens
     3. how well the text is repeated (greedy, and word after word with those before given), and questions answered
 
-A ratio is words of the LLM's own tokenizer for each token that it reads in their place. Intervals are 95 % percentile
-intervals of a bootstrap over texts. What is undefined is null, and the row's `note` says why.
+A ratio is words of the LLM's own tokenizer for each token that it reads in their place: what was asked (`ratio`), and
+what texts of their length came to (`words_per_token`), since a text has one token at least. Intervals are 95 %
+percentile intervals of a bootstrap over texts. What is undefined is null, and the row's `note` says why.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from vtok.types import Budget, Clip, Tokens
 RATIOS = (5.0, 10.0, 20.0, 40.0)
 PLACES = 10  # stretches of a text, whose accuracies are told one by one
 CONTROLS = ("truncation", "mean_pool")
+NEAR = 0.1  # how far the words a token that texts come to may be from those asked before a row says so
 EXAMPLES = 6  # texts that are shown with what was said again
 
 
@@ -126,7 +128,7 @@ class RepeatingEvaluator:
                 "words_mean": words / texts,
                 "llm": self.llm.identity(),
                 "environment": environment(self.device, seed=self.seed),
-                "rows": [self._finish(row) for row in rows.values()],
+                "rows": [self._finish(row, words=words / texts) for row in rows.values()],
                 "versus": self._versus(rows),
             }
         )
@@ -193,15 +195,22 @@ class RepeatingEvaluator:
                 out.append({**entry, "texts": len(gap), "winner": leader(bounds, self.family, method)})
         return out
 
-    def _finish(self, row: RepeatRow) -> dict[str, Any]:
+    def _finish(self, row: RepeatRow, *, words: float) -> dict[str, Any]:
+        """words: of a text, on average."""
         places = (row.places[0] / row.places[1]).tolist()
-        notes = list(row.notes) + ([] if row.right else ["accuracy: the texts have no questions with choices"])
+        tokens = _mean(row.tokens)
+        reached = words / tokens if tokens else math.nan
+        notes = list(row.notes)
+        if missed(row.ratio, reached):
+            notes.append(f"{row.ratio:g} words a token were asked, these texts came to {reached:.1f}")
+        notes += [] if row.right else ["accuracy: the texts have no questions with choices"]
         return {
             "method": row.method,
             "ratio": row.ratio,
             "budget": None,
             "texts": len(row.f1),
-            "tokens_mean": _mean(row.tokens),
+            "tokens_mean": tokens,
+            "words_per_token": reached,
             "token_f1": _mean(row.f1),
             "token_f1_ci": bootstrap(torch.tensor(row.f1, dtype=torch.float64), seed=self.seed),
             "exact_match": _mean(row.exact),
@@ -216,6 +225,11 @@ class RepeatingEvaluator:
         }
 
 
+def missed(asked: float | None, reached: float | None) -> bool:
+    """Whether words a token are not near those that were asked; not where either is unknown."""
+    return asked is not None and reached is not None and abs(reached / asked - 1) > NEAR
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -225,7 +239,7 @@ def print_repeats(result: dict[str, Any], console: Console | None = None) -> Non
     title = f"{result['model']}: {result['clips']} texts of {result['words_mean']:.0f} words on average"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    headings = ("ratio", "tokens", "F1", "95 %", "exact", "prefix", "by word", "begin..end", "asked")
+    headings = ("ratio", "got", "tokens", "F1", "95 %", "exact", "prefix", "by word", "begin..end", "asked")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in sorted(result["rows"], key=lambda row: row["ratio"] or math.inf):
@@ -234,6 +248,7 @@ def print_repeats(result: dict[str, Any], console: Console | None = None) -> Non
         table.add_row(
             row["method"],
             "-" if row["ratio"] is None else f"{row['ratio']:g}",
+            "-" if row["words_per_token"] is None else f"{row['words_per_token']:.1f}",
             f"{row['tokens_mean']:.1f}",
             *(_per_cent(row["token_f1"]), interval or "-"),
             *(_per_cent(row[name]) for name in ("exact_match", "correct_prefix", "position_accuracy")),
@@ -242,8 +257,16 @@ def print_repeats(result: dict[str, Any], console: Console | None = None) -> Non
         )
     out = console or Console()
     out.print(table)
-    out.print("per cent; ratio: words a token; F1, exact and prefix (before the first error): said again", style="dim")
+    out.print(
+        "per cent; ratio: words a token asked, got: reached; F1, exact, prefix (before an error): said again",
+        style="dim",
+    )
     out.print("by word: those before given; begin..end: the first and last tenth; asked: questions", style="dim")
+    for row in result["rows"]:
+        if row["method"] == result["family"] and missed(row["ratio"], row["words_per_token"]):
+            out.print(
+                f"note: {row['ratio']:g} words a token were asked, these texts came to {row['words_per_token']:.1f}"
+            )
 
 
 def _per_cent(value: float | None) -> str:
