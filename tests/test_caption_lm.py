@@ -365,6 +365,18 @@ def test_gradients_reach_what_learns_and_the_decoder_stays(folders, learn, how):
         assert model.encode(clip).embeddings.isfinite().all()
 
 
+def test_adapters_whose_parameters_are_split_are_refused(folders):
+    """Under ZeRO-3, whose mark on a parameter this is; those of the small model as those of the large one."""
+    pytest.importorskip("peft")
+    settings = config(folders["llama"], learn="lora")
+    reads = objective(folders["llama"], settings)
+    model, clip = build(settings).train(), clips()
+    clip.text = ["a ring", "a star", "nothing"]
+    next(model.adapters.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="model.lm.learn=lora does not work with trainer.strategy=deepspeed_3"):
+        reads(model, clip, 0)
+
+
 def test_it_learns_to_write_as_much_as_there_is_to_tell(folders):
     torch.manual_seed(0)
     model = build(config(folders["llama"], window=2)).train()

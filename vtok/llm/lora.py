@@ -59,11 +59,12 @@ class Adapters(nn.Module):
             parameter.data = parameter.data.float()
             self.register_parameter(name.removeprefix("base_model.model.").replace(".", "/"), parameter)
 
-    def check_strategy(self) -> None:
-        """Raises ValueError under ZeRO-3, whose engine gathers the parameters of modules that it calls itself."""
+    def check_strategy(self, key: str) -> None:
+        """Raises ValueError under ZeRO-3, whose engine gathers the parameters of modules that it calls itself. key: the
+        setting that put these adapters here."""
         if any(hasattr(parameter, "ds_id") for parameter in self.parameters()):
             raise ValueError(
-                "objective.lora does not work with trainer.strategy=deepspeed_3, which splits the adapters outside of "
+                f"{key} does not work with trainer.strategy=deepspeed_3, which splits the adapters outside of "
                 "the LLM's own calls: use deepspeed_2 or ddp"
             )
 

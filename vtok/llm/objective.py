@@ -166,8 +166,10 @@ class ProjectorObjective(nn.Module):
 
     def forward(self, model: Any, clip: Clip, step: int) -> Loss:
         c = self.config
-        if self.adapters is not None:
-            self.adapters.check_strategy()
+        own: Adapters | None = getattr(model, "adapters", None)  # in a small language model of the compressor's
+        for key, adapters in (("objective.lora", self.adapters), ("model.lm.learn=lora", own)):
+            if adapters is not None:
+                adapters.check_strategy(key)
         clip, told = self.tell(clip, step)
         self._check_texts(clip, told)
         clip = replace(clip, prompt=told.instructions, target=None)
@@ -195,10 +197,10 @@ class ProjectorObjective(nn.Module):
             if c.hidden:
                 report["hidden_distance"] = self._mean(seen, hidden_distance(seen.hidden, target.hidden), answered)
                 total = total + c.hidden * report["hidden_distance"]
-        own = self.terms(model, clip, tokens, seen, step)
-        for term in own.values():
+        terms = self.terms(model, clip, tokens, seen, step)
+        for term in terms.values():
             total = total + term
-        report |= own | self.told(model)
+        report |= terms | self.told(model)
         return Loss(total, {name: value.detach() for name, value in report.items()})
 
     def read(self, told: Told, tokens: Tokens) -> Read:
