@@ -91,13 +91,17 @@ def take_step(config) -> dict[str, int]:
     if data.part_frames and data.part_batch_sizes:  # the heaviest batch that comes
         frames, batch = max(zip(data.part_frames, data.part_batch_sizes), key=lambda part: part[0] * part[1])
     shape = (batch, channels, frames, *data.size)
+    words = data.text_words or ANSWER_WORDS
     clip = Clip(
         keys=[str(row) for row in range(batch)],
         video=torch.randint(0, 256, shape, dtype=torch.uint8),
         lengths=torch.full((batch,), frames),
         times=(torch.arange(frames) / (data.fps or 8.0)).expand(batch, -1),
-        text=[" ".join(["word"] * ANSWER_WORDS)] * batch if hasattr(lit.model, "compress") else None,
+        text=[" ".join(["word"] * words)] * batch if hasattr(lit.model, "compress") else None,
+        prompt=[""] * batch if getattr(lit.model, "reads_prompt", False) else None,
     )
+    if data.texts:
+        clip = Clip(clip.keys, text=clip.text)
     owned = {t.untyped_storage()._cdata for t in (*lit.parameters(), *lit.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -112,7 +116,9 @@ def take_step(config) -> dict[str, int]:
     with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = lit.objective(lit.model, clip.as_float(), config.trainer.max_steps - 1).total
         forward = counter.get_total_flops()
-        frozen_parts = [lit.model.tower.model, lit.objective.llm.model] if hasattr(lit.model, "compress") else []
+        frozen_parts = [lit.objective.llm.model] if hasattr(lit.model, "compress") else []
+        towers = [lit.model.tower.model] if frozen_parts and not data.texts else []
+        frozen_parts += towers
         owned |= {p.untyped_storage()._cdata for part in frozen_parts for p in part.parameters()}
         bytes_saved = sum(s.nbytes() for key, s in saved.items() if key not in owned)
         loss.backward()
@@ -121,8 +127,8 @@ def take_step(config) -> dict[str, int]:
     return {
         "parameters": sum(p.numel() for p in lit.model.parameters()),
         "parameters_trained": sum(p.numel() for p in lit.parameters() if p.requires_grad),
-        "parameters_tower": sum(p.numel() for p in frozen_parts[0].parameters()) if frozen_parts else 0,
-        "parameters_llm": sum(p.numel() for p in frozen_parts[1].parameters()) if frozen_parts else 0,
+        "parameters_tower": sum(p.numel() for tower in towers for p in tower.parameters()),
+        "parameters_llm": sum(p.numel() for p in frozen_parts[0].parameters()) if frozen_parts else 0,
         "forward_flops": forward,
         "backward_flops": counter.get_total_flops() - forward,
         "activation_bytes": bytes_saved,

@@ -80,6 +80,7 @@ def test_full_presets_have_the_parameters_their_header_states(name):
 _COMMON = {
     # batch
     *(f"data.{k}" for k in ("batch_size", "val_batch_size", "num_workers", "shuffle_buffer")),
+    "trainer.accumulate",
     *(f"objective.flow_{k}" for k in ("pairs", "updates")),  # how much of a batch's motion is looked at, and how long
     # steps, and places in the run that are counted in steps
     *("trainer.max_steps", "optim.warmup_steps", "objective.prior.ramp_steps", "objective.adversarial.start"),
@@ -96,7 +97,15 @@ _PROJECTOR = _COMMON | {
     *("model.tower.name", "model.tower.dtype"),
     *(f"objective.llm.{k}" for k in ("name", "dtype", "checkpoint")),
     # width, depth, length, and how many of each thing a shorter clip of smaller frames is given
-    *("data.num_frames", "data.fps", "optim.lr", "model.max_tokens", "model.max_frames", "model.num_tokens"),
+    *(
+        "data.num_frames",
+        "data.text_words",
+        "data.fps",
+        "optim.lr",
+        "model.max_tokens",
+        "model.max_frames",
+        "model.num_tokens",
+    ),
     *("model.text_words", "model.segments.most", "model.static.tokens"),
     *(f"model.{part}.{k}" for part in ("former", "summary") for k in ("num_queries", "width", "depth", "num_heads")),
     *(f"model.places.{k}" for k in ("map_size", "hidden", "num_heads")),

@@ -41,6 +41,7 @@ class DataConfig:
     cache_dir: str = ""  # local copies of https: and pipe: shards; "" = none
     map: str = ""  # extension of the member that holds a dense map, such as npy; "" = the video or image
     texts: bool = False  # samples are texts, <key>.txt (vtok shards --texts), and frames play no role
+    text_words: int = 0  # of a text, as `vtok info` counts a step; texts of any length are read. 0 = not said
     num_frames: int = 16
     size: list[int] = field(default_factory=lambda: [64, 64])  # (height, width) in pixels
     # factors on size, one drawn for each training batch, evenly and the same on every rank; None: size alone

@@ -113,10 +113,13 @@ def check(config: RunConfig) -> None:
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.clip_grad_norm": optim.clip_grad_norm,
+        "data.text_words": config.data.text_words,
     }
     for key, value in not_negative.items():
         if not value >= 0:
             raise ValueError(f"{key}={value} must be 0 or above")
+    if config.data.text_words and not config.data.texts:
+        raise ValueError(f"data.text_words={config.data.text_words} is of texts: set data.texts=true, or leave it out")
     if trainer.max_minutes is not None and not trainer.max_minutes > 0:
         raise ValueError(f"trainer.max_minutes={trainer.max_minutes} must be above 0, or null for no limit")
     if trainer.peak_tflops is not None and not trainer.peak_tflops > 0:

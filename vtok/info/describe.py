@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("path", help="run directory, export, .vtok file, or CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    parser.add_argument("--answer-words", type=int, help="of the captions that projectors learn")
+    parser.add_argument("--answer-words", type=int, help="of the captions or texts that projectors learn")
     parser.add_argument("--json", action="store_true", help="of a config or a run, as json")
     parser.add_argument("--yaml", action="store_true", help="of a config: every setting, nothing is estimated")
     args = parser.parse_args(argv)
@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
     if args.yaml:
         print(to_yaml(config).rstrip())
         return
-    from vtok.info.estimate import ANSWER_WORDS, estimate, table
+    from vtok.info.estimate import estimate, table
 
     with contextlib.redirect_stdout(None):  # what a start of a run would tell
-        found = estimate(config, answer_words=ANSWER_WORDS if args.answer_words is None else args.answer_words)
+        found = estimate(config, answer_words=args.answer_words)
     print(json.dumps(found.values(), indent=2) if args.json else table(found))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from vtok.training import strategy
 from vtok.training.lit import LitCompressor
 from vtok.types import Clip, Features
 
-ANSWER_WORDS = 32  # of a caption that a projector learns
+ANSWER_WORDS = 32  # of a caption or an answer that a projector learns, and of a text where data.text_words is open
 WEIGHTS = ("perceptual_weights", "video_perceptual_weights", "flow_weights")
 
 
@@ -81,11 +81,12 @@ class Estimate:
         return {**asdict(self), **own}
 
 
-def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool = True, step: int = -1) -> Estimate:
+def estimate(config: RunConfig, *, answer_words: int | None = None, worst: bool = True, step: int = -1) -> Estimate:
     """What training by a configuration takes.
 
     Args:
-        answer_words: of the captions that a projector learns.
+        answer_words: of the captions that a projector learns, or of the texts that it compresses; None: 32, or, of
+            texts, `data.text_words`.
         worst: with as many tokens as training ever draws; False: with those it draws at the step.
         step: whose losses are counted; -1 = the last one, when all of them are on.
     Raises: ValueError for settings that do not work together, for towers and language models whose configuration is not
@@ -111,7 +112,7 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
             run.empty_module(lit, torch.bfloat16 if config.trainer.precision == "bf16-true" else None)
             for llm in parts.llms.values():  # whose adapters are the objective's
                 run.empty_module(llm.model)
-            clip = _clip(config, lit.model, run, answer_words)
+            clip = _clip(config, lit.model, run, _words(config, answer_words, notes))
             held = _held(lit, clip, parts)
             lit.train()
             torch.manual_seed(config.seed)
@@ -125,7 +126,8 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
                 notes.append("choices that hang on what is seen (cuts, clusters) were made at random")
             lit.eval()
             with torch.no_grad():
-                tokens: Any = lit.model.encode(clip.as_float())  # pyright: ignore[reportCallIssue]
+                ready = replace(clip.as_float(), prompt=[""] * len(clip))  # for models whose tokens are for a question
+                tokens: Any = lit.model.encode(ready)  # pyright: ignore[reportCallIssue]
             bits = tokens.bits.mean() if tokens.codebook_sizes else None
     if strategy.stage_of(config.trainer.strategy):
         notes.append("a step's peak is counted with whole gradients and without the engine's own buffers")
@@ -162,10 +164,15 @@ def estimate(config: RunConfig, *, answer_words: int = ANSWER_WORDS, worst: bool
 
 
 def _every_token(config: RunConfig) -> list[str]:
-    """Switches off whatever draws fewer tokens in training; notes on it."""
+    """Switches off whatever draws fewer tokens in training, or cuts texts; notes on it."""
     budgets, nested = (getattr(config.objective, name, None) for name in ("budgets", "nested"))
-    if getattr(config.objective, "prefixes", 0.0):
-        config.objective.prefixes = 0.0
+    for name in ("prefixes", "continuation"):
+        if getattr(config.objective, name, 0.0):
+            setattr(config.objective, name, 0.0)
+    ratios = getattr(config.objective, "ratios", [])
+    if ratios:
+        config.objective.ratios = [min(ratios)]
+        return [f"ratios: counted at {min(ratios):g} words a token, the most tokens; a step takes less on average"]
     if budgets is not None and (budgets.law != "full" or budgets.values):
         most = 0 if 0 in budgets.values else max(budgets.values, default=budgets.max_tokens)
         budgets.law, budgets.values = "full", [most] if most else []
@@ -176,9 +183,19 @@ def _every_token(config: RunConfig) -> list[str]:
     return []
 
 
+def _words(config: RunConfig, asked: int | None, notes: list[str]) -> int:
+    """Of a caption, an answer or a text."""
+    if asked is None and config.data.texts and not config.data.text_words:
+        notes.append(f"texts of {ANSWER_WORDS} words are counted: set data.text_words to those that yours have")
+    return asked or config.data.text_words or ANSWER_WORDS
+
+
 def _clip(config: RunConfig, model: Any, run: DryRun, answer_words: int) -> Clip:
     """A batch as the loader would give it, full length, without pixels."""
     data = config.data
+    if data.texts:  # repeated as a whole, which is the most that is asked
+        text = [" ".join(["word"] * answer_words)] * data.batch_size
+        return Clip(keys=[f"text {row}" for row in range(data.batch_size)], text=text)
     sizes = list(zip(data.part_frames or [], data.part_batch_sizes or [data.batch_size] * len(data.part_frames or [])))
     frames, batch = max(sizes or [(data.num_frames, data.batch_size)], key=math.prod)
     channels = getattr(config.model, "channels", 3)
