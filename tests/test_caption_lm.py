@@ -23,6 +23,7 @@ from vtok.families.language import Config, Model, ObjectiveConfig, SmallLM, buil
 from vtok.layers.base_tokens import BaseConfig
 from vtok.layers.segment_tokens import fair_shares
 from vtok.llm import LLMConfig, LoraConfig, TaskConfig
+from vtok.llm.caption_objective import UNTOLD
 from vtok.llm.soft_captions import (
     CaptionConfig,
     LengthHead,
@@ -365,6 +366,38 @@ def test_gradients_reach_what_learns_and_the_decoder_stays(folders, learn, how):
         assert model.encode(clip).embeddings.isfinite().all()
 
 
+def test_a_corpus_without_captions_is_refused(folders):
+    """Questions alone teach the small model to describe nothing; a few clips without captions come by chance."""
+    settings = config(folders["llama"])
+    reads = objective(folders["llama"], settings, tasks=TaskConfig(caption=0.0))
+    model, clip = build(settings).train(), clips()
+    clip = Clip(clip.keys, features=clip.features, qa=[[{"question": "what?", "answer": "ring"}]] * 3)
+    assert float(reads(model, clip, 0).report["without_caption"]) == 1
+    reads._clips_seen = UNTOLD - 3
+    with pytest.raises(ValueError, match=f"none of the first {UNTOLD} clips.* has a caption that model.captions.learn"):
+        reads(model, clip, 1)
+    reads._clips_seen = 0
+    clip.captions = [[], [{"text": "a ring"}], []]
+    assert 0 < float(reads(model, clip, 2).report["without_caption"]) < 1
+    reads._clips_seen, clip.captions = UNTOLD, None
+    reads(model, clip, 3)  # once there was one, there are captions
+
+
+@torch.no_grad()
+def test_the_last_segment_is_told_to_the_end_of_its_last_frame(folders):
+    """Frames come every half second: the second segment's only frame, at 1.5, is on show until 2."""
+    model = build(config(folders["llama"])).eval()
+    clip = videos([4, 2])
+    told = [{"start_s": 1.6, "end_s": 2.0, "text": "ring"}, {"start_s": 2.1, "end_s": 2.4, "text": "star"}]
+    seen: list[Any] = []
+    inner = model.captioner.prompt
+    model.captioner.prompt = lambda reader, segments: seen.append(segments) or inner(reader, segments)
+    model.encode(clip)
+    found = model.captioner.targets(model, [told, [{"start_s": 0.7, "end_s": 1.0, "text": "ring"}]], seen[0])
+    ring = caption_ids(model.word_ids, model.captioner.config.request, "ring")
+    assert found == [[], ring, ring]
+
+
 def test_adapters_whose_parameters_are_split_are_refused(folders):
     """Under ZeRO-3, whose mark on a parameter this is; those of the small model as those of the large one."""
     pytest.importorskip("peft")
@@ -491,6 +524,12 @@ def test_settings_that_cannot_be(folders):
         "objective.density=1.0 needs model.mode=caption_lm": lambda: objective(folders["llama"], Config()),
         "objective.lengths=1.0 needs model.captions.length=head": lambda: objective(
             folders["llama"], config(folders["llama"]), lengths=1.0
+        ),
+        "model.captions.length=head learns by objective.lengths, which is 0": lambda: objective(
+            folders["llama"], config(folders["llama"], captions=CaptionConfig(length="head"))
+        ),
+        "model.captions.learn=true teaches nothing, objective.density is 0": lambda: objective(
+            folders["llama"], config(folders["llama"]), density=0.0
         ),
         "objective.density=-1 must be 0 or above": lambda: objective(
             folders["llama"], config(folders["llama"]), density=-1

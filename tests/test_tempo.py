@@ -256,6 +256,16 @@ def test_settings_that_cannot_be(folders):  # noqa: F811
     }.items():
         with pytest.raises(ValueError, match=message):
             Config(**settings)
+    for score in ("yes_no", "learned", "similarity"):
+        linear = AtaConfig(score=score, weights="linear")
+        with pytest.raises(ValueError, match=f"weights=linear takes scores of 0 or above, those of .*={score} can lie"):
+            Config(source="video", question=True, ata=linear)
+    for made in (dict(score="learned"), dict(score="similarity", question=False)):
+        model, clip = tempo(folders["llama"], **made), videos(LENGTHS)
+        with pytest.raises(ValueError, match="tokens are for one question, and none was given"):
+            model.encode(Clip(clip.keys, features=clip.features))
+    with pytest.raises(ValueError, match="exact imposes lengths of captions: model.mode=latent_lm writes none"):
+        model.compress(clip.features["tower"], prompt=clip.prompt, exact=torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="in a stream needs ata.expected"):
         AtaConfig(stream=True)
     with pytest.raises(ValueError, match="model.judge.yes and no are open"):

@@ -12,7 +12,9 @@ from test_language_family import config, folders, objective, videos  # noqa: F40
 from vtok.budget import AtaConfig
 from vtok.families.language import build
 from vtok.layers.judge import Scored
+from vtok.layers.segment_tokens import segment_ends
 from vtok.llm import TaskConfig
+from vtok.llm.objective import BudgetConfig
 from vtok.llm.relevance import answering, asked_spans, known_spans, random_prefixes, ranking_loss
 from vtok.training.loop import Conductor
 from vtok.types import Clip
@@ -32,6 +34,28 @@ def test_segments_that_show_an_answer():
     found = answering(times, spans, there)
     assert found.long().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert not answering(times, torch.full((5, 2), 9.0), there).any()
+
+
+def test_every_moment_of_a_clip_lies_in_a_segment():
+    """Moments without a length, on a boundary too, the time of the last frame, clips of one segment or one frame."""
+    begin = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    times = torch.stack([begin, begin + 0.75], -1)
+    times[3, 1] = 3.25  # two frames alone
+    there = torch.tensor([[True] * 4])
+    wanted = {0.0: 0, 0.9: 0, 1.0: 1, 1.999: 2, 2.0: 2, 3.0: 3, 3.3: 3, 3.49: 3, 3.5: None, -0.1: None, 9.0: None}
+    for moment, segment in wanted.items():
+        found = answering(times[None], torch.tensor([[moment, moment]], dtype=torch.float64), there)[0].tolist()
+        assert found == [at == segment for at in range(4)], moment
+    late = torch.tensor([[3.3, 3.45], [3.6, 3.9], [2.9, 3.0], [3.0, 2.9]], dtype=torch.float64)
+    found = answering(times.expand(4, -1, -1), late, there.expand(4, -1))
+    assert found.long().tolist() == [[0, 0, 0, 1], [0] * 4, [0, 0, 1, 0], [0] * 4]
+    one = torch.tensor([[[0.0, 0.0]], [[0.0, 0.5]]])  # an image, two frames
+    there = torch.ones(2, 1, dtype=torch.bool)
+    for span in ([0.0, 0.0], [0.0, 0.2], [0.6, 0.9]):
+        assert answering(one, torch.tensor([span] * 2, dtype=torch.float64), there).all(), span
+    assert torch.equal(segment_ends(one, there), torch.tensor([[torch.inf], [1.0]], dtype=torch.float64))
+    exact = segment_ends(one, there, frames=torch.tensor([[1], [3]]))
+    assert torch.equal(exact, torch.tensor([[torch.inf], [0.75]], dtype=torch.float64))
 
 
 def test_spans_are_those_of_the_question_that_is_asked():
@@ -162,8 +186,18 @@ def test_settings_that_cannot_be(folders):  # noqa: F811
         ("teaches scores that learn: model.ata.score='novelty' is none", dict(ata=AtaConfig(score="novelty")),
          dict(relevance=1.0)),
         ("model.ata.score=learned learns by objective.relevance", dict(ata=AtaConfig(score="learned")), {}),
+        ("model.ata.score=similarity learns by objective.relevance", dict(ata=AtaConfig(score="similarity")), {}),
+        ("objective.ratios=.5.0. is for texts, and model.source='video'", {}, dict(ratios=[5.0])),
+        ("objective.continuation=0.5 is for texts", {}, dict(continuation=0.5)),
+        ("objective.teacher='text' is for texts", {}, dict(teacher="text", logits=1.0)),
         ("objective.relevance=-1", {}, dict(relevance=-1.0)),
         ("objective.prefixes=2", {}, dict(prefixes=2.0)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             objective(folders["llama"], config(folders["llama"], **video, **settings), **more)
+    texts = config(folders["llama"])
+    with pytest.raises(ValueError, match="objective.prefixes=0.5 is for segments of videos"):
+        objective(folders["llama"], texts, prefixes=0.5)
+    for budgets in (BudgetConfig(values=[4]), BudgetConfig(law="uniform")):
+        with pytest.raises(ValueError, match="both say how many tokens a text is given"):
+            objective(folders["llama"], texts, ratios=[5.0], budgets=budgets)

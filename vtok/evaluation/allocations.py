@@ -86,7 +86,8 @@ def true_shares(model: Any, clip: Clip, *, total: int, minimum: int) -> Tensor:
     if not rows:
         return torch.zeros(0, 1, dtype=torch.int64)
     segments = model.segments(clip).cpu()[rows]
-    times = model.allocating(score="").encode(clip, budget=1).times
+    anything = replace(clip, prompt=[""] * len(clip))  # times are those of the segments, whatever is asked
+    times = model.allocating(score="").encode(anything, budget=1).times
     if times is None:
         raise ValueError("shares by truth need the times of frames: the clips bring none")
     times = times.cpu()[rows, : int(segments.max())]  # the longest clip may have no question

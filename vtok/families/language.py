@@ -122,6 +122,11 @@ class Config(ProjectorConfig):
                 f"model.queries=pooled is for mode=latent_lm, whose queries they are, not model.mode={self.mode}: set "
                 "model.queries=learned"
             )
+        if score in (*JUDGED, "similarity") and self.ata.weights == "linear":
+            raise ValueError(
+                f"model.ata.weights=linear takes scores of 0 or above, those of model.ata.score={score} can lie below: "
+                "choose softmax or minmax"
+            )
         if score and (self.source == "text" or self.mode != "latent_lm"):
             raise ValueError(f"model.ata.score={score!r} is for mode=latent_lm and source=video")
         if score == "yes_no" and not (self.question and self.lm.layer == -1):
@@ -274,6 +279,13 @@ class Model(SmallReader):
         c = self.config
         if self.eye is None or features is None:
             raise ValueError("model.source=text compresses texts: give `encode` clips that have one")
+        if prompt is None and self.reads_prompt:
+            raise ValueError(
+                f"model.question={c.question}, model.ata.score={c.ata.score!r}: tokens are for one question, and "
+                "none was given: set Clip.prompt (or prompt=), one for each clip"
+            )
+        if exact is not None and self.captioner is None:
+            raise ValueError(f"exact imposes lengths of captions: model.mode={c.mode} writes none; use budget")
         if prompt is not None and len(prompt) != len(features.patches):
             raise ValueError(f"{len(prompt)} prompts for {len(features.patches)} clips")
         features, _ = thin(features, c.max_frames)

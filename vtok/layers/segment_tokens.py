@@ -29,6 +29,27 @@ def fair_shares(lengths: Tensor, totals: Tensor) -> Tensor:
     return kept + (longer & (longer.cumsum(1) <= left[:, None])).long()
 
 
+def segment_ends(times: Tensor, there: Tensor, *, frames: Tensor | None = None) -> Tensor:
+    """[B, G] float64: seconds at which segments end: where the next one begins, the last one with its last frame, which
+    is on show as long as the frame before it was.
+
+    A clip's only segment ends by its own frames, at twice its length where their number is not known; one of a single
+    frame never ends: nobody knows how long that is on show.
+
+    Args:
+        times: [B, G, 2] seconds, first and last frame of each segment. there: [B, G] bool, segments that there are.
+        frames: [B, G] int64, frames of each.
+    """
+    begin, final = times.double().unbind(-1)
+    following = torch.cat([begin[:, 1:], begin[:, -1:]], 1)
+    last = torch.cat([there[:, 1:], torch.zeros_like(there[:, :1])], 1).logical_not()
+    own = final - begin
+    alone = own if frames is None else own / (frames - 1).clamp(min=1)
+    alone = torch.where(own > 0, alone, torch.inf)
+    gap = torch.cat([alone[:, :1], (begin[:, 1:] - final[:, :-1]).clamp(min=0)], 1)
+    return torch.where(last, final + gap, following)
+
+
 def segment_tokens(made: Tensor, kept: Tensor, groups: Tensor, *, times: Tensor | None = None) -> Tokens:
     """The first tokens of each segment, segment after segment.
 

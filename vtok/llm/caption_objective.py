@@ -13,8 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from vtok.llm.reading import Read
+from vtok.llm.soft_captions import Learned
 from vtok.llm.text_objective import TextObjective, TextObjectiveConfig
 from vtok.types import Clip, Tokens
+
+UNTOLD = 64  # clips of a process without any caption after which there are none: a few in a row may come by chance
 
 
 @dataclass
@@ -44,12 +47,24 @@ class CaptionObjective(TextObjective):
                 raise ValueError(f"objective.{key}={weight} must be 0 or above")
             if weight and not can:
                 raise ValueError(f"objective.{key}={weight} needs {needed}")
+        if measures and not config.lengths:
+            raise ValueError(
+                "model.captions.length=head learns by objective.lengths, which is 0: set it above, or set "
+                "model.captions.learn=false where the head has learned before (init_from)"
+            )
+        if learns and not (config.density or config.lengths):
+            raise ValueError(
+                "model.captions.learn=true teaches nothing, objective.density is 0: set it above, or set "
+                "model.captions.learn=false and model.captions.how=generate or parallel"
+            )
+        self._targets_seen, self._clips_seen = False, 0
         super().__init__(config, model_config, load=load)
 
     def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read, step: int) -> dict[str, Tensor]:
         learned = _learned(model)
         if learned is None:
             return super().terms(model, clip, tokens, seen, step)
+        self._check_targets(clip, learned)
         c = self.config
         out = {"caption_nll": c.density * learned.nll} if c.density else {}
         return out | ({"caption_length": c.lengths * learned.length} if c.lengths else {})
@@ -58,7 +73,24 @@ class CaptionObjective(TextObjective):
         learned = _learned(model)
         if learned is None:
             return super().told(model)
-        return {"caption_accuracy": learned.accuracy, "caption_words": learned.words, "cut_captions": learned.cut}
+        return {
+            "caption_accuracy": learned.accuracy,
+            "caption_words": learned.words,
+            "cut_captions": learned.cut,
+            "without_caption": 1 - learned.described,
+        }
+
+    def _check_targets(self, clip: Clip, learned: Learned) -> None:
+        """Single clips may come without a caption, whole batches of few clips too; a corpus may not."""
+        if self._targets_seen:
+            return
+        self._targets_seen, self._clips_seen = bool(learned.described > 0), self._clips_seen + len(clip)
+        if not self._targets_seen and self._clips_seen >= UNTOLD:
+            raise ValueError(
+                f"none of the first {self._clips_seen} clips, {clip.keys[:4]} among them, has a caption that "
+                "model.captions.learn=true could learn: their json needs `captions` or `caption` (docs/formats.md); or "
+                "set objective.density=0, model.captions.learn=false and model.captions.how=generate"
+            )
 
 
 def _learned(model: Any) -> Any:

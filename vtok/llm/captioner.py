@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from vtok.layers.base_tokens import BaseConfig, BaseTokens
 from vtok.layers.latent_queries import LatentQueries
-from vtok.layers.segment_tokens import fair_shares, segment_tokens
+from vtok.layers.segment_tokens import fair_shares, segment_ends, segment_tokens
 from vtok.llm.small import SmallReader
 from vtok.llm.soft_captions import (
     CaptionConfig,
@@ -103,7 +103,7 @@ class Captioner(nn.Module):
         there, prompt = segments.there, self.prompt(reader, segments)
         targets = None
         if self.training and self.config.learn:
-            targets = self.targets(reader, captions or [[]] * len(there), there.sum(1), segments.times)
+            targets = self.targets(reader, captions or [[]] * len(there), segments)
         if exact is not None:
             exact = pad(exact.to(there.device), (0, there.shape[1] - exact.shape[1]))
             if exact.shape != there.shape or int(exact[there].min()) < 1:
@@ -139,17 +139,19 @@ class Captioner(nn.Module):
         made = splice(prompts, pieces, reader.embed_words, pad="left", max_length=room)
         return Prompt(made.embeds, made.mask)
 
-    def targets(
-        self, reader: SmallReader, captions: list[Any], groups: Tensor, times: Tensor | None
-    ) -> list[list[int]]:
+    def targets(self, reader: SmallReader, captions: list[Any], segments: Segments) -> list[list[int]]:
         """Ids of the caption of each segment; [] where there is none."""
-        told: list[str] = []
-        for row, count in enumerate(groups.tolist()):
-            if times is None:  # nobody knows what is on show when
+        there, times, ends, told = segments.there, segments.times, None, []
+        if times is not None:
+            frames = torch.ones_like(there, dtype=torch.int64).masked_scatter(there, segments.frames)
+            ends = segment_ends(times, there, frames=frames)
+            begins = times[..., 0].double()
+            ends = torch.where(ends.isfinite(), ends, begins).maximum(begins + 1e-3)  # a moment, at least
+        for row, count in enumerate(there.sum(1).tolist()):
+            if times is None or ends is None:  # nobody knows what is on show when
                 told += [" ".join(_text(entry) for entry in captions[row])] * count
                 continue
-            begins, end = times[row, :count, 0].tolist(), float(times[row, count - 1, 1])
-            told += segment_captions(captions[row], begins, [*begins[1:], max(end, begins[-1] + 1e-3)])
+            told += segment_captions(captions[row], times[row, :count, 0].tolist(), ends[row, :count].tolist())
         return [caption_ids(reader.word_ids, self.config.request, text) for text in told]
 
     def write(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok.layers.segment_tokens import segment_ends
 from vtok.llm.tasks import ask_as, draw, instruction, is_question
 from vtok.types import Clip
 
@@ -61,19 +62,18 @@ def known_spans(clip: Clip, templates: list[str], *, step: int, seed: int) -> tu
 def answering(times: Tensor, spans: Tensor, there: Tensor) -> Tensor:
     """[B, G] bool: segments that are on show during the spans [B, 2]; none where these are NaN.
 
-    A segment is on show until the next one begins, the last one for as long as the one before.
+    A segment is on show until `segment_ends`. A span without a length lies in the segment that it begins in.
 
     Args:
         times: [B, G, 2] seconds, first and last frame of each segment. there: [B, G] bool, segments that exist.
     """
-    begin = times[..., 0].double()
-    spans = spans.to(begin.device)
-    following = torch.cat([begin[:, 1:], begin[:, -1:]], 1)
+    begin, end = times[..., 0].double(), segment_ends(times, there)
+    start, stop = spans.to(begin.device)[:, None].unbind(-1)  # [B, 1]
+    inside = (start < end - TOLERANCE) & (stop > begin + TOLERANCE)
     last = torch.cat([there[:, 1:], torch.zeros_like(there[:, :1])], 1).logical_not()
-    before = torch.cat([begin[:, :1], begin[:, :-1]], 1)
-    end = torch.where(last, torch.maximum(2 * begin - before, times[..., 1].double()), following)
-    inside = (spans[:, :1] < end - TOLERANCE) & (spans[:, 1:] > begin + TOLERANCE)
-    return inside & there
+    here = (start >= begin - TOLERANCE) & (start < torch.where(last, end, end - TOLERANCE))
+    short = (stop >= start) & (stop <= start + 2 * TOLERANCE)
+    return torch.where(short, here, inside) & there
 
 
 def ranking_loss(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

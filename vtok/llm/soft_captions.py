@@ -65,13 +65,14 @@ class Written(NamedTuple):
 class Learned(NamedTuple):
     """What target captions teach. nll: mean negative log-likelihood of their words and stops, in nats. accuracy: share
     of these that are the likeliest. length: loss of the length head, or None. words: mean of the targets' lengths. cut:
-    share of the targets that were shortened."""
+    share of the targets that were shortened. described: share of the segments that have a target."""
 
     nll: Tensor
     accuracy: Tensor
     length: Tensor | None
     words: Tensor
     cut: Tensor
+    described: Tensor
 
 
 class Prompt(NamedTuple):
@@ -202,7 +203,7 @@ def learn(
         target = told.clamp(1, most).float().log()
         length = (smooth_l1_loss(head(written.before), target, reduction="none") * described).sum() / few
     cut = (told > most).float().sum() / few
-    return Learned(nll, hits, length, told.sum() / few, cut)
+    return Learned(nll, hits, length, told.sum() / few, cut, described.mean())
 
 
 def caption_ids(encode: Callable[[str], list[int]], request: str, caption: str) -> list[int]:

@@ -64,10 +64,30 @@ class TextObjective(ProjectorObjective):
                 f"objective.relevance={config.relevance} teaches scores that learn: model.ata.score={score!r} is none; "
                 f"choose one of {', '.join(TAUGHT)}, or set it to 0"
             )
-        if score == "learned" and not config.relevance:
-            raise ValueError("model.ata.score=learned learns by objective.relevance, which is 0: set it above")
-        if config.prefixes and getattr(model_config, "mode", "") != "latent_lm":
-            raise ValueError(f"objective.prefixes={config.prefixes} is for model.mode=latent_lm")
+        if score in ("learned", "similarity") and not config.relevance:
+            raise ValueError(f"model.ata.score={score} learns by objective.relevance, which is 0: set it above")
+        source = getattr(model_config, "source", "")
+        if config.prefixes and (source == TEXT or getattr(model_config, "mode", "") != "latent_lm"):
+            raise ValueError(
+                f"objective.prefixes={config.prefixes} is for segments of videos: model.mode=latent_lm, "
+                "model.source=video; set it to 0"
+            )
+        if source != TEXT:
+            for key, value, open_value in (
+                ("ratios", list(config.ratios), []),
+                ("continuation", config.continuation, 0.0),
+                ("teacher", config.teacher if config.teacher == TEXT else "", ""),
+            ):
+                if value != open_value:
+                    raise ValueError(
+                        f"objective.{key}={value!r} is for texts, and model.source={source!r}: set it to {open_value!r}"
+                    )
+        budgets = config.budgets
+        if config.ratios and (budgets.values or budgets.law != "full"):
+            raise ValueError(
+                f"objective.ratios={list(config.ratios)} and objective.budgets (values={list(budgets.values)}, "
+                f"law={budgets.law}) both say how many tokens a text is given: leave one of them out"
+            )
         super().__init__(config, model_config, load=load)
         self._found: dict[str, torch.Tensor] = {}  # of the last step, for the report
 
