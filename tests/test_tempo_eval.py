@@ -155,7 +155,7 @@ def test_clips_without_questions_stand_beside_others(folders):  # noqa: F811
 def test_tokens_of_the_answer_are_counted(folders):  # noqa: F811
     model, clip = tempo(folders["llama"])[0], needles()
     noted = Noted(allocated(model, "even", minimum=1))
-    noted.encode(clip, budget=8)
+    noted.encode(replace(clip, prompt=["what?"] * len(clip)), budget=8)
     noted.reads_prompt = False
     assert answer_tokens(clip, noted, model.segments(clip)) == [1, 1, 1, 2, 1, 1]
     with pytest.raises(ValueError, match="ata.score is none here"):

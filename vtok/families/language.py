@@ -273,8 +273,9 @@ class Model(SmallReader):
 
         Args:
             captions: what is on show when, of each clip, as `Clip.captions`: targets of caption_lm in training.
-            exact: [B, G] int64, caption_lm: words of each segment, exactly, past the model's own stop where it is
-                earlier; 0 past a clip's own segments.
+            exact: [B, G] int64, caption_lm: words of each segment, before the budget, past the model's own stop where
+                it is earlier; 0 past a clip's own segments.
+        Raises: ValueError where tokens are for one question and there is none, and for words beyond a caption's most.
         """
         c = self.config
         if self.eye is None or features is None:
