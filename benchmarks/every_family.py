@@ -65,19 +65,27 @@ ENTRIES = {
     "tdc": Entry("temporal", "tdc_tiny", FROZEN, "stage0", "16"),
     "vqtoken": Entry("vqtoken", "tiny", FROZEN, "stage0", "16"),
     "c3": Entry("language", "c3_tiny", TEXTS, budget="10", corpus="texts"),
-    "langdc": Entry("language", "langdc_tiny", SMALL, budget="16"),
-    "tempo": Entry("language", "tempo_tiny", SMALL, "stage0", "16"),
+    # captions learn in stages, each a row: the last one trains what reads them alone
+    "langdc_stage1": Entry("language", "langdc_stage1_tiny", SMALL, budget="16"),
+    "langdc_stage2": Entry("language", "langdc_stage2_tiny", SMALL, "langdc_stage1", "16"),
+    "langdc": Entry("language", "langdc_tiny", SMALL, "langdc_stage2", "16"),
+    # a clip of 4 segments, each given 4 tokens at least: 16 would leave nothing to share by scores
+    "tempo": Entry("language", "tempo_tiny", SMALL, "stage0", "64"),
 }
 COLUMNS = (("steps", 6), ("tokens", 8), ("bits", 9), ("quality", 14), ("control", 10), ("step", 8), ("memory", 8))
 HEAD = f"{'family':10}{'twin':20}" + "".join(f"{name:>{width}}" for name, width in COLUMNS)
 
 
 def needed(only: list[str]) -> list[str]:
-    """The rows asked for, each after the one it begins with. Raises: SystemExit for one that there is not."""
+    """The rows asked for, each after those that it begins with. Raises: SystemExit for one that there is not."""
     unknown = sorted(set(only) - ENTRIES.keys())
     if unknown:
         raise SystemExit(f"error: --only {','.join(unknown)}: choose from {', '.join(ENTRIES)}")
-    wanted = [name for each in only or ENTRIES for name in (ENTRIES[each].begins, each) if name]
+    wanted: list[str] = []
+    for name in only or ENTRIES:
+        if ENTRIES[name].begins:
+            wanted += needed([ENTRIES[name].begins])
+        wanted.append(name)
     return list(dict.fromkeys(wanted))
 
 
