@@ -155,10 +155,10 @@ def _moved_in_place() -> Iterator[None]:
     """
     original = nn.Module._apply
 
-    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for child in module.children() if recurse else ():
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in self.children() if recurse else ():
             child._apply(fn)
-        fakes = {name: value for name, value in module._parameters.items() if isinstance(value, FakeTensor)}
+        fakes = {name: value for name, value in self._parameters.items() if isinstance(value, FakeTensor)}
         for parameter in fakes.values():
             with torch.no_grad():
                 moved = fn(parameter)
@@ -166,11 +166,11 @@ def _moved_in_place() -> Iterator[None]:
             if moved is not parameter:
                 parameter.grad = None
                 parameter.data, parameter.grad = moved, gradient
-        module._parameters.update(dict.fromkeys(fakes))
+        self._parameters.update(dict.fromkeys(fakes))
         try:
-            return original(module, fn, recurse=False)
+            return original(self, fn, recurse=False)
         finally:
-            module._parameters.update(fakes)
+            self._parameters.update(fakes)
 
     nn.Module._apply = apply
     try:
