@@ -43,22 +43,19 @@ from vtok.layers.judge import (
     Judge,
     JudgeConfig,
     WordMatch,
-    by_clip,
     first_ids,
     segment_scores,
-    with_scores,
 )
-from vtok.layers.latent_queries import LatentQueries, WordHead, at_the_end, run_sums
+from vtok.layers.latent_queries import LatentQueries, WordHead
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.relevance import novelty, word_similarity
-from vtok.layers.segment_tokens import segment_tokens
-from vtok.layers.taking import take_all
+from vtok.llm.beginnings import begin_at_words, warm_start
 from vtok.llm.caption_objective import CaptionObjective, CaptionObjectiveConfig
 from vtok.llm.captioner import Captioner, Segments, limits
-from vtok.llm.small import SmallLM, SmallReader, fill_in
+from vtok.llm.latent_reader import LatentReader, padded_ids
+from vtok.llm.small import SmallLM, fill_in
 from vtok.llm.soft_captions import CaptionConfig
-from vtok.llm.splice import PLACEHOLDER, splice
-from vtok.types import Budget, Clip, Features, ShapeError, Tokens, resolve_budget, share
+from vtok.types import Budget, Clip, Features, Tokens
 from vtok.vision import TowerConfig
 
 Objective = CaptionObjective
@@ -162,7 +159,7 @@ class Config(ProjectorConfig):
         return count, count
 
 
-class Model(SmallReader):
+class Model(LatentReader):
     """max_tokens: the largest budget. nested: a smaller budget keeps some of the tokens of a larger one. reads_prompt:
     whether tokens are for one question; if not, they can be kept for all that are asked later. captioner: of
     caption_lm; a clip then has as many tokens as there is to tell of it, and lengths of its own can be imposed."""
@@ -257,7 +254,7 @@ class Model(SmallReader):
         ids = [self.word_ids(text) for text in clip.text]
         parts = [[row[i : i + size] for i in range(0, len(row), size)] or [[]] if size else [row] for row in ids]
         groups = torch.tensor([len(row) for row in parts], device=self.head_device)
-        return self._tokens([(row, part) for row, rows in enumerate(parts) for part in rows], groups, budget)
+        return self.latent_tokens([(row, part) for row, rows in enumerate(parts) for part in rows], groups, budget)
 
     def compress(
         self,
@@ -302,9 +299,9 @@ class Model(SmallReader):
         if prompt is not None and self.reads_prompt:
             told = [self.word_ids(text) for text in prompt]
         close = self.word_ids(self._asks)
-        asked = [[*ids, *close] if c.question and ids else [] for ids in told]
+        questions = [[*ids, *close] if c.question and ids else [] for ids in told]
         clips = there.nonzero()[:, 0]
-        rows = [(row, asked[row]) for row in clips.tolist()]
+        rows = [(row, questions[row]) for row in clips.tolist()]
         times = None
         if seen.times is not None:
             last = (first[None] + c.window - 1).minimum(lengths[:, None] - 1).clamp(min=0)
@@ -314,8 +311,8 @@ class Model(SmallReader):
         if self.captioner is not None:
             raw = F.pad(features.patches, (0, 0, 0, 0, 0, -frames % c.window)).unflatten(1, (-1, c.window))[there]
             inner = (lengths[:, None] - first).clamp(max=c.window)[there]
-            asked = [ids for _, ids in rows]
-            segments = Segments(there, visual, inside, raw, features.grid, inner, asked, times)
+            own = [ids for _, ids in rows]
+            segments = Segments(there, visual, inside, raw, features.grid, inner, own, times)
             limit = limits(budget, most=self.max_tokens, there=there, base=c.base.tokens)
             return self.captioner(self, self.head, segments, limit=limit, captions=captions, exact=exact)
         if c.ata.score == "novelty":
@@ -325,7 +322,7 @@ class Model(SmallReader):
             # a model that shares by something else has learned no map of patches: as its small model sees them
             shown = seen if self.match is None else pool_patches(features, c.patches)
             scores = self._similarity(shown, told, list(range(len(told))))
-        return self._tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
+        return self.latent_tokens(rows, there.sum(1), budget, visual=visual, inside=inside, times=times, scores=scores)
 
     def similarity(self, clip: Clip, questions: list[str], rows: list[int]) -> Tensor:
         """[Q, G] scores of `ata.score=similarity`, without a pass of the small model: of the segments of clips `rows`
@@ -338,10 +335,18 @@ class Model(SmallReader):
         )
 
     def _similarity(self, shown: Features, told: list[list[int]], rows: list[int]) -> Tensor:
-        words = torch.tensor(_padded(told), device=shown.patches.device)
+        words = torch.tensor(padded_ids(told), device=shown.patches.device)
         match = self.match or word_similarity
         embedded = self.embed_words(words.clamp(min=0))
         return segment_scores(match, shown, embedded, real=words >= 0, rows=rows, window=self.config.window)
+
+    def most_by_score(self, total: Tensor, groups: Tensor) -> int:
+        given, low, high = segment_bounds(total, groups, most=self.config.num_tokens, config=self.config.ata)
+        return int((given - (groups.cpu() - 1) * low).minimum(high).max())
+
+    def share_by_score(self, scores: Tensor, total: Tensor, groups: Tensor) -> Tensor:
+        config, most = self.config.ata, self.config.num_tokens
+        return allocate_segments(scores, total=total, segments=groups, most=most, config=config).to(groups.device)
 
     @property
     def head_device(self) -> torch.device:
@@ -355,168 +360,20 @@ class Model(SmallReader):
         few: list[int | None] = [4**i for i in range(16) if 4**i < most]
         return [*few[2:], None] if self.captioner is not None else [*few, most]
 
-    def warm_start(self, source: nn.Module) -> str:
-        """Begin with another model's weights, all of them: of this family, where one of texts leaves the eye of one of
-        videos as it is; or, for videos, of a stage-0 projector that was trained for the small language model. Returns
-        what was done, for the log.
+    # what a fresh model begins from (`vtok.llm.beginnings`)
 
-        Raises: ValueError naming the tensors that do not fit.
-        """
-        given = source.state_dict()
-        if type(source) is type(self):
-            parts = ["eye", "judge", "match", *["lm"] * (self.config.mode == source.config.mode)]
-            new = [part for part in parts if getattr(self, part) is not None and getattr(source, part) is None]
-            begun = take_all(self, given, new=[f"{part}." for part in new])
-            self.head_taken = True
-            told = ", ".join(f"model.{part}" for part in new)
-            return "all weights" + (f"; {told} new, {len(begun)} tensors" if begun else "")
-        given = {f"eye.{name}": value for name, value in given.items()}
-        rest = {name.partition(".")[0] for name in self.state_dict()} - {"eye"}
-        begun = take_all(self, given, new=rest)
-        told = ", ".join(f"model.{name}" for name in sorted(rest))
-        return f"the projector, {len(given)} tensors; {told} new, {len(begun)} tensors"
+    def warm_start(self, source: nn.Module) -> str:
+        """Begin with another model's weights; what was done, for the log."""
+        return warm_start(self, source)
 
     def go_on_as(self, other: Model) -> None:
         """What `warm_start` settled for `other` holds here too (`vtok.training.init_from`)."""
         self.head_taken = other.head_taken and other.embedding_dim == self.embedding_dim
 
-    @torch.no_grad()
     def begin_at_words(self, llm: Any) -> str:
-        """With pooled queries: the head begins by handing on what each query began from, mapped as the words that the
-        small model and `llm` (`vtok.llm.FrozenLLM`) share are (least squares); not where it is another model's. Returns
-        what was done, for the log."""
-        if self.head.skip is None or self.head_taken:
-            return ""
-        own, other = self.tokenizer.get_vocab(), llm.tokenizer.get_vocab()
-        shared, width = sorted(own.keys() & other.keys()), self.small_width
-        if len(shared) <= width:
-            return f"model.head.skip begins at random: of words, the two language models share {len(shared)} alone"
-        small, large = (torch.tensor([words[word] for word in shared]) for words in (own, other))
-        share = self.head.begin_at_words(self.embed_words(small), llm.embed(large.to(llm.device)).cpu())
-        return f"model.head begins as the map of {len(shared)} shared words, which explains {share:.1%} of them"
-
-    def _tokens(
-        self,
-        rows: list[tuple[int, list[int]]],
-        groups: Tensor,
-        budget: Budget | None,
-        *,
-        visual: Tensor | None = None,
-        inside: Tensor | None = None,
-        times: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> Tokens:
-        """Args:
-        rows: (clip, ids) of each segment. groups: [B] segments of each clip. visual: [M, S, D], inside: [M] of them
-            real. times: [B, G, 2]. scores: [B, G] of segments, where they are known before these are read.
-        """
-        ata = self.config.ata
-        judge: Judge | None = self.judge if ata.score in JUDGED else None
-        by_score = bool(ata.score) and not (isinstance(budget, Tensor) and budget.ndim == 2)
-        wanted, most, total = None, 0, groups
-        if by_score:
-            total = self._asked(len(groups), budget)
-            given, low, high = segment_bounds(total, groups, most=self.config.num_tokens, config=ata)
-            most = int((given - (groups.cpu() - 1) * low).minimum(high).max())  # of any segment, whatever the scores
-        else:
-            wanted = self._shares(groups, budget)  # [B, G]
-        ids, runs = [own for _, own in rows], None
-        most_groups = int(groups.max()) if wanted is None else wanted.shape[1]
-        there = torch.arange(most_groups, device=groups.device) < groups[:, None]
-        pooled = self.config.queries == "pooled"
-        if judge is not None and pooled:  # how many queries there are decides what each begins from: judged before
-            scores, judge = by_clip(judge(self._read(ids, 0, visual, inside, before=True)[:, 0]), there), None
-        if by_score and judge is None and scores is not None:
-            wanted = self._allocate(scores, total, groups)
-        count = max(int(wanted.max()) if wanted is not None else most, 1)
-        if pooled:
-            assert wanted is not None
-            runs = self._runs(ids, wanted[there], visual, inside)
-            runs = F.pad(runs, (0, 0, 0, count - runs.shape[1]))
-        states = self._read(ids, count, visual, inside, runs=runs, before=judge is not None)
-        if judge is not None:
-            scores, states = by_clip(judge(states[:, 0]), there), states[:, 1:]
-            if wanted is None:
-                wanted = self._allocate(scores, total, groups)
-        assert wanted is not None
-        return with_scores(segment_tokens(self.head(states, runs), wanted, groups, times=times), scores, groups)
-
-    def _allocate(self, scores: Tensor, total: Tensor, groups: Tensor) -> Tensor:
-        """[B, G] int64: tokens of each segment, by its score."""
-        config, most = self.config.ata, self.config.num_tokens
-        return allocate_segments(scores, total=total, segments=groups, most=most, config=config).to(groups.device)
-
-    def _asked(self, clips: int, budget: Budget | None) -> Tensor:
-        """[B] int64: tokens that are asked of each clip, on the CPU."""
-        asked = torch.as_tensor(self.max_tokens if budget is None else budget, device="cpu").expand(clips)
-        for value in asked.tolist():
-            if not 1 <= value <= self.max_tokens:
-                raise ValueError(f"budget={value} is out of range: ask for 1 to {self.max_tokens} (model.max_tokens)")
-        return asked
-
-    def _shares(self, groups: Tensor, budget: Budget | None) -> Tensor:
-        """[B, G] int64: tokens of each segment."""
-        most = self.config.num_tokens
-        if isinstance(budget, Tensor) and budget.ndim == 2:
-            found = resolve_budget(budget, groups=groups, max_per_group=most)
-            assert found is not None
-            past = torch.arange(found.shape[1], device=found.device) >= groups[:, None]
-            if bool(((found > 0) & past).any()):
-                raise ShapeError("budget asks for tokens of segments that a clip does not have")
-            if int(found.sum(1).min()) < 1:
-                raise ValueError("budget: a clip is to have no token at all; give each clip 1 or more")
-            return found
-        asked = self._asked(len(groups), budget).tolist()
-        out = torch.zeros(len(groups), int(groups.max()), dtype=torch.int64)
-        for row, (total, count) in enumerate(zip(asked, groups.tolist())):
-            out[row, :count] = torch.tensor(share(min(total, count * most), count))
-        return out.to(groups.device)
-
-    def _runs(self, ids: list[list[int]], counts: Tensor, visual: Tensor | None, inside: Tensor | None) -> Tensor:
-        """[M, n, D]: sums of `counts` [M] runs of each segment's words, or of its patches (not of the question)."""
-        if visual is not None and inside is not None:
-            return run_sums(visual, inside, counts)
-        padded = torch.tensor(_padded(ids), device=counts.device)
-        return run_sums(self.embed_words(padded.clamp(min=0)), (padded >= 0).sum(1), counts)
-
-    def _read(
-        self,
-        ids: list[list[int]],
-        count: int,
-        visual: Tensor | None,
-        inside: Tensor | None,
-        *,
-        runs: Tensor | None = None,
-        before: bool = False,
-    ) -> Tensor:
-        """States [M, count, D] of the queries after the segments' inputs, all in one call; before: [M, 1 + count, D],
-        that of the position before the first query too (count may then be 0). runs: [M, count, D] that the queries
-        begin from."""
-        assert self.queries is not None
-        queries = self.queries(count).expand(len(ids), -1, -1)
-        queries = queries if runs is None else queries + runs
-        opening = self.word_ids(self.config.opening)
-        if visual is None or inside is None:
-            tail, seen = queries, torch.zeros(len(ids), dtype=torch.int64, device=queries.device)
-            prompts = [[*opening, *own, PLACEHOLDER] for own in ids]
-        else:
-            at = (inside[:, None] + torch.arange(count, device=inside.device))[..., None].expand_as(queries)
-            tail = torch.cat([visual, visual.new_zeros(queries.shape)], 1).scatter(1, at, queries.to(visual.dtype))
-            seen, after = inside, [PLACEHOLDER] * bool(count)
-            prompts = [[*opening, PLACEHOLDER, *own, *after] for own in ids]
-        slots = torch.arange(tail.shape[1], device=seen.device)
-        second = (slots >= seen[:, None]) & (visual is not None)
-        nowhere = tail.new_zeros(*tail.shape[:2], 3)
-        pieces = Tokens(tail, seen + count, nowhere, second.long(), torch.zeros_like(second, dtype=torch.int64))
-        made = splice(prompts, pieces, self.embed_words, max_length=self.positions)
-        states = self._states(made.embeds, made.mask)
-        return at_the_end(states, made.mask.sum(1), count + before)
-
-
-def _padded(rows: list[list[int]]) -> list[list[int]]:
-    """Ids of one length, filled up with -1."""
-    most = max(1, *(len(row) for row in rows))
-    return [[*row, *[-1] * (most - len(row))] for row in rows]
+        """With pooled queries, where the head is not another model's: it begins at the words of `llm`
+        (`vtok.llm.FrozenLLM`); what was done, for the log."""
+        return begin_at_words(self, llm)
 
 
 @dataclass

@@ -257,7 +257,7 @@ class ProjectorObjective(nn.Module):
         kinds = [(type(m).features, type(m).encode) for m in (model, teacher) if hasattr(type(m), "features")]
         if not same or len(kinds) < 2 or kinds[0] != kinds[1]:
             return clip
-        return with_features(model, clip)
+        return with_tower_features(model, clip)
 
     @torch.no_grad()
     def _teach(self, clip: Clip, told: Told, device: torch.device) -> Read:
@@ -267,6 +267,6 @@ class ProjectorObjective(nn.Module):
             return self.read(told, teacher.encode(clip))
 
 
-def with_features(model: Any, clip: Clip) -> Clip:
+def with_tower_features(model: Any, clip: Clip) -> Clip:
     """The clip with what the model's tower makes of it, which is then made once."""
     return replace(clip, features={**(clip.features or {}), model.config.tower.name: model.features(clip)})

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vtok.llm.objective import ObjectiveConfig, ProjectorObjective, with_features
+from vtok.llm.objective import ObjectiveConfig, ProjectorObjective, with_tower_features
 from vtok.llm.reading import PLACE, Read
 from vtok.llm.relevance import answering, asked_spans, known_spans, random_prefixes, ranking_loss
 from vtok.llm.tasks import Told, draw, instruction
@@ -129,7 +129,7 @@ class TextObjective(ProjectorObjective):
         return tokens_at_ratio(count_words(self.llm, clip.text), ratio, most=model.max_tokens)
 
     def prepare(self, model: Any, clip: Clip) -> Clip:
-        return with_features(model, clip) if self.config.relevance and _matches(model) else clip
+        return with_tower_features(model, clip) if self.config.relevance and _matches(model) else clip
 
     def terms(self, model: Any, clip: Clip, tokens: Tokens, seen: Read, step: int) -> dict[str, torch.Tensor]:
         """What the questions teach the scores: the one that is asked, or, where a score costs no pass, all of them."""
