@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
 
 from vtok.budget import AtaConfig, StreamAllocator, allocate_scores, feasible_total
-from vtok.layers.relevance import novelty, similarity, yes_no
+from vtok.layers.relevance import novelty, yes_no
 from vtok.types import Features, Tokens
 
 KINDS = ("minmax", "softmax", "linear")
@@ -248,19 +247,6 @@ def clip(frames: int = 6, batch: int = 1) -> Features:
     return Features(torch.randn(batch, frames, 4, 8), (2, 2), lengths=torch.full((batch,), frames))
 
 
-def test_similarity_finds_the_needle():
-    features = clip()
-    question = features.patches[:, 3].mean(1)
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2]])
-    score = similarity(features, question, segments)
-    assert score.shape == (1, 3) and int(score.argmax()) == 1 and float(score[0, 1]) == pytest.approx(1, abs=1e-6)
-    cosine = normalize(features.patches.mean(2), dim=-1) @ normalize(question, dim=-1)[0]
-    means = [cosine[0, :3].mean(), cosine[0, 3:5].mean(), cosine[0, 5]]
-    torch.testing.assert_close(similarity(features, question, segments, of="mean")[0], torch.stack(means))
-    with pytest.raises(ValueError, match="one embedding for each clip"):
-        similarity(features, question[:, :4], segments)
-
-
 def test_novelty_is_low_where_frames_come_back():
     features = clip()
     features.patches[:, 4:] = features.patches[:, :2]
@@ -276,10 +262,7 @@ def test_scores_do_not_see_later_frames_nor_padding():
     features, segments = clip(8), torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]])
     short = Features(features.patches.clone(), (2, 2), lengths=torch.tensor([4]))
     short.patches[:, 4:] = 7
-    question = torch.randn(1, 8)
     assert torch.equal(novelty(features, segments)[:, :2], novelty(short, segments.clamp(max=1)))
-    pair = similarity(features, question, segments)[:, :2], similarity(short, question, segments.clamp(max=1))
-    torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
 
 
 def test_yes_no_is_the_log_odds_of_the_words():

@@ -1,9 +1,9 @@
 """How much each segment of a clip matters: for a question, or as news after what came before. Scores [B, G].
 
-    similarity  cosine of the question and the segment's frames, in a space that text and frames share (CLIP, SigLIP)
-    word_similarity   the same word by word and patch by patch, in a language model's space, where a projector leads to
-    novelty     how unlike the frames of a segment are to every earlier frame; needs no question
-    yes_no      what a language model says when it is asked whether a segment is relevant
+    word_similarity  cosine of the question's words and the segment's patches, in a language model's space, where a
+                     projector leads to
+    novelty          how unlike the frames of a segment are to every earlier frame; needs no question
+    yes_no           what a language model says when it is asked whether a segment is relevant
 
 Scores go to `vtok.budget.allocate_scores`. Those of a segment depend on no later one, so streams may use them.
 
@@ -19,25 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.types import Features
-
-
-def similarity(features: Features, question: Tensor, segments: Tensor, *, of: str = "max") -> Tensor:
-    """[B, G] in [-1, 1]: cosine of each segment's frames with the question.
-
-    Args:
-        question: [B, D], the embedding of each clip's question by the text side of the features' tower.
-        segments: [B, T] int64, the segment each frame lies in, as `Windows.index`.
-        of: "max", the frame most alike (a needle is one frame of many), or "mean" over the segment's frames.
-    Raises: ValueError for embeddings of another width than the frames'.
-    """
-    frames = frame_vectors(features)
-    if question.shape != (frames.shape[0], frames.shape[2]):
-        raise ValueError(
-            f"the questions have shape {list(question.shape)}, the frames need {[frames.shape[0], frames.shape[2]]}: "
-            "one embedding for each clip, by the text side of the same tower"
-        )
-    cosine = torch.einsum("btd,bd->bt", F.normalize(frames, dim=-1), F.normalize(question.float(), dim=-1))
-    return by_segment(cosine, segments, features.mask, of=of)
 
 
 def word_similarity(
