@@ -261,6 +261,40 @@ def test_greedy_is_what_one_step_at_a_time_gives(folders):
     assert made == new[: new.index(0)] if 0 in new else made == new
 
 
+def dropping_model(kind: str, vocabulary: int):
+    """Layers that drop by functions, not by modules: as they do in train mode."""
+    shape = dict(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(initializer_range=0.3, init_std=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    if kind == "opt":
+        more = dict(ffn_dim=48, max_position_embeddings=96, word_embed_proj_dim=32, dropout=0.5)
+        return transformers.OPTForCausalLM(transformers.OPTConfig(**shape, **more))
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**shape, alibi=False, hidden_dropout=0.5))
+
+
+@pytest.mark.parametrize("kind", ("opt", "falcon"))
+def test_checkpointed_layers_drop_nothing(kind, tmp_path):
+    torch.manual_seed(3)
+    tokenizer = small_tokenizer("llama")
+    dropping_model(kind, len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found, calls = [], []
+    for checkpoint in (False, True):
+        _, model = objective(str(tmp_path))
+        words = LLMConfig(name=str(tmp_path), checkpoint=checkpoint)
+        loss_of = ProjectorObjective(ObjectiveConfig(llm=words), model.config)
+        norms = [part for name, part in loss_of.llm.model.named_modules() if ".0." in name and "norm" in name]
+        norms[0].register_forward_hook(lambda *_: calls.append(1))
+        loss = loss_of(model, clips(), 1).total
+        loss.backward()
+        found.append([loss.detach(), len(calls), *(p.grad for p in model.parameters())])
+        assert not any(part.training for part in loss_of.llm.model.modules())
+    (kept, seen, *gradients), (recomputed, again, *others) = found
+    torch.testing.assert_close(kept, recomputed)
+    assert again - seen == 2 * seen, "the layers compute once more in the backward pass"
+    for own, other in zip(gradients, others):
+        torch.testing.assert_close(own, other)
+
+
 def test_checkpointed_layers_give_the_same_gradients(folders):
     gradients = []
     for checkpoint in (False, True):

@@ -6,15 +6,17 @@ Letters: B texts, L positions, D width of the word embeddings, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vtok.layers.pretrained import commit_of, fetch, weight_files, weights_sha256
 
@@ -137,7 +139,7 @@ class FrozenLLM:
         """Keys and values of texts that go on differently, as transformers keeps them (a `Cache` whose rows can be
         selected and repeated); None where the model keeps none of that kind. Arguments as in `forward`, padded on the
         left."""
-        if not {"past_key_values", "position_ids"} <= self._takes or self.config.checkpoint:
+        if not {"past_key_values", "position_ids"} <= self._takes:
             return None
         arguments: dict[str, Any] = dict(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions)
         if "logits_to_keep" in self._takes:
@@ -173,11 +175,8 @@ class FrozenLLM:
         layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
         if not layers:
             raise ValueError(f"llm.checkpoint=true: {type(self.model).__name__} has no layers that can be checkpointed")
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for (
-            layer
-        ) in layers:  # they checkpoint in training only; what is inside them stays in eval mode, without dropout
-            layer.training = True
+        for layer in layers:  # not transformers' own switch: it needs layers in train mode, and theirs then drop
+            layer.forward = functools.partial(_recomputed, layer.forward)
 
 
 _LOADED: weakref.WeakValueDictionary[tuple[Any, ...], FrozenLLM] = weakref.WeakValueDictionary()
@@ -232,6 +231,16 @@ def load_llm(config: LLMConfig, *, shared: bool = True) -> FrozenLLM:
     if shared:
         _LOADED[key] = out
     return out
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a layer gives; where gradients are asked, its inputs are all that is kept for the backward pass. A layer
+    that adds to a cache is computed once."""
+    from transformers.cache_utils import Cache
+
+    if not torch.is_grad_enabled() or any(isinstance(given, Cache) for given in (*args, *kwargs.values())):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _end_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
