@@ -24,7 +24,7 @@ from vtok.evaluation.answering import AnsweringEvaluator, print_answers, video_o
 from vtok.evaluation.compare import compare
 from vtok.export import main_export
 from vtok.layers import projector
-from vtok.llm import Answered, LLMConfig, load_llm
+from vtok.llm import Answered, LLMConfig, attach, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train
 from vtok.training import strategy
@@ -383,12 +383,57 @@ def test_models_are_compared_as_far_as_both_go(lab, stage0, monkeypatch):
     config = loads(settings(lab, "x", "name: reducer"))
     loaded = {name: (model, config.data, replace(config.eval, budgets=[])) for name, model in models.items()}
     monkeypatch.setattr("vtok.evaluation.compare.load_model", lambda name: loaded[name])
-    monkeypatch.setattr("vtok.evaluation.compare.objective_of", lambda _: config.objective)
+    llm = load_llm(config.objective.llm)
+    monkeypatch.setattr("vtok.evaluation.compare.reader_of", lambda _, llm="", it=llm: (config.objective, it))
     monkeypatch.setattr("vtok.evaluation.compare.identify", lambda _: SimpleNamespace(model_id=""))
     monkeypatch.setattr("vtok.evaluation.compare._loader", lambda *_, **__: list(_val(lab)))
     for pair in (("small", "large"), ("large", "small")):
         found = compare(*pair, own="here", progress=False)["corpora"][0]["rows"]
         assert [row["budget"] for row in found] == [1, 4], pair
+
+
+def test_a_run_is_measured_through_the_adapters_that_its_llm_learned(lab, stage0, tmp_path, capsys):
+    name, more = "name: reducer, method: pooling, max_tokens: 16", "budgets: {values: [4]}, lora: {rank: 2}"
+    text = settings(lab, "adapted", name, objective=more, steps="6").replace("lr: 1.0e-3", "lr: 5.0e-2")
+    run = train(loads(text.replace("val_every: 2", "val_every: 6")))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (val,) = [line for line in lines if "val/loss_4" in line]
+    export = tmp_path / "export"
+    main_export([str(run), "--out", str(export)])
+
+    def measured(path, *options: str) -> dict:
+        evaluate([str(path), "--budgets", "1,4", "--out", str(tmp_path / "out"), "--no-progress", *options])
+        return json.loads((tmp_path / "out" / "eval.json").read_text())
+
+    losses = {}
+    for path in (run, export):
+        found = measured(path)
+        rows = {row["budget"]: row for row in found["rows"] if row["method"] == "reducer"}
+        losses[path] = [rows[budget]["loss"] for budget in (1, 4)]
+        assert losses[path] == pytest.approx([val["val/loss_1"], val["val/loss_4"]], rel=1e-5)
+        assert len(found["llm"]["adapters_sha256"]) == 64 and "has the adapters that it learned" in rows[4]["note"]
+        (row,) = compare(str(path), str(path), budgets=[4], progress=False)["corpora"][0]["rows"]
+        assert row["after"] == pytest.approx(rows[4]["accuracy"])
+    plain = AnsweringEvaluator(
+        vtok.load(str(export)), load_llm(LLMConfig(name=str(lab / "llm"))), val=_val(lab), budgets=[4], progress=False,
+        template="<video>\nQuestion: {question}\nAnswer:",
+    ).run()  # fmt: skip
+    (row,) = (row for row in plain["rows"] if row["method"] == "reducer")
+    assert abs(row["loss"] - losses[run][1]) > 0.01 and "adapters_sha256" not in plain["llm"]
+    for options, message in (
+        (("--llm", str(lab / "llm")), "belong to no other LLM"),
+        (("--tuned", str(run)), "a table has one LLM"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(stage0 if "--tuned" in options else run, *options)
+    with pytest.raises(ValueError, match="its tokens are read through adapters that its LLM learned"):
+        build(loads(settings(lab, "taught", name, objective=f"teacher: {export}, logits: 1.0")))
+    with pytest.raises(ValueError, match="put them into its language model first"):
+        vlm = SimpleNamespace(config=SimpleNamespace(model_type="llava"), named_parameters=lambda: [("lm.weight", 0)])
+        attach(vtok.load(str(export)), vlm)
+    (export / "adapters.safetensors").write_bytes((export / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="is not what config.json was written for"):
+        measured(export)
 
 
 def test_clips_of_one_video_are_one_cluster():

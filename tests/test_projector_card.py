@@ -139,7 +139,9 @@ def test_a_card_without_measurements_or_public_bases_says_so(tmp_path):
     assert "base_model" not in front and "base_model_relation" not in front
     assert "`tower`, a folder of the exporter's" in text and "`llm`, a folder of the exporter's" in text
     assert "of-mine" not in text, "no path of the exporter's machine"
-    assert "Not evaluated before the export" in text and "adapters of rank 4 that this export does not hold" in text
+    assert (
+        "Not evaluated before the export" in text and "adapters of rank 4, which are in `adapters.safetensors`" in text
+    )
     assert "their number cannot be chosen" in text and "budget=" not in text.partition("## Use")[2]
     assert "times written before groups of tokens" in text
 

@@ -331,6 +331,40 @@ def objective_of(path: str) -> Any:
     return from_dict(kind, node.get("objective") or {}, where=where, trusted=False)
 
 
+def reader_of(path: str, *, llm: str = "") -> tuple[Any, Any]:
+    """The `objective:` node of a projector, and the language model that reads its tokens (`vtok.llm.FrozenLLM`), with
+    the adapters that it learned with them.
+
+    llm: another one's name; "": the one that the projector was trained for.
+    Raises: ValueError for another LLM where adapters were learned.
+    """
+    from vtok.llm import load_adapted
+    from vtok.loading import load_adapters, weights_sha256
+
+    objective, adapters = objective_of(path), load_adapters(path)
+    if llm and adapters:
+        raise ValueError(
+            f"--llm {llm}: {path} was trained with adapters in {objective.llm.name} (objective.lora), which belong "
+            "to no other LLM: leave --llm out; where that one has moved, say so in its objective.llm.name"
+        )
+    if llm:
+        objective.llm = replace(objective.llm, name=llm, revision="", sha256="")
+    found = load_adapted(objective.llm, objective.lora, adapters)
+    found.adapters_sha256 = weights_sha256(adapters).hex() if adapters else ""
+    return objective, found
+
+
+def check_no_adapters(path: str, *, setting: str) -> None:
+    """Raises ValueError for a model that one language model cannot read beside another one's."""
+    from vtok.loading import load_adapters
+
+    if load_adapters(path):
+        raise ValueError(
+            f"{setting} {path}: its tokens are read through adapters that its LLM learned (objective.lora), and a "
+            "table has one LLM: name a model that was trained with objective.lora.rank=0"
+        )
+
+
 def _main_projector(
     options: argparse.Namespace, model: Any, val: Any, settings: EvalConfig, *, shards: str, fps: float | None
 ) -> int:
@@ -338,17 +372,18 @@ def _main_projector(
     from vtok.evaluation.allocations import SCORES, parse_allocations
     from vtok.evaluation.answering import AnsweringEvaluator, print_answers
     from vtok.evaluation.free_lengths import read_facts
-    from vtok.llm import PartsConfig, load_llm
+    from vtok.llm import PartsConfig
 
-    objective, source = objective_of(options.model), Path(options.model)
-    full = options.full or objective.teacher
-    if options.llm:
-        objective.llm = replace(objective.llm, name=options.llm, revision="", sha256="")
+    objective, llm = reader_of(options.model, llm=options.llm or "")
+    source, full = Path(options.model), options.full or objective.teacher
+    for setting, other in (("--full", full), ("--tuned", options.tuned)):
+        if other and other != options.model:
+            check_no_adapters(other, setting=setting)
     reducers = _names(options.controls) if options.controls else []
     parts = PartsConfig(options.parts, max_new_tokens=options.part_answers)
     evaluator = AnsweringEvaluator(
         model,
-        load_llm(objective.llm),
+        llm,
         val=val,
         template=objective.tasks.qa_prompts[0],
         timestamps=objective.timestamps,
@@ -382,14 +417,12 @@ def _main_projector(
 def _main_texts(options: argparse.Namespace, model: Any, val: Any, *, shards: str) -> int:
     """A compressor of texts before its language model: eval.json, report.html and the table."""
     from vtok.evaluation.repeating import RATIOS, RepeatingEvaluator, print_repeats
-    from vtok.llm import load_llm
 
-    objective, source = objective_of(options.model), Path(options.model)
-    if options.llm:
-        objective.llm = replace(objective.llm, name=options.llm, revision="", sha256="")
+    source = Path(options.model)
+    objective, llm = reader_of(options.model, llm=options.llm or "")
     evaluator = RepeatingEvaluator(
         model,
-        load_llm(objective.llm),
+        llm,
         val=val,
         repeat=objective.tasks.reconstruction_prompts[0],
         question=objective.tasks.qa_prompts[0] if objective.tasks.qa_prompts else "",

@@ -1,6 +1,7 @@
 """What ships: a run's model as one folder that loads anywhere.
 
 run directory --load_run--> Model --> config.json, model.safetensors, entropy.safetensors (static model of .vtok files),
+                                      adapters.safetensors (of the LLM that reads a projector, where it learned some),
                                       training.yaml, README.md (model card), modeling_vtok.py
 folder --vtok.load--> Model           vtok's own code
 folder --AutoModel--> VtokModel       the folder's modeling_vtok.py, where vtok is not installed
@@ -37,6 +38,7 @@ from vtok.data.strict import DecodeError
 from vtok.data.view import view_of
 from vtok.layers.projector import ProjectorConfig
 from vtok.loading import (
+    ADAPTERS,
     CODE,
     ENTROPY,
     FORMAT,
@@ -48,9 +50,11 @@ from vtok.loading import (
     hub_errors,
     identify,
     load,
+    load_adapters,
     load_any,
     load_run,
     read_config,
+    weights_sha256,
     without_token,
 )
 from vtok.projecting import is_projector
@@ -105,6 +109,7 @@ def export(
     """
     model, config = load_run(run_dir, which=which, ema=ema)
     how: dict[str, Any] = {"entropy": entropy, "entropy_clips": entropy_clips, "licence": licence, "vlm": vlm}
+    how["adapters"] = load_adapters(run_dir, which=which)
     return publish(model, config, out, run_dir=Path(run_dir), **how)
 
 
@@ -118,8 +123,10 @@ def publish(
     entropy_clips: int = 512,
     licence: str = "apache-2.0",
     vlm: str = "",
+    adapters: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """`export` of a model at hand. config: that of the run it comes from, with the model's own under `model`."""
+    """`export` of a model at hand. config: that of the run it comes from, with the model's own under `model`.
+    adapters: of `load_adapters`."""
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
         raise ExportError(f"--out {out} exists and is not an export; choose another folder, or remove it")
@@ -137,9 +144,8 @@ def publish(
         shutil.rmtree(left, ignore_errors=True)
     try:
         part.mkdir()
-        write_export(
-            model, config, part, entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not, vlm=named
-        )
+        about: dict[str, Any] = dict(entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not, vlm=named)
+        write_export(model, config, part, adapters=adapters, **about)
         _put_in_place(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -183,9 +189,15 @@ def write_export(
     licence: str = "apache-2.0",
     no_entropy: str = "",
     vlm: dict[str, Any] | None = None,
+    adapters: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """The files of an export of `model`, into an empty folder. vlm: of `named_vlm`."""
+    """The files of an export of `model`, into an empty folder. vlm: of `named_vlm`. adapters: of `load_adapters`."""
     who = identify(model)
+    if vlm is not None and adapters:
+        raise ExportError(
+            f"--vlm {vlm['name']}: these tokens are read through adapters in {config.objective.llm.name} "
+            "(objective.lora), which a VLM has not: leave --vlm out, or train with objective.lora.rank=0"
+        )
     module = load_family(config.model.name)
     (folder / CODE).write_text(modeling_source(module, who.model_id, joined=vlm is not None), encoding="utf-8")
     # Copies: safetensors refuses tensors that share memory.
@@ -208,6 +220,9 @@ def write_export(
     }
     if is_projector(config):
         facts["length_policy"] = config.model.length_policy
+    if adapters:
+        save_file(adapters, folder / ADAPTERS, metadata={"format": "pt"})
+        facts["adapters_sha256"] = weights_sha256(adapters).hex()
     if vlm is not None:
         facts["vlm"] = vlm
         facts["auto_map"]["AutoModelForImageTextToText"] = "modeling_vtok.VtokVLM"
@@ -374,7 +389,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str 
     try:
         url = api.create_repo(repo, exist_ok=True, private=private)
         there = _replaceable(api, repo, private=private)
-        stale = {ENTROPY, PRIOR, PRIOR_CONFIG} & there - {path.name for path in files}
+        stale = {ENTROPY, PRIOR, PRIOR_CONFIG, ADAPTERS} & there - {path.name for path in files}
         operations = [CommitOperationAdd(path.name, path) for path in files]
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
         api.create_commit(repo, operations, commit_message=f"vtok export of {facts['model_id']}")

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of config.json
 WEIGHTS, ENTROPY, CODE = "model.safetensors", "entropy.safetensors", "modeling_vtok.py"
 PRIOR, PRIOR_CONFIG = "prior.safetensors", "prior.json"
+ADAPTERS = "adapters.safetensors"  # of the language model that reads a projector's tokens, where they learned
 PREFIX = "model."  # of the names in model.safetensors: the module's name inside transformers' wrapper
 MAX_CONFIG = 1 << 20  # bytes of a config.json
 
@@ -45,13 +46,15 @@ class Identity:
     """What a .vtok file says about the model that made it.
 
     model_id: `<family>-<12 hex digits>` of the configuration and the weights. weights_sha256: 32 bytes.
-    entropy, prior: the static entropy model and the autoregressive prior that ship with it, or None.
+    entropy, prior: the static entropy model and the autoregressive prior that ship with it, or None. adapters: the
+    sha256 of those that the language model has learned to read its tokens with, hex, or "".
     """
 
     model_id: str
     weights_sha256: bytes
     entropy: StaticModel | None = None
     prior: PriorModel | None = None
+    adapters: str = ""
 
     def coder(self, coding: str) -> StaticModel | PriorModel | None:
         """What a `.vtok` file of this coding needs beside the codebooks; None where there is none of it."""
@@ -141,7 +144,7 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, family: str |
     prior = load_prior(folder) if facts.get("prior_sha256") else None
     if prior is not None and prior.codebook_sizes != tuple(getattr(model, "codebook_sizes", ())):
         raise ExportError(f"{folder / PRIOR} is for codebooks {prior.codebook_sizes}, which this model does not have")
-    model.shipped = Identity(str(facts["model_id"]), sha256, entropy, prior)
+    model.shipped = Identity(str(facts["model_id"]), sha256, entropy, prior, str(facts.get("adapters_sha256") or ""))
     return model.eval()
 
 
@@ -216,18 +219,59 @@ def load_run(run_dir: str | Path, *, which: str = "best", ema: bool = True) -> t
         raise ValueError(f"which={which!r} is unknown; choose best or last")
     if not (run_dir / "config.yaml").is_file():
         raise ExportError(f"{run_dir} is not a run directory: it has no config.yaml")
-    config = load_config(run_dir / "config.yaml")
-    folder = run_dir / "checkpoints"
-    found = [folder / f"{name}.ckpt" for name in (("best", "last") if which == "best" else ("last",))]
-    path = next((p for p in found if p.exists()), None)
-    if path is None:
-        raise ExportError(f"{run_dir} has no checkpoint yet: {found[-1]} does not exist; train it first")
+    config, path = load_config(run_dir / "config.yaml"), _checkpoint_of(run_dir, which)
     model = load_family(config.model.name).Model(config.model)
     try:
         model.load_state_dict(_checkpoint_weights(path, ema=ema), strict=True)
     except RuntimeError as error:
         raise ExportError(f"{path} does not fit {run_dir / 'config.yaml'}: {error}") from error
     return model.eval(), config
+
+
+def load_adapters(path: str | Path, *, which: str = "best") -> dict[str, Tensor]:
+    """The adapters of the language model that learned with a run's projector, as its checkpoint or its export holds
+    them: the weights of `vtok.llm.Adapters`. {} where the language model stayed as it was.
+
+    Raises: ExportError where there should be adapters and are none, and for others than config.json states.
+    """
+    folder = Path(path)
+    if is_run(folder):
+        if not _learns_adapters(load_config(folder / "config.yaml").objective):
+            return {}
+        found = _checkpoint_of(folder, which)
+        checkpoints.verify(found)
+        prefix, state = "objective.adapters.", checkpoints.consolidate(found)
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if not state:
+            raise ExportError(f"{found} holds no adapters, but objective.lora.rank is above 0 in {folder}: train again")
+        return state
+    folder = export_folder(path)
+    stated = read_config(folder).get("adapters_sha256")
+    if not stated:
+        if ((read_training(folder).get("objective") or {}).get("lora") or {}).get("rank"):
+            raise ExportError(
+                f"{folder}: the language model learned adapters (objective.lora) that are not here, and without them "
+                "the tokens mean something else: export the run again"
+            )
+        return {}
+    state = _read_tensors(folder / ADAPTERS)
+    if weights_sha256(state).hex() != stated:
+        raise ExportError(f"{folder / ADAPTERS} is not what config.json was written for: export or download again")
+    return state
+
+
+def _learns_adapters(objective: Any) -> bool:
+    return bool(getattr(getattr(objective, "lora", None), "rank", 0))
+
+
+def _checkpoint_of(run_dir: Path, which: str) -> Path:
+    """The best checkpoint (the last where no best was kept), or the last. Raises: ExportError where there is none."""
+    folder = run_dir / "checkpoints"
+    found = [folder / f"{name}.ckpt" for name in (("best", "last") if which == "best" else ("last",))]
+    path = next((p for p in found if p.exists()), None)
+    if path is None:
+        raise ExportError(f"{run_dir} has no checkpoint yet: {found[-1]} does not exist; train it first")
+    return path
 
 
 def _checkpoint_weights(path: Path, *, ema: bool) -> dict[str, Tensor]:

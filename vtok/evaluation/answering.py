@@ -320,6 +320,7 @@ class AnsweringEvaluator:
         full = next((row.accuracy for row in rows if row.method == "full"), math.nan)
         missing = [] if self.max_new_tokens else ["exact_match, f1: no answers were generated (--answers)"]
         missing += ["retained: there is no full-token row (--full)"] if self.full is None else []
+        missing += [f"the LLM has the adapters that it learned with {self.family}"] if self.llm.adapted else []
         pooled = [f"{self.seeds} seeds, their answers pooled"]
         return [
             finish(row, full=full, costs=costs, seed=self.seed, notes=missing + pooled * _draws(row.method))

@@ -14,7 +14,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtok.config import DataConfig
-from vtok.evaluate import device_of, load_model, objective_of, results_folder, window_loader
+from vtok.evaluate import device_of, load_model, reader_of, results_folder, window_loader
 from vtok.evaluation.answer_rows import interval, mean
 from vtok.evaluation.evaluator import Evaluator
 from vtok.evaluation.rows import SCHEMA, environment, without_nan
@@ -129,14 +129,11 @@ def _of_tokenizer(model: Any, val: Any, budgets: list[int] | None, **how: Any) -
 
 def _of_projector(model: Any, path: str, val: Any, budgets: list[int] | None, llm: str, **how: Any) -> _Scores:
     from vtok.evaluation.answering import AnsweringEvaluator
-    from vtok.llm import load_llm
 
-    objective = objective_of(path)
-    if llm:
-        objective.llm = replace(objective.llm, name=llm, revision="", sha256="")
+    objective, reader = reader_of(path, llm=llm)
     evaluator = AnsweringEvaluator(
         model,
-        load_llm(objective.llm),
+        reader,
         val=val,
         template=objective.tasks.qa_prompts[0],
         timestamps=objective.timestamps,

@@ -20,7 +20,7 @@ from vtok.llm.distill import hidden_distance, logit_divergence
 from vtok.llm.framewise import swap
 from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
 from vtok.llm.joined import Joined, attach
-from vtok.llm.lora import Adapters, LoraConfig
+from vtok.llm.lora import Adapters, LoraConfig, load_adapted
 from vtok.llm.objective import BudgetConfig, ObjectiveConfig, ProjectorObjective
 from vtok.llm.parts import PartsConfig
 from vtok.llm.questions import Answered, ask
@@ -30,6 +30,16 @@ from vtok.llm.tasks import TaskConfig, Told, choose
 
 __all__ = ["PLACE", "PLACEHOLDER", "Adapters", "Answered", "BudgetConfig", "FrozenLLM", "LLMConfig", "LoraConfig"]
 __all__ += ["ObjectiveConfig", "PartsConfig", "ProjectorObjective", "Read", "Spliced", "TaskConfig", "Told", "ask"]
-__all__ += ["choose", "generate", "hidden_distance", "load_llm", "logit_divergence", "read", "score", "splice"]
+__all__ += [
+    "choose",
+    "generate",
+    "hidden_distance",
+    "load_adapted",
+    "load_llm",
+    "logit_divergence",
+    "read",
+    "score",
+    "splice",
+]
 __all__ += ["tokens_at"]
 __all__ += ["Joined", "attach", "swap"]

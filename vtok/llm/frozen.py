@@ -58,6 +58,7 @@ class FrozenLLM:
         self.config, self.name, self.sha256, self.revision = config, config.name, sha256, revision
         self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
         self.adapted = False  # set by whoever puts adapters into it
+        self.adapters_sha256 = ""  # of those that have learned, by whoever reads them
         self._takes = set(inspect.signature(model.forward).parameters)
         self.end_ids = _end_ids(model, tokenizer, config.name)
         self.chat = bool(tokenizer.chat_template) if config.chat is None else config.chat
@@ -87,7 +88,8 @@ class FrozenLLM:
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, as plain values."""
         facts = {name: getattr(self.config, name) for name in ("name", "dtype")}
-        return {**facts, "revision": self.revision, "sha256": self.sha256, "chat": self.chat}
+        facts |= {"revision": self.revision, "sha256": self.sha256, "chat": self.chat}
+        return facts | ({"adapters_sha256": self.adapters_sha256} if self.adapters_sha256 else {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLLM:
         return self  # frozen: an averaged copy of its holder shares it

@@ -22,7 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from vtok.llm.places import Place, Span, expand, find_places, grid_positions, pad_rows
-from vtok.llm.seams import Item, as_videos, deepstack_of, layout, seam_of, see_frames, see_grids, square_grid, time_step
+from vtok.llm.seams import (
+    Item,
+    as_videos,
+    check_adapters,
+    deepstack_of,
+    layout,
+    seam_of,
+    see_frames,
+    see_grids,
+    square_grid,
+    time_step,
+)
 from vtok.llm.splice import IGNORED
 from vtok.types import Budget, Features, Tokens
 
@@ -73,6 +84,7 @@ class Joined(nn.Module):
     def __init__(self, compressor: Any, vlm: Any, *, positions: str, freeze: bool, frames_per_call: int):
         super().__init__()
         self.seam = seam_of(vlm)
+        check_adapters(compressor, vlm)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if positions == "grid" and not self.seam.grids:

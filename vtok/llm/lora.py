@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from vtok.llm.frozen import FrozenLLM
+from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
 
 
 @dataclass
@@ -77,6 +77,24 @@ class Adapters(nn.Module):
     def save(self, folder: str | Path) -> None:
         """The adapters as peft saves them, to be put into the same LLM with `peft.PeftModel.from_pretrained`."""
         self._wrapped[0].save_pretrained(str(folder))
+
+
+def load_adapted(config: LLMConfig, lora: LoraConfig, weights: Mapping[str, Tensor]) -> FrozenLLM:
+    """The language model with adapters that have learned (`vtok.loading.load_adapters`); as it is, and shared,
+    where there are none.
+
+    Raises: ValueError for adapters of another language model.
+    """
+    if not weights:
+        return load_llm(config)
+    llm = load_llm(config, shared=False)
+    adapters = Adapters(llm, lora)
+    try:
+        adapters.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the adapters do not fit {config.name}, they were learned in another LLM: {error}") from error
+    adapters.requires_grad_(False)
+    return llm
 
 
 def _is_linear(module: nn.Module) -> bool:

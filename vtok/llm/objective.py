@@ -106,6 +106,11 @@ class ProjectorObjective(nn.Module):
         self._teacher: list[Any] = []
         if distils:
             teacher = self.load_teacher(load)
+            if getattr(getattr(teacher, "shipped", None), "adapters", ""):
+                raise ValueError(
+                    f"objective.teacher={c.teacher!r}: its tokens are read through adapters that its LLM learned, and "
+                    "the teacher's pass has none: name a teacher that was trained with objective.lora.rank=0"
+                )
             if teacher.embedding_dim != self.llm.embedding_dim:
                 raise ValueError(
                     f"objective.teacher={c.teacher!r} makes tokens {teacher.embedding_dim} wide, the words of "

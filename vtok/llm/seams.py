@@ -70,6 +70,17 @@ def seam_of(vlm: Any) -> Seam:
     return SEAMS[kind]
 
 
+def check_adapters(compressor: Any, vlm: Any) -> None:
+    """Raises ValueError for tokens that a language model reads through adapters, before one that has none."""
+    needed = getattr(getattr(compressor, "shipped", None), "adapters", "")  # of vtok.load, or of AutoModel
+    needed = needed or getattr(getattr(compressor, "config", None), "adapters_sha256", None)
+    if needed and not any("lora_A" in name for name, _ in vlm.named_parameters()):
+        raise ValueError(
+            "the compressor's tokens are read through adapters that its LLM learned (objective.lora), and this VLM has "
+            "none: put them into its language model first, or train with objective.lora.rank=0"
+        )
+
+
 @dataclass
 class Item:
     """One video or image as the VLM's tower saw it.

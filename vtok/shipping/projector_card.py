@@ -107,7 +107,8 @@ def _references(config: RunConfig, found: dict[str, Any]) -> list[str]:
     out = ["## What it stands between", "", "Tower and language model are frozen, and not in this repository.", ""]
     if rank:
         out[-2:] = [
-            f"The language model was trained too, by adapters of rank {rank} that this export does not hold.",
+            f"The language model was trained too: it reads these tokens through adapters of rank {rank}, which are in "
+            "`adapters.safetensors` (`vtok eval`, `vtok.llm.load_adapted`).",
             "",
         ]
     out += ["| | name | revision | sha256 of its weights | read as |", "|---|---|---|---|---|"]
