@@ -26,10 +26,15 @@ def merge(tables: list[dict[str, Any]]) -> dict[tuple[str, str], list[list[float
     Raises: ValueError where the tables are not of one family and the same questions, or have no rows in common.
     """
     first = tables[0]
+    for table in tables:
+        if "videos" not in table["per_question"]:
+            raise ValueError(
+                f"{table['model']} does not say which video each clip is from: measure it again (vtok eval)"
+            )
     for other in tables[1:]:
         if other["family"] != first["family"]:
             raise ValueError(f"{other['model']} is of family {other['family']}, {first['model']} of {first['family']}")
-        for part in ("keys", "ids"):
+        for part in ("keys", "ids", "videos"):
             if other["per_question"][part] != first["per_question"][part]:
                 raise ValueError(f"{other['model']} and {first['model']} were not asked the same questions ({part})")
     rights = [table["per_question"]["right"] for table in tables]
@@ -45,7 +50,7 @@ def merge(tables: list[dict[str, Any]]) -> dict[tuple[str, str], list[list[float
 
 
 def leads(
-    found: dict[tuple[str, str], list[list[float]]], family: str, keys: list[str], *, seed: int = 0
+    found: dict[tuple[str, str], list[list[float]]], family: str, videos: list[str], *, seed: int = 0
 ) -> list[dict[str, Any]]:
     """At every budget the family against each other method, least lead first."""
     out = []
@@ -55,7 +60,7 @@ def leads(
         for method in dict.fromkeys(m for m, b in found if b == budget and m not in (family, *ENDS)):
             theirs = [mean(each) for each in zip(*found[method, budget])]
             gap = [a - b for a, b in zip(ours, theirs)]
-            bounds = interval(gap, keys, seed=seed)
+            bounds = interval(gap, videos, seed=seed)
             against.append({"budget": budget, "against": method, "difference": mean(gap), "difference_ci": bounds})
         out += sorted(against, key=lambda each: each["difference"])
     return out
@@ -68,19 +73,19 @@ def _per_cent(value: float) -> str:
 def report(tables: list[dict[str, Any]], *, seed: int = 0) -> str:
     """The rows and the leads as Markdown."""
     family, found = tables[0]["family"], merge(tables)
-    keys = tables[0]["per_question"]["keys"]
+    keys, videos = (tables[0]["per_question"][part] for part in ("keys", "videos"))
     lines = [f"{len(tables)} runs of {family}, {len(keys)} questions of {len(set(keys))} clips, per cent right", ""]
     lines += ["| method | tokens | mean | 95 % | runs |", "|---|---|---|---|---|"]
     order = sorted(found, key=lambda x: (int(x[1]) if x[1].isdigit() else 10**9, -mean(list(map(mean, found[x])))))
     for method, budget in order:
         runs = found[method, budget]
-        bounds = interval([mean(each) for each in zip(*runs)], keys, seed=seed)
+        bounds = interval([mean(each) for each in zip(*runs)], videos, seed=seed)
         shown = f"{_per_cent(bounds[0])} to {_per_cent(bounds[1])}" if bounds else ""
         own = ", ".join(_per_cent(mean(run)) for run in runs)
         name = f"**{method}**" if method == family else method
         lines.append(f"| {name} | {budget} | {_per_cent(mean(list(map(mean, runs))))} | {shown} | {own} |")
     lines += ["", f"| tokens | {family} against | lead, points | 95 % | |", "|---|---|---|---|---|"]
-    for each in leads(found, family, keys, seed=seed):
+    for each in leads(found, family, videos, seed=seed):
         low, high = each["difference_ci"] or (float("nan"), float("nan"))
         verdict = "leads" if low > 0 else "trails" if high < 0 else "even"
         shown = f"{100 * low:+.1f} to {100 * high:+.1f}"

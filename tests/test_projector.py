@@ -20,7 +20,7 @@ from vtok.config import loads
 from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
 from vtok.evaluation.answer_report import write_answer_report
-from vtok.evaluation.answering import AnsweringEvaluator, print_answers, video_of
+from vtok.evaluation.answering import AnsweringEvaluator, print_answers
 from vtok.evaluation.compare import compare
 from vtok.export import main_export
 from vtok.layers import projector
@@ -434,7 +434,3 @@ def test_a_run_is_measured_through_the_adapters_that_its_llm_learned(lab, stage0
     (export / "adapters.safetensors").write_bytes((export / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="is not what config.json was written for"):
         measured(export)
-
-
-def test_clips_of_one_video_are_one_cluster():
-    assert video_of("tv_news__0003") == video_of("tv_news__0117") == "tv_news" != video_of("tv_news2")

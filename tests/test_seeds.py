@@ -9,12 +9,13 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from seeds import leads, merge, report  # noqa: E402
 
-KEYS = ["a__0", "a__1", "b", "c"]
+KEYS, VIDEOS = ["a__0000", "a__0001", "b", "c"], ["a", "a", "b", "c"]
 ONE = {
     "family": "vqtoken",
     "model": "one",
     "per_question": {
         "keys": KEYS,
+        "videos": VIDEOS,
         "ids": ["0"] * 4,
         "types": ["x"] * 4,
         "right": {
@@ -37,7 +38,7 @@ def test_answers_of_several_runs_are_averaged_question_by_question():
     second = other(vqtoken={"4": [1, 0, 0, 0], "16": [1, 1, 1, 1]}, tome={"4": [None] * 4})
     found = merge([other(tome={"4": [None] * 4}), second])
     assert ("tome", "4") not in found and found["vqtoken", "4"] == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    (four, sixteen) = leads(found, "vqtoken", KEYS)
+    (four, sixteen) = leads(found, "vqtoken", VIDEOS)
     assert (four["against"], four["difference"]) == ("pooling", pytest.approx((0 + 0.5 - 0.5 + 0) / 4))
     assert sixteen["difference"] == pytest.approx(0.9) and sixteen["difference_ci"][0] > 0
     assert four["difference_ci"][0] < 0 < four["difference_ci"][1]

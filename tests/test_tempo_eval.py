@@ -26,7 +26,7 @@ def needles() -> Clip:
     """Two questions a video, each about a segment of its own; frames come twice a second, so segments once."""
     clip = videos(LENGTHS)
     clip.features["tower"].patches = clip.features["tower"].patches.float()
-    clip.keys = ["one__0", "one__1", "two"]
+    clip.keys = ["one__0000", "one__0001", "two"]
     clip.qa = [
         [
             {"id": str(i), "type": "needle", "question": f"what is {i}?", "answer": "a", "choices": ["a", "b", "c"],

@@ -125,6 +125,7 @@ class Clip:
     text, prompt, target, qa, features: what text compressors, projectors and their metrics read (`design`).
     captions: of each clip, [{start_s, end_s, text}] in its seconds, what is on show when.
     sound: what is heard meanwhile, for those who hear.
+    sources: the video that each was cut from; clips of one video are no independent samples.
     """
 
     keys: list[str]
@@ -138,6 +139,7 @@ class Clip:
     features: dict[str, Features] | None = None
     captions: list[Any] | None = None
     sound: Sound | None = None
+    sources: list[str] | None = None
 
     def __post_init__(self) -> None:
         batch = len(self.keys)
@@ -150,7 +152,7 @@ class Clip:
                 low, high = int(self.lengths.min()), int(self.lengths.max())
                 if low < 1 or high > frames:
                     raise ShapeError(f"Clip.lengths lies in [{low}, {high}], but the video has {frames} frames")
-        for name in ("text", "prompt", "target", "qa", "captions"):
+        for name in ("text", "prompt", "target", "qa", "captions", "sources"):
             value = getattr(self, name)
             if value is not None and len(value) != batch:
                 raise ShapeError(f"Clip.{name} has {len(value)} entries for {batch} keys")

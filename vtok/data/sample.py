@@ -19,6 +19,7 @@ from vtok.data.audio import SOUND, WavFile, frame_spans
 from vtok.data.feature_shards import Window, collate_features, heard_in_window, window_of_features
 from vtok.data.language import visible_questions
 from vtok.data.sources import BrokenSample, Sample, ShardReader
+from vtok.data.stems import stem_of
 from vtok.data.view import HEARD, TEXT, Hearing, View, decode_view, fit, map_view
 from vtok.types import Clip, Sound
 
@@ -33,6 +34,7 @@ class Item(NamedTuple):
     captions: list[Any] | None = None
     heard: Window | None = None  # features of what is heard
     sound: Heard | None = None
+    source: str = ""  # the video it was cut from
 
 
 class Heard(NamedTuple):
@@ -61,6 +63,13 @@ def read_facts(reader: ShardReader, sample: Sample) -> dict[str, Any]:
 def load_sample(reader: ShardReader, sample: Sample, view: View, *, rng: random.Random | None, key: str) -> Item:
     """One decoded sample. Raises DecodeError, BrokenSample or OSError."""
     facts = read_facts(reader, sample)
+    source = str(facts.get("source") or stem_of(sample.key))
+    return _loaded(reader, sample, view, facts, rng=rng, key=key)._replace(source=source)
+
+
+def _loaded(
+    reader: ShardReader, sample: Sample, view: View, facts: dict[str, Any], *, rng: random.Random | None, key: str
+) -> Item:
     caption, qa = facts.get("caption"), facts.get("qa")
     if caption is not None and not isinstance(caption, str):
         raise BrokenSample(f"caption is a {type(caption).__name__}, not a string")
@@ -125,6 +134,7 @@ def collate(items: Sequence[Item], *, frames: int | None = None) -> Clip:
         text=[item.text or "" for item in items] if any(item.text for item in items) else None,
         qa=[item.qa or [] for item in items] if any(item.qa for item in items) else None,
         captions=[item.captions or [] for item in items] if any(item.captions for item in items) else None,
+        sources=[item.source or stem_of(item.key) for item in items],
     )
     if all(item.video is None and item.features is None for item in items):
         return Clip([item.key for item in items], **told)

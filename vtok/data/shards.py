@@ -21,7 +21,6 @@ import logging
 import re
 import sys
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from vtok.data.decode import VideoInfo, probe
 from vtok.data.inputs import Inputs, Reject, Row, collect
 from vtok.data.maps import open_map
 from vtok.data.pack import Item, PackingError, Settings, Shard, finished, write_shard, write_shared
+from vtok.data.stems import numbered, stems, utf8
 from vtok.data.strict import DecodeError
 from vtok.data.verify import verify
 from vtok.data.workers import Notify, WorkerError, Workers, cores
@@ -123,7 +123,7 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
             usable.append(row)
     splits = _assign_splits(usable, surveys, settings, rejected)
     usable = [row for row in usable if row.path in splits]
-    stems = _stems({row.path: row.source for row in usable})
+    named = stems({row.path: row.source for row in usable})
     items: dict[str, list[tuple[Item, float]]] = {split: [] for split in SPLITS}
     count: Counter[Path] = Counter()
     entire: set[Path] = set()
@@ -138,7 +138,7 @@ def plan(sources: Inputs, surveys: dict[Path, Survey], settings: Settings) -> Pl
         for start_s, end_s, whole in windows:
             plain = whole and row.path not in entire  # a row of the whole video and one of [0, end) are two clips
             entire |= {row.path} if plain else set()
-            key = stems[row.path] if plain else f"{stems[row.path]}__{count[row.path]:04d}"
+            key = named[row.path] if plain else numbered(named[row.path], count[row.path])
             count[row.path] += not plain
             clip = Item(
                 key,
@@ -219,7 +219,7 @@ def _assign_splits(
             sides.append(next(split for split in ("test", "val", "train") if split in named))
         else:
             name = min((row.video for row in members if row.video), default=surveys[members[0].path].content)
-            draws[number] = int(hashlib.sha256(_utf8(name)).hexdigest()[:13], 16) / 16**13
+            draws[number] = int(hashlib.sha256(utf8(name)).hexdigest()[:13], 16) / 16**13
             sides.append("val" if draws[number] < settings.val_fraction else "train")
     if len(draws) > 1 and 0.0 < settings.val_fraction < 1.0:
         for side, nearest in (("val", min), ("train", max)):
@@ -253,31 +253,6 @@ def _related(rows: list[Row], surveys: dict[Path, Survey]) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(find(f"content {surveys[row.path].content}"), []).append(row)
     return list(groups.values())
-
-
-def _stems(names: dict[Path, str]) -> dict[Path, str]:
-    """A key per file: ASCII letters, digits, `-` and single `_`, no dots, at most 80 characters, unique without case.
-
-    `train/A man.mp4` is `train-A_man`. A hash follows two underscores where the name alone would not do: characters
-    that ASCII has not, too long, or the same as another's.
-    """
-    stems: dict[Path, str] = {}
-    for path, name in names.items():
-        stem = name[: -len(Path(name).suffix)] if Path(name).suffix else name
-        plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
-        slug = re.sub(r"_+", "_", re.sub(r"[^A-Za-z0-9_-]+", "_", plain.replace("/", "-"))).strip("_-")
-        lost = len(plain) < len(unicodedata.normalize("NFC", stem))
-        stems[path] = f"{slug[:60] or 'clip'}__{_hash(name)}" if lost or len(slug) > 60 or not slug else slug
-    seen = Counter(stem.casefold() for stem in stems.values())
-    return {p: f"{s}__{_hash(names[p])}" if seen[s.casefold()] > 1 else s for p, s in stems.items()}
-
-
-def _hash(name: str) -> str:
-    return "h" + hashlib.sha256(_utf8(name)).hexdigest()[:12]
-
-
-def _utf8(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")  # file names may hold bytes that are not UTF-8
 
 
 def _deal(items: list[tuple[Item, float]], split: str, settings: Settings) -> Iterator[Shard]:

@@ -35,12 +35,12 @@ from vtok.data.shards import (
     _lock,
     _merge,
     _part,
-    _stems,
     _sweep,
     guarded,
     tell,
 )
 from vtok.data.sources import MAX_TEXT_BYTES
+from vtok.data.stems import numbered, stems
 from vtok.data.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -210,13 +210,13 @@ def plan_texts(texts: list[Text], rejected: list[Reject], settings: TextSettings
     rows = [Row(path, text.name, text.source, split=text.split, where=text.where) for path, text in at.items()]
     seen = {path: Survey(content=hashlib.sha256(text.text.encode("utf-8")).hexdigest()) for path, text in at.items()}
     splits = _assign_splits(rows, seen, cast(Any, settings), rejected)
-    stems = _stems({path: at[path].name for path in splits})
+    named = stems({path: at[path].name for path in splits})
     items: dict[str, list[tuple[Any, float]]] = {split: [] for split in SPLITS}
     for path, split in splits.items():
         text = at[path]
         pieces = cut(text.text, settings.words)
         for number, piece in enumerate(pieces):
-            key = stems[path] if len(pieces) == 1 else f"{stems[path]}__{number:04d}"
+            key = named[path] if len(pieces) == 1 else numbered(named[path], number)
             size = len(piece.encode("utf-8"))
             if size > MAX_TEXT_BYTES:
                 reason = f"{size} bytes, above the limit of {MAX_TEXT_BYTES}: cut it with --words"

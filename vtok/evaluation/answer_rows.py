@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vtok.data.stems import stem_of
 from vtok.evaluation import free_lengths
 from vtok.evaluation.rows import bootstrap, leader
 from vtok.llm import Answered
@@ -56,6 +57,10 @@ class AnswerRow:
         """Mean positions of a whole prompt, tokens and separators included."""
         return mean([float(each.positions) for each in self.answers])
 
+    def videos(self) -> dict[str, str]:
+        """The video of each clip, by the clip's key."""
+        return {each.key: video_of(each) for each in self.answers}
+
     def right(self) -> dict[Question, float]:
         """Of each question with choices: 1 right, 0 wrong; a share where several seeds answered it."""
         found: dict[Question, list[float]] = {}
@@ -75,26 +80,26 @@ class Costs:
     first_token_s: Mapping[int, float]
 
 
-def video_of(key: str) -> str:
-    """The video a clip was cut from, by its key (docs/formats.md: STEM or STEM__0001)."""
-    return key.partition("__")[0]
+def video_of(each: Answered) -> str:
+    """The video that an answer is about: the clip's `source`; where clips say none, by their key."""
+    return each.source or stem_of(each.key)
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def interval(values: Sequence[float], keys: Sequence[str], *, seed: int) -> list[float] | None:
-    """95 % interval of the mean of values, which are clustered by the videos of their clips' keys."""
-    names = {name: at for at, name in enumerate(sorted({video_of(key) for key in keys}))}
-    clusters = torch.tensor([names[video_of(key)] for key in keys], dtype=torch.int64)
+def interval(values: Sequence[float], videos: Sequence[str], *, seed: int) -> list[float] | None:
+    """95 % interval of the mean of values, which are clustered by their videos."""
+    names = {name: at for at, name in enumerate(sorted(set(videos)))}
+    clusters = torch.tensor([names[video] for video in videos], dtype=torch.int64)
     return bootstrap(torch.tensor(values, dtype=torch.float64), seed=seed, clusters=clusters) if values else None
 
 
 def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The row of eval.json. full: accuracy of all tokens; NaN where that was not measured."""
     chosen = [each for each in row.answers if each.right is not None]
-    right, keys = [float(bool(each.right)) for each in chosen], [each.key for each in chosen]
+    right, videos = [float(bool(each.right)) for each in chosen], [video_of(each) for each in chosen]
     kinds = [each.type or "other" for each in chosen]
     guesses = [1.0 / len(each.choices) for each in chosen]
     guess = chance([{"choices": each.choices} for each in chosen])
@@ -108,12 +113,12 @@ def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Seque
         "tokens_mean": mean([float(each.tokens) for each in row.answers]),
         "positions_mean": positions,
         "accuracy": row.accuracy,
-        "accuracy_ci": interval(right, keys, seed=seed),
+        "accuracy_ci": interval(right, videos, seed=seed),
         "chance": guess,
         "retained": retained(row.accuracy, full=full, chance=guess),
         "by_type": by_kind(right, kinds),
         "by_type_ci": {
-            kind: interval([right[i] for i in at], [keys[i] for i in at], seed=seed) for kind, at in of_kind.items()
+            kind: interval([right[i] for i in at], [videos[i] for i in at], seed=seed) for kind, at in of_kind.items()
         },
         "chance_by_type": by_kind(guesses, kinds),
         "loss": mean([each.loss for each in chosen if each.loss is not None]),
@@ -174,12 +179,13 @@ def paired(one: AnswerRow, other: AnswerRow, *, seed: int) -> dict[str, Any]:
     """One row minus the other, question by question: difference, its interval, questions and videos."""
     a, b = one.right(), other.right()
     both = [question for question in a if question in b]
-    differences, keys = [a[question] - b[question] for question in both], [key for key, _, _ in both]
+    of_clip = one.videos()
+    differences, videos = [a[question] - b[question] for question in both], [of_clip[key] for key, _, _ in both]
     return {
         "difference": mean(differences),
-        "difference_ci": interval(differences, keys, seed=seed),
+        "difference_ci": interval(differences, videos, seed=seed),
         "questions": len(both),
-        "videos": len({video_of(key) for key in keys}),
+        "videos": len(set(videos)),
     }
 
 
@@ -194,7 +200,8 @@ def benchmark(rows: Sequence[AnswerRow], *, seed: int) -> dict[str, Any]:
     out: dict[str, Any] = {"needed": NEEDED, "full_minus_blind": None, "tells_apart": None, "blind_is_chance": None}
     if blind is not None and blind.right():
         guess = chance([{"choices": each.choices} for each in blind.answers if each.right is not None])
-        bounds = interval([*blind.right().values()], [key for key, _, _ in blind.right()], seed=seed)
+        of_clip = blind.videos()
+        bounds = interval([*blind.right().values()], [of_clip[key] for key, _, _ in blind.right()], seed=seed)
         out |= {"blind": blind.accuracy, "blind_ci": bounds, "chance": guess}
         out["blind_is_chance"] = None if bounds is None else bounds[0] <= guess <= bounds[1]
         if full is not None and full.right():
@@ -214,8 +221,9 @@ def per_question(rows: Sequence[AnswerRow]) -> dict[str, Any]:
         right.setdefault(row.method, {})["-" if row.budget is None else str(row.budget)] = [
             found.get(question) for question in every
         ]
-    return {"keys": [q[0] for q in every], "ids": [q[1] for q in every], "types": [types[q] for q in every],
-            "right": right}  # fmt: skip
+    of_clip = {key: video for row in rows for key, video in row.videos().items()}
+    return {"keys": [q[0] for q in every], "videos": [of_clip[q[0]] for q in every],
+            "ids": [q[1] for q in every], "types": [types[q] for q in every], "right": right}  # fmt: skip
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:

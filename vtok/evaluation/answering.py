@@ -40,7 +40,6 @@ from vtok.evaluation.answer_rows import (
     per_question,
     sentences,
     versus,
-    video_of,
 )
 from vtok.evaluation.free_lengths import Imposed, Observed, controlled, judged
 from vtok.evaluation.rows import SCHEMA, environment, without_nan
@@ -53,7 +52,7 @@ from vtok.progress import counting_bar
 from vtok.reducers import REDUCERS
 from vtok.types import Budget, Clip, to_uint8
 
-__all__ = ["ALWAYS", "AnsweringEvaluator", "attention_layers", "print_answers", "reduced_model", "video_of"]
+__all__ = ["ALWAYS", "AnsweringEvaluator", "attention_layers", "print_answers", "reduced_model"]
 
 ALWAYS = ("random", "uniform", "pooling", "downsample")  # controls of every table
 MAIN = ("accuracy", "95 %", "kept", "first token ms")  # of the terminal's table, beside kinds of questions

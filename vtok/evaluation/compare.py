@@ -111,11 +111,12 @@ def _loader(data: DataConfig, shards: str, model: Any, kind: str, *, clips: int 
 @dataclass
 class _Scores:
     """Of one model on one corpus. values: budget -> {what was measured, its clip first: score}. rows: budget -> the
-    model's row of eval.json."""
+    model's row of eval.json. videos: of each clip."""
 
     clips: int
     values: dict[Any, dict[tuple[str, ...], float]]
     rows: dict[Any, dict[str, Any]]
+    videos: dict[str, str]
 
 
 def _of_tokenizer(model: Any, val: Any, budgets: list[int] | None, **how: Any) -> _Scores:
@@ -124,7 +125,8 @@ def _of_tokenizer(model: Any, val: Any, budgets: list[int] | None, **how: Any) -
     keys, found = result["per_clip"]["keys"], result["per_clip"]["psnr_db"][evaluator.family]
     values = {int(name): {(key,): score for key, score in zip(keys, column) if score is not None}
               for name, column in found.items()}  # fmt: skip
-    return _Scores(result["clips"], values, {row["budget"]: row for row in result["rows"]})
+    rows, videos = {row["budget"]: row for row in result["rows"]}, dict(zip(keys, result["per_clip"]["videos"]))
+    return _Scores(result["clips"], values, rows, videos)
 
 
 def _of_projector(model: Any, path: str, val: Any, budgets: list[int] | None, llm: str, **how: Any) -> _Scores:
@@ -150,7 +152,7 @@ def _of_projector(model: Any, path: str, val: Any, budgets: list[int] | None, ll
         for name, column in found["right"][evaluator.family].items()
     }
     rows = {row["budget"]: row for row in result["rows"] if row["method"] == evaluator.family}
-    return _Scores(result["clips"], values, rows)
+    return _Scores(result["clips"], values, rows, dict(zip(found["keys"], found["videos"])))
 
 
 def _numbered(questions: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
@@ -176,7 +178,7 @@ def _rows(before: _Scores, after: _Scores, *, seed: int) -> list[dict[str, Any]]
             "before": mean([old[each] for each in both]),
             "after": mean([new[each] for each in both]),
             "difference": mean(differences),
-            "difference_ci": interval(differences, [each[0] for each in both], seed=seed),
+            "difference_ci": interval(differences, [after.videos[each[0]] for each in both], seed=seed),
             "measured": len(both),
         }
         for key in ("ssim", "bits_mean"):

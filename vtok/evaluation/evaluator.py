@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vtok.coding.entropy import StaticModel, factors_of
 from vtok.coding.prior_coding import signalling_bits
+from vtok.data.stems import stem_of
 from vtok.evaluation.rows import SCHEMA, Row, against_codec, environment, without_nan
 from vtok.layers.perceptual import LPIPS
 from vtok.loading import prior_of
@@ -144,6 +145,7 @@ class Evaluator:
         self.processes, self.codec_clips = processes, codec_clips
         self.bar = counting_bar(show=progress)
         self.keys: list[str] = []
+        self.videos: list[str] = []  # of each, the one it was cut from
         self.rates: dict[int, float] = {}
         self.controls: dict[str, Any] = {}
         self.against_codecs: list[dict[str, Any]] = []
@@ -271,6 +273,7 @@ class Evaluator:
         prior = prior_of(self.model)
         for clip in self._batches(self.family):
             self.keys += clip.keys
+            self.videos += clip.sources or [stem_of(key) for key in clip.keys]
             for at, (row, budget) in enumerate(zip(rows, self.budgets)):
                 for part, tokens, recon, encoding, decoding in self._coded(clip, budget, row):
                     self._score(row, part, recon)
@@ -494,7 +497,7 @@ class Evaluator:
                 for row in rows
             ],
             "against_codecs": self.against_codecs,
-            "per_clip": {"keys": self.keys, "psnr_db": per_clip},
+            "per_clip": {"keys": self.keys, "videos": self.videos, "psnr_db": per_clip},
         }
         return without_nan(result)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok.data.stems import stem_of, stems
 from vtok.types import Budget, Clip, Tokens
 
 FIXED, SHUFFLED = "fixed length of the same mean", "shuffled lengths"
@@ -96,18 +97,21 @@ def controlled(lengths: Lengths, *, seed: int) -> dict[str, Lengths]:
 
 
 def read_facts(path: str | Path) -> dict[str, dict[str, float]]:
-    """{name: {complexity, duration}} of the lines of a manifest (jsonl), as `data/demo_corpus.py` writes it. name: the
-    file's, without its ending, "/" as "-", which is how clips' keys begin.
+    """{name: {complexity, duration}} of the lines of a manifest (jsonl), as `data/demo_corpus.py` writes it. name: how
+    the keys of a file's clips begin (`vtok.data.stems`).
 
     Raises: ValueError where no line tells a complexity.
     """
     out: dict[str, dict[str, float]] = {}
+    keyed: set[str] = set()
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line) if line.strip() else {}
         name = row.get("key") or row.get("file") or row.get("path")
         if name and isinstance(row.get(COUNT), (int, float)):
             told = {key: float(row[key]) for key in (COUNT, TIME) if isinstance(row.get(key), (int, float))}
-            out[Path(name).with_suffix("").as_posix().replace("/", "-")] = told
+            out[str(name)], keyed = told, keyed | ({name} if row.get("key") else set())
+    stem = stems({name: name for name in out if name not in keyed})
+    out = {stem.get(name, name): told for name, told in out.items()}
     if not out:
         raise ValueError(f"{path}: no line has a file and its `{COUNT}`, a number; give a corpus's captions.jsonl")
     return out
@@ -182,7 +186,7 @@ def follow(lengths: Lengths, facts: Mapping[str, Mapping[str, float]], *, seed: 
 
 def _named(key: str, facts: Mapping[str, Any]) -> str | None:
     """The name under which a clip's video has facts: its key, without what a part of it adds."""
-    video = key.partition("__")[0]
+    video = stem_of(key)
     return next((name for name in (key, video) if name in facts), None)
 
 

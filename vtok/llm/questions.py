@@ -22,7 +22,7 @@ class Answered:
     likelihoods: log-likelihood in nats of each choice; [] where the question has none. text: its own greedy answer;
     None where none was asked. tokens: of the clip. positions: of the whole prompt, tokens and separators included.
     parts: what the parts of the clip said before, and part_positions, of their prompts; part_ids: that were generated
-    for them; part_seconds: this question's share of the time they took.
+    for them; part_seconds: this question's share of the time they took. source: the video that the clip was cut from.
     """
 
     key: str
@@ -39,6 +39,7 @@ class Answered:
     part_positions: list[int] = field(default_factory=list)
     part_ids: int = 0
     part_seconds: float = 0.0
+    source: str = ""
 
     @property
     def chosen(self) -> str | None:
@@ -130,6 +131,7 @@ def ask(
             part_positions=said[i].positions,
             part_ids=said[i].generated,
             part_seconds=seconds / len(asked),
+            source=clip.sources[row] if clip.sources else "",
         )
         for i, (row, question) in enumerate(asked)
     ]
