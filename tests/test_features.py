@@ -6,21 +6,23 @@ import json
 import shutil
 import sys
 import tarfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 from miniature import clip, config, movie, photo, take, write_index, write_tar
 
+from vtok import reducers
 from vtok.data.feature_index import FeatureShardError
 from vtok.data.health import TooManyBroken
 from vtok.data.module import ClipDataModule
 from vtok.data.pipeline import num_val_clips, training_batches, validation_batches
 from vtok.data.view import View
+from vtok.families import reducer
 from vtok.features import record_features
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
-from vtok.types import Clip, Features
+from vtok.types import Clip, Features, Tokens
 from vtok.vision import TowerConfig, load_tower
 
 timm = pytest.importorskip("timm")
@@ -281,10 +283,31 @@ def test_attention_and_keys_where_asked(home, tmp_path):
         *(validation_batches(str(s), view=view, batch_size=1) for s in (tmp_path / "t", home / "shards"))
     ):
         found, wanted = cached.features[tower.name], tower.features(live, **asked)
-        assert list(found.attention) == [0, -1] and found.attention[-1].dtype == torch.float32
-        for layer in (0, -1):
+        assert list(found.attention) == list(wanted.attention) == [0, 1] and found.attention_from == "cls"
+        assert found.attention[1].dtype == torch.float32
+        for layer in (0, 1):
             torch.testing.assert_close(found.attention[layer], wanted.attention[layer], rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(found.keys, wanted.keys, rtol=1e-2, atol=1e-2)
+    shape = dict(tower=tower_config(home), in_dim=16, embedding_dim=8, embedding_rms=1.0)
+
+    def asks(layers: list[int], source: str = "cls", method: str = "visionzip") -> Tokens:
+        told = dict(method=method, attention_layers=layers, attention_from=source, max_tokens=64)
+        torch.manual_seed(0)
+        return reducer.Model(reducer.Config(**shape, **told)).eval().encode(cached, budget=3)
+
+    assert torch.equal(asks([-1]).source, asks([1]).source)
+    assert torch.equal(asks([-1, 0], method="hiprune").source, asks([1, -2], method="hiprune").source)
+    zero, one = (replace(found, attention={layer: found.attention[layer]}) for layer in (0, 1))
+    for layer, only in ((0, zero), (1, one)):
+        want = reducers.build("visionzip")(only, budget=3)
+        assert torch.equal(asks([layer]).source, want.source), "of the layer that is asked"
+    cached.features[tower.name] = zero
+    with pytest.raises(ValueError, match=r"attention of layers \[0\] from cls, asked for is that of \[1\] from cls"):
+        asks([-1])
+    with pytest.raises(ValueError, match=r"asked for is that of \[0\] from all: record it .*--attention-from all"):
+        asks([0], "all")
+    with pytest.raises(ValueError, match="layer=-3 is out of range"):
+        asks([-3])
 
 
 # ---- other towers, other frames

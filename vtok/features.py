@@ -92,7 +92,8 @@ def record_features(
         cached.cache_clear()
     config = json.dumps(asdict(tower))
     loaded = _tower(config, "cpu")
-    settings = FeatureSettings(fps, size or own_size(loaded), crop, frames, attention, attention_from, keys)
+    layers = tuple(dict.fromkeys(loaded.block(layer) for layer in attention))
+    settings = FeatureSettings(fps, size or own_size(loaded), crop, frames, layers, attention_from, keys)
     try_settings(loaded, settings)
     who, claim = loaded.identity(), {}
     hears = "" if audio is None else json.dumps(asdict(audio))

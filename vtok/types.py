@@ -42,7 +42,8 @@ class Features:
     """What a frozen tower saw.
 
     patches: [B, T, N, D]. grid: (h, w) with h * w = N. times: [B, T] seconds. frame: [B, T, D], one vector a frame.
-    attention: by layer, [B, T, N], attention received per patch. keys: [B, T, N, Dk], attention keys.
+    attention: by block of the tower, counted from 0, [B, T, N], attention received per patch, from the queries that
+    attention_from names (all | cls). keys: [B, T, N, Dk], attention keys.
     lengths: [B] int64, real frames of each clip (the rest is padding, zeros); None when all T are real.
     """
 
@@ -53,6 +54,7 @@ class Features:
     attention: dict[int, Tensor] | None = None
     keys: Tensor | None = None
     lengths: Tensor | None = None
+    attention_from: str = "all"
 
     def __post_init__(self) -> None:
         _check("Features.patches", self.patches, (None, None, None, None), "float")

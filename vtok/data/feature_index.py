@@ -35,7 +35,7 @@ class FeatureSettings:
 
     fps: frames per second; None: every frame of the source. size, crop: as data.size and data.crop (center or none).
     frames: the middle window of so many frames, as validation sees it; None: the whole clip.
-    attention, attention_from, keys: as in `Tower.forward`.
+    attention (blocks counted from 0), attention_from, keys: as in `Tower.forward`.
     """
 
     fps: float | None = 8.0
@@ -75,7 +75,9 @@ class FeatureIndex:
     def view(self, view: View, name: str = "") -> View:
         """`view` on these features, under a name of the tower, unchecked."""
         identity = tuple(self.tower[key] for key in SAME)
-        return replace(view, cached=Cached(name or self.tower["name"], int(self.tower["window"]), identity))
+        name = name or self.tower["name"]
+        cached = Cached(name, int(self.tower["window"]), identity, self.settings.attention_from)
+        return replace(view, cached=cached)
 
 
 def hearing_of(tower: Any) -> Hearing:

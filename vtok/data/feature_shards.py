@@ -232,7 +232,8 @@ def window_of_features(read: Read, num_bytes: int, view: View, rng: random.Rando
     seconds = times.float()
     if stride > 1:
         seconds = torch.stack([group.sum() / len(group) for group in seconds.split(stride)])
-    return Window(view.cached.name, stride, replace(found, times=seconds[None]), times)
+    found = replace(found, times=seconds[None], attention_from=view.cached.attention_from)
+    return Window(view.cached.name, stride, found, times)
 
 
 def _pick(file: _File, view: View, cached: Cached, rng: random.Random | None) -> tuple[list[int], Tensor]:
@@ -334,6 +335,7 @@ def collate_features(windows: Sequence[Window], frames: int) -> Features:
         attention={n: value for n, value in attention.items() if value is not None} or None,
         keys=padded([f.keys for f in each]),
         lengths=None if full else counts,
+        attention_from=each[0].attention_from,
     )
 
 

@@ -28,11 +28,13 @@ class Cached:
     """That a tower's features are read in place of pixels.
 
     name: of the tower, the key in `Clip.features`. window: frames it sees at once. identity: what they depend on.
+    attention_from: whose attention was recorded, where some was.
     """
 
     name: str
     window: int
     identity: tuple[Any, ...]
+    attention_from: str = "all"
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,7 @@ class AnsweringEvaluator:
             layers = {each for m in methods if m.layers for each in attention_layers(self.full, m.layers)}
             if layers:
                 asked["attention"] = sorted(layers)
+                asked["attention_from"] = getattr(self.full.config, "attention_from", "all")
             if any(method.keys for method in methods):
                 asked["keys"] = True
         features = model.features(clip, **asked)
@@ -407,7 +408,7 @@ def attention_layers(model: Any, count: int) -> list[int]:
     one; of two, the middle one and the last."""
     named = list(getattr(model.config, "attention_layers", []))
     if len(named) >= count:
-        return named
+        return [model.block(layer) for layer in named]
     depth = model.tower.depth
     return [max(depth - 2, 0)] if count == 1 else [depth // 2, depth - 1]
 

@@ -139,17 +139,32 @@ class ProjectorModel(nn.Module):
     def features(self, clip: Clip, **asked: Any) -> Features:
         """The clip's cached features of the tower where it brings them, else those of its video.
 
-        asked: as of `vtok.vision.Tower`. Raises: ValueError for cached features without the attention or keys asked.
+        asked: as of `vtok.vision.Tower`. Of cached attention, exactly the layers asked, in their order.
+        Raises: ValueError for cached features without the attention or keys asked.
         """
         found = (clip.features or {}).get(self.config.tower.name)
         if found is None:
             return self.tower.features(clip, **asked)
-        if asked.get("attention") and not found.attention or asked.get("keys") and found.keys is None:
+        if asked.get("keys") and found.keys is None:
             raise ValueError(
-                f"the clips bring features of {self.config.tower.name!r} without the attention or the keys that are "
-                "asked for: record them (vtok features --attention L --keys), or read shards of videos"
+                f"the clips bring features of {self.config.tower.name!r} without the attention keys that are "
+                "asked for: record them (vtok features --keys), or read shards of videos"
             )
-        return found
+        if not asked.get("attention"):
+            return found
+        layers, source = [self.block(layer) for layer in asked["attention"]], asked.get("attention_from", "all")
+        recorded = found.attention or {}
+        if not recorded.keys() >= set(layers) or found.attention_from != source:
+            raise ValueError(
+                f"the clips bring features of {self.config.tower.name!r} with the attention of layers {list(recorded)} "
+                f"from {found.attention_from}, asked for is that of {layers} from {source}: record it (vtok features "
+                f"--attention {','.join(map(str, layers))} --attention-from {source}), or read shards of videos"
+            )
+        return replace(found, attention={layer: recorded[layer] for layer in layers})
+
+    def block(self, layer: int) -> int:
+        """A block of the tower, counted from 0. A tower that is not at hand is loaded for one counted from the last."""
+        return layer if layer >= 0 else self.tower.block(layer)
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         return self.compress(self.features(clip), budget=budget, prompt=clip.prompt)

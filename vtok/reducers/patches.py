@@ -393,7 +393,9 @@ def attention_of(features: Features, layer: int | None, method: str, *, which: i
     if layer is None:
         layer = list(found)[which]
     if layer not in found:
-        raise ValueError(f"reducer {method!r}: layer={layer}, the features have the attention of layers {list(found)}")
+        raise ValueError(
+            f"reducer {method!r}: layer={layer}, the features have that of layers {list(found)}, counted from 0"
+        )
     return found[layer].detach().float()
 
 

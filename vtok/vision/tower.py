@@ -82,6 +82,10 @@ class Tower(Held):
     def __call__(self, video: Tensor, lengths: Tensor | None = None, **asked: Any) -> Features:
         return self.forward(video, lengths, **asked)
 
+    def block(self, layer: int) -> int:
+        """The block of a number, from 0, or from the last as -1. Raises: ValueError where there is none."""
+        return block_index(layer, self.depth, self.name)
+
     @torch.no_grad()
     def forward(
         self,
@@ -115,7 +119,7 @@ class Tower(Held):
         real = torch.full((batch,), frames) if lengths is None else lengths.to("cpu", torch.int64)
         if batch and (int(real.min()) < 1 or int(real.max()) > frames):
             raise ValueError(f"lengths lie in [{int(real.min())}, {int(real.max())}], the video has {frames} frames")
-        layers = {asked: block_index(asked, self.depth, self.name) for asked in attention}
+        layers = list(dict.fromkeys(self.block(asked) for asked in attention))
         if attention_from not in ("all", "cls"):
             raise ValueError(f"attention_from={attention_from!r} is unknown; choose all or cls")
         if self.device != video.device:
@@ -154,15 +158,14 @@ class Tower(Held):
             grid,
             times=None if times is None else _feature_times(times, real.to(times.device), self.stride),
             frame=out.get("frame"),
-            attention={asked: out[asked] for asked in layers} or None,
+            attention={layer: out[layer] for layer in layers} or None,
             keys=out.get("keys"),
             lengths=None if lengths is None else self.feature_frames(lengths.to(out["patches"].device)),
+            attention_from=attention_from,
         )
 
-    def _see(
-        self, frames: Tensor, layers: dict[int, int], source: str, keys: bool
-    ) -> tuple[Seen, dict[str | int, Tensor]]:
-        """One call: frames [M, w, 3, H, W]; with the attention by the layers as they were asked, and the "keys"."""
+    def _see(self, frames: Tensor, layers: list[int], source: str, keys: bool) -> tuple[Seen, dict[str | int, Tensor]]:
+        """One call: frames [M, w, 3, H, W]; with the attention by layer, and the "keys"."""
         levels = frames if frames.dtype == torch.uint8 else to_uint8(frames)
         pixels = self.preprocess(levels.flatten(0, 1)).to(DTYPES[self.config.dtype])
         pixels = pixels.unflatten(0, frames.shape[:2])
@@ -170,7 +173,7 @@ class Tower(Held):
         with torch.autocast(pixels.device.type, enabled=False):
             if not layers and not keys:
                 return self._body.run(pixels, self.layer), {}
-            with Received(list(layers.values()), keys=self.layer if keys else None, source=source) as noted:
+            with Received(layers, keys=self.layer if keys else None, source=source) as noted:
                 seen = self._body.run(pixels, self.layer)
         by_frame = seen.patches.shape[1:3]
         tokens = seen.prefix + by_frame.numel()
@@ -181,7 +184,7 @@ class Tower(Held):
             )
         if source == "cls" and layers and not seen.prefix:
             raise ValueError(f"{self.name} has no class token: attention_from='all'")
-        found: dict[str | int, Tensor] = {asked: noted.received[layer] for asked, layer in layers.items()}
+        found: dict[str | int, Tensor] = {layer: noted.received[layer] for layer in layers}
         if noted.keys is not None:
             found["keys"] = noted.keys
         return seen, {name: values[:, seen.prefix :].unflatten(1, by_frame) for name, values in found.items()}
