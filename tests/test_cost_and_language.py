@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,49 @@ def test_prefill_is_what_torch_counts(which, tokens):
     cache = out.past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape.kv_bytes(tokens, bytes_per_number=4) == held
+
+
+BASE = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+BASE |= dict(num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+LOCAL = ["sliding_attention"] * 3 + ["full_attention"]
+
+
+@pytest.mark.parametrize(
+    "kind, own",
+    [
+        ("Gemma3", dict(head_dim=8, sliding_window=8, layer_types=LOCAL)),
+        ("Mistral", dict(head_dim=8, sliding_window=8)),
+        ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+        ("Qwen2", dict(sliding_window=8)),
+    ],
+)
+def test_layers_with_windows_keep_what_they_still_see(kind, own):
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(**BASE, **own)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    shape = shape_of(model, config)
+    for tokens in (5, 40):
+        with torch.no_grad():
+            cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True, logits_to_keep=1).past_key_values
+        held = sum(x.numel() * 4 for layer in cache.layers for x in (layer.keys, layer.values))
+        assert shape.kv_bytes(tokens, bytes_per_number=4) == held
+    plain = replace(shape, windows=())
+    assert shape.prefill_flops(5) == plain.prefill_flops(5)
+    pairs = [sum(min(i + 1, w or 40) for i in range(40)) for w in shape.windows or [0] * 4]
+    assert plain.prefill_flops(40) - shape.prefill_flops(40) == 4 * 4 * 8 * (4 * 820 - sum(pairs))
+
+
+@pytest.mark.parametrize(
+    "kind, own",
+    [
+        ("Lfm2", dict(layer_types=["conv", "conv", "conv", "full_attention"])),
+        ("Jamba", dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, use_mamba_kernels=False,
+                       mamba_dt_rank=4)),
+    ],
+)  # fmt: skip
+def test_layers_that_are_no_attention_have_no_cost_here(kind, own):
+    config = getattr(transformers, f"{kind}Config")(**BASE, **own)
+    with pytest.raises(ValueError, match="not known|mixture of experts"):
+        shape_of(getattr(transformers, f"{kind}ForCausalLM")(config), config)
 
 
 def test_experts_are_refused():

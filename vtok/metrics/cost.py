@@ -26,7 +26,8 @@ class LMShape:
 
     linear: weights of the linear maps every position passes (attention projections, feed-forward), of all layers.
     head: weights of the output map, which the last position alone passes in a prefill.
-    layers, heads, kv_heads, head_dim: of its attention.
+    layers, heads, kv_heads, head_dim: of its attention. windows: of each layer, positions that it attends to, its own
+    included; 0: all. (): all, in every layer.
     """
 
     linear: int
@@ -35,28 +36,42 @@ class LMShape:
     heads: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int, ...] = ()
 
     def prefill_flops(self, tokens: int) -> int:
         """Operations (a multiply-add is two) of a prompt of `tokens` positions: causal, so a position attends to
         itself and those before it; norms, softmax and embeddings, below a per cent, are left out."""
-        pairs = tokens * (tokens + 1) // 2
-        return 2 * tokens * self.linear + 4 * pairs * self.layers * self.heads * self.head_dim + 2 * self.head
+        seen = [min(window or tokens, tokens) for window in self._windows()]
+        pairs = sum(most * (most + 1) // 2 + (tokens - most) * most for most in seen)
+        return 2 * tokens * self.linear + 4 * pairs * self.heads * self.head_dim + 2 * self.head
 
     def kv_bytes(self, tokens: int, *, bytes_per_number: int = 2) -> int:
-        """Bytes of the keys and values of `tokens` positions; a number has two bytes in bfloat16."""
-        return 2 * tokens * self.layers * self.kv_heads * self.head_dim * bytes_per_number
+        """Bytes of the keys and values that are kept of `tokens` positions: of a layer with a window those that the
+        next one still sees. A number has two bytes in bfloat16."""
+        kept = sum(min(window - 1 if window else tokens, tokens) for window in self._windows())
+        return 2 * kept * self.kv_heads * self.head_dim * bytes_per_number
+
+    def _windows(self) -> tuple[int, ...]:
+        return self.windows or (0,) * self.layers
 
 
 def shape_of(model: nn.Module, config: Any) -> LMShape:
     """The shape of a causal language model of transformers; `config` is its text configuration.
 
-    Raises: ValueError for a mixture of experts, of which a position passes some weights only, and for a configuration
-        that does not say its attention heads.
+    Raises: ValueError for a mixture of experts, of which a position passes some weights only, for layers that are no
+        attention over all positions or a window of them, and for a configuration that does not say its attention heads.
     """
     if any("expert" in name for name, _ in model.named_modules()):
         raise ValueError(f"{type(model).__name__} is a mixture of experts: its cost depends on the routing")
     if not getattr(config, "num_attention_heads", None):
         raise ValueError(f"{type(config).__name__} names no num_attention_heads: the cost of its layers is not known")
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):  # short convolutions, state spaces
+        raise ValueError(f"{type(model).__name__} mixes attention with layers of other kinds, whose cost is not known")
+    for key in ("kv_lora_rank", "num_kv_shared_layers"):
+        if getattr(config, key, None):
+            raise ValueError(
+                f"{type(config).__name__} has {key}={getattr(config, key)}: what its cache holds is not known"
+            )
     heads = int(config.num_attention_heads)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = 0
@@ -73,7 +88,22 @@ def shape_of(model: nn.Module, config: Any) -> LMShape:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        windows=_windows_of(config),
     )
+
+
+def _windows_of(config: Any) -> tuple[int, ...]:
+    """`LMShape.windows`. Raises: ValueError for a kind of layer that is not known."""
+    window = int(getattr(config, "sliding_window", None) or 0)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # one kind: windows where there is one, unless they are switched off
+        return (
+            (window,) * int(config.num_hidden_layers) if window and getattr(config, "use_sliding_window", True) else ()
+        )
+    known = {"full_attention": 0, "sliding_attention": window}
+    if strange := sorted(set(kinds) - known.keys()):
+        raise ValueError(f"{type(config).__name__} has layers of kind {', '.join(strange)}, whose cost is not known")
+    return tuple(known[kind] for kind in kinds) if known["sliding_attention"] else ()
 
 
 def clock_of(device: torch.device | str) -> Callable[[], float]:
