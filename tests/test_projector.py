@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +24,19 @@ from vtok.evaluation.answer_report import write_answer_report
 from vtok.evaluation.answering import AnsweringEvaluator, print_answers
 from vtok.evaluation.compare import compare
 from vtok.export import main_export
+from vtok.families import reducer
 from vtok.layers import projector
 from vtok.llm import Answered, LLMConfig, attach, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train
 from vtok.training import strategy
 from vtok.training.lit_projector import LitProjector, _scores
+from vtok.vision import TowerConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from tiny_tower import write_tower
 
+transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
 
@@ -301,6 +305,47 @@ def test_what_features_cannot_give_is_left_undefined(lab, stage0, capsys):
     print_answers(found)
     write_answer_report(found, [], lab / "features.html")
     assert "downsample" in capsys.readouterr().out and "downsample" in (lab / "features.html").read_text()
+
+
+def test_the_same_weights_in_two_places_are_one_tower(lab, stage0, tmp_path):
+    model, full = vtok.load(str(stage0)), vtok.load(str(stage0))
+    shutil.copytree(lab / "tower", tmp_path / "moved")
+    full.config = replace(full.config, tower=replace(full.config.tower, name=str(tmp_path / "moved")))
+    with torch.no_grad():
+        name = model.config.tower.name
+        val = [replace(c, video=None, features={name: model.features(c.as_float())}) for c in _val(lab)]
+    llm, template = load_llm(LLMConfig(name=str(lab / "llm"))), "<video>\nQuestion: {question}\nAnswer:"
+    how = dict(full=full, tuned=full, val=val, template=template, budgets=[4], seeds=1, progress=False)
+    rows = {row["method"]: row for row in AnsweringEvaluator(model, llm, **how).run()["rows"]}
+    assert rows["full"]["accuracy"] == rows["reducer"]["accuracy"] and rows["pooling"]["questions"] > 0
+    write_tower(tmp_path / "other", size=32, patch=8, width=16, depth=2)
+    other = vtok.load(str(stage0))
+    other.config = replace(other.config, tower=replace(other.config.tower, name=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="goes with a full-token model"):
+        AnsweringEvaluator(model, llm, **(how | dict(full=model, tuned=other)))
+
+
+@pytest.mark.parametrize("kind", ["VideoMAE", "Beit"])
+def test_towers_that_see_no_smaller_video_leave_its_row_undefined(lab, kind, tmp_path):
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32)
+    own = dict(num_frames=4, tubelet_size=2) if kind == "VideoMAE" else {}
+    torch.manual_seed(0)
+    part = {"VideoMAE": "VideoMAEModel", "Beit": "BeitModel"}[kind]
+    getattr(transformers, part)(getattr(transformers, f"{kind}Config")(**small, patch_size=8, **own)).save_pretrained(
+        tmp_path
+    )
+    processor = transformers.VideoMAEImageProcessor if kind == "VideoMAE" else transformers.ViTImageProcessor
+    crop = dict(do_center_crop=False) if kind == "VideoMAE" else {}
+    processor(size={"height": 32, "width": 32}, **crop).save_pretrained(tmp_path)
+    tower = TowerConfig(name=str(tmp_path))
+    model = reducer.Model(reducer.Config(tower=tower, in_dim=16, embedding_dim=32, embedding_rms=1.0)).eval()
+    model.tower.any_size &= kind == "VideoMAE"
+    llm, template = load_llm(LLMConfig(name=str(lab / "llm"))), "<video>\nQuestion: {question}\nAnswer:"
+    how = dict(full=model, val=_val(lab), template=template, budgets=[2], seeds=1, progress=False)
+    rows = {row["method"]: row for row in AnsweringEvaluator(model, llm, **how).run()["rows"]}
+    why = "needs an image tower" if kind == "VideoMAE" else "sees frames of one size only"
+    assert rows["downsample"]["accuracy"] is None and why in rows["downsample"]["note"]
+    assert rows["pooling"]["accuracy"] is not None
 
 
 def test_reducers_stand_on_the_projector_that_is_named(lab, stage0):

@@ -44,7 +44,7 @@ from vtok.evaluation.answer_rows import (
 from vtok.evaluation.free_lengths import Imposed, Observed, controlled, judged
 from vtok.evaluation.rows import SCHEMA, environment, without_nan
 from vtok.families import reducer as reducing
-from vtok.layers.projector import with_features
+from vtok.layers.projector import share_tower, with_features
 from vtok.llm import Answered, FrozenLLM, PartsConfig, ask
 from vtok.llm.tasks import some_questions
 from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds, shape_of
@@ -120,7 +120,8 @@ class AnsweringEvaluator:
         self.device = torch.device(device)
         self.model, self.llm = model.to(self.device).eval(), llm
         self.full = full.to(self.device).eval() if full is not None else None
-        if tuned is not None and (full is None or tuned.config.tower != full.config.tower):
+        self.one_tower = full is not None and share_tower(full, model)  # for both, and so its features
+        if tuned is not None and (full is None or not share_tower(tuned, full)):
             raise ValueError("tuned: the reducers' projector goes with a full-token model (full) of the same tower")
         self.base = tuned.to(self.device).eval() if tuned is not None else self.full
         self.family = str(model.config.name).rpartition(".")[2]
@@ -209,17 +210,26 @@ class AnsweringEvaluator:
             self._ask(row(self.family, None), seen, self.observed, None)
         if self.full is None:
             return
-        if self.full.config.tower != self.model.config.tower:
+        if not self.one_tower:
             seen, features = self._seen(clip, self.full)
         self._ask(row("full", None), seen, self.full, None)
         for name in self.names:
             for seed in range(self.seeds if _draws(name) else 1):
                 reduced = self._reduced(name, self.seed + seed)
                 for budget in self._menu(reduced, features):
-                    if name == "downsample" and clip.video is None:
-                        row(name, budget).note("the shards hold features: frames cannot be made smaller")
-                        continue
-                    self._ask(row(name, budget), clip if name == "downsample" else seen, reduced, budget)
+                    if name == "downsample":
+                        self._downsample(row(name, budget), clip, reduced, budget)
+                    else:
+                        self._ask(row(name, budget), seen, reduced, budget)
+
+    def _downsample(self, row: AnswerRow, clip: Clip, model: Any, budget: int | None) -> None:
+        """Undefined, with the reason, where frames or the tower do not allow it."""
+        if clip.video is None:
+            row.note("the shards hold features: frames cannot be made smaller")
+        elif why := model.cannot_downsample():
+            row.note(why)
+        else:
+            self._ask(row, clip, model, budget)
 
     def _reduced(self, name: str, seed: int) -> Any:
         """A reducer, one for all batches: `downsample` loads its tower for each size, which is no part of its time."""
@@ -255,7 +265,7 @@ class AnsweringEvaluator:
         """The clip with the features of the model's tower, and these, made once for all rows that read them: with
         attention and keys where the reducers need these."""
         asked: dict[str, Any] = {}
-        if self.full is not None and self.full.config.tower == model.config.tower:
+        if self.full is not None and (model is self.full or self.one_tower):
             methods = [REDUCERS[name] for name in self.names if name in REDUCERS]
             layers = {each for m in methods if m.layers for each in attention_layers(self.full, m.layers)}
             if layers:
@@ -367,7 +377,7 @@ class AnsweringEvaluator:
         readers: list[tuple[str, int | None, Clip, Any]] = [("blind", 0, seen, None)]
         readers += [(self.family, budget, ready, self.model) for budget in self._menu(self.model, features)]
         if self.full is not None:
-            other = ready if self.full.config.tower == self.model.config.tower else self._seen(seen, self.full)[0]
+            other = ready if self.one_tower else self._seen(seen, self.full)[0]
             for entry in result["versus"]:
                 name = entry["reducer"]
                 if name != "downsample" or clip.video is not None:

@@ -166,10 +166,8 @@ class Model(ProjectorModel):
         asked = self._asked(budget, frames)
         if int(asked.min()) != int(asked.max()):
             raise ValueError("model.method=downsample: all clips of a batch have one size, give one budget for them")
-        if self.tower.stride != 1:
-            raise ValueError(
-                f"model.method=downsample needs an image tower, {c.tower.name!r} sees several frames at once"
-            )
+        if why := self.cannot_downsample():
+            raise ValueError(f"model.method=downsample: {why}")
         (h, w), patch = self._grid(clip.video)
         spans, rows, columns = small_grid(int(frames.max()), h, w, int(asked[0]))
         taken = frames.clamp(max=spans)
@@ -181,6 +179,14 @@ class Model(ProjectorModel):
         times = None if clip.times is None else clip.times.gather(1, index.to(clip.times.device))
         tower = self._at_size((rows * patch[0], columns * patch[1]))
         return tower.forward(video, taken, times=times)
+
+    def cannot_downsample(self) -> str:
+        """Why the tower cannot see a smaller video; "" where it can."""
+        if self.tower.window > 1:
+            return f"it needs an image tower, {self.config.tower.name!r} sees several frames at once"
+        if not self.tower.any_size:
+            return f"the tower {self.config.tower.name!r} sees frames of one size only"
+        return ""
 
     def _grid(self, video: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         """The tower's own grid for such frames, and (height, width) of a patch in pixels of what it sees."""

@@ -205,6 +205,20 @@ class ProjectorModel(nn.Module):
         return f"the projector, {len(given)} tensors{what}"
 
 
+def share_tower(other: Any, model: Any) -> bool:
+    """Whether two models see with one tower. Where its weights lie in two places, `other` takes the model's, by the
+    name under which clips bring its features."""
+    one, two = getattr(other.config, "tower", None), getattr(model.config, "tower", None)
+    if one is None or two is None or one == two:
+        return one is not None and one == two
+    if replace(one, name="", revision="", sha256="") != replace(two, name="", revision="", sha256=""):
+        return False
+    if other.tower.sha256 != model.tower.sha256:
+        return False
+    other.config, other._tower = replace(other.config, tower=two), model.tower
+    return True
+
+
 def with_features(model: Any, clip: Clip, features: Features) -> Clip:
     """The clip with these features of a model's tower, and those that it is given beside them: made once, for all who
     compress the clip."""

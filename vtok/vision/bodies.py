@@ -86,6 +86,7 @@ class Body:
     window: int = 1  # frames the tower sees at once, at most; 1: an image tower
     fixed: bool = False  # whether it takes windows of exactly so many frames
     stride: int = 1  # frames behind one feature frame
+    any_size: bool = True  # whether it sees frames of other sizes than its own
 
     def run(self, pixels: Tensor, layer: int) -> Seen:
         """pixels: [M, w, 3, h, w] normalised, in the tower's dtype."""
@@ -139,6 +140,7 @@ class HubBody(Body):
         native = getattr(config, "crop_size", None) or getattr(config, "image_size", None)
         self._native = None if native is None or config.model_type in _ANY_SIZE else _pair(native)
         self._resizable = self.window == 1 and "interpolate_pos_encoding" in self._accepts
+        self.any_size = self._native is None or self._resizable
         if size:
             self._check_size(size)
         if size and (size[0] % self._patch[0] or size[1] % self._patch[1]):

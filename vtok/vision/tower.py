@@ -47,7 +47,7 @@ class Tower(Held):
     """A frozen tower. `load_tower` makes one.
 
     stride: frames behind one feature frame (1 for image towers). window: frames it sees at once. embedding_dim: D.
-    preprocess: what it does to frames.
+    preprocess: what it does to frames. any_size: whether it sees other sizes of them.
     """
 
     def __init__(self, config: TowerConfig, body: Body, *, sha256: str, revision: str = ""):
@@ -56,6 +56,7 @@ class Tower(Held):
         self._body = body
         self.preprocess, self.embedding_dim = body.preprocess, body.embedding_dim
         self.window, self.stride, self.depth = body.window, body.stride, body.depth
+        self.any_size = body.any_size
 
     def __reduce__(self) -> tuple[Any, ...]:
         from vtok.vision.load import load_tower
