@@ -171,7 +171,9 @@ def untouched(name: str, row: list[int], video: dict[str, Any]) -> dict[str, Any
 @cache
 def compressor_of(family: str = "reducer", **more: Any) -> Any:
     torch.manual_seed(1)
-    shape: Any = dict(tower=TowerConfig(name="any"), in_dim=SEEN, embedding_dim=WIDTH, embedding_rms=1.0, max_tokens=64)
+    shape: Any = dict(
+        tower=TowerConfig(name="vlm:any"), in_dim=SEEN, embedding_dim=WIDTH, embedding_rms=1.0, max_tokens=64
+    )
     if family == "reducer":
         return reducer.Model(reducer.Config(**shape, **more)).eval()
     c = temporal.Config(**shape, window=2, groups=more.get("groups", "clip"))

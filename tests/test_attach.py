@@ -285,7 +285,7 @@ def test_what_is_not_right_is_refused():
     with pytest.raises(ValueError, match="of type 'qwen2', attach knows llava"):
         attach(compressor, transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT)))
     with pytest.raises(ValueError, match="tokens are 16 wide"):
-        attach(reducer.Model(reducer.Config(tower=TowerConfig(name="any"), in_dim=8, embedding_dim=16,
+        attach(reducer.Model(reducer.Config(tower=TowerConfig(name="vlm:any"), in_dim=8, embedding_dim=16,
                                             embedding_rms=1.0)), vlm)  # fmt: skip
 
 
@@ -332,7 +332,7 @@ def test_a_swapped_projector_compresses_every_frame(name):
     torch.manual_seed(2)
     vlm, per_frame = MODELS[name]().eval(), 2
     in_dim = 4 * SEEN if name == "internvl" else SEEN  # after its pixel shuffle
-    shape: Any = dict(tower=TowerConfig(name="any"), in_dim=in_dim, embedding_dim=WIDTH, embedding_rms=1.0)
+    shape: Any = dict(tower=TowerConfig(name="vlm:any"), in_dim=in_dim, embedding_dim=WIDTH, embedding_rms=1.0)
     own = swap(reducer.Model(reducer.Config(**shape, method="tome")), vlm, budget=per_frame)
     pixels = pixels_of(name, [3])["pixel_values_videos"][0]
     given = {"pixel_values": pixels} if name in AS_IMAGES else {"pixel_values_videos": pixels[None]}
@@ -438,7 +438,7 @@ def test_an_export_answers_the_same_without_vtok(tmp_path):
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "say the grid" in done.stdout and "vtok.vision" not in done.stdout and "tower 'any'" in done.stdout
+    assert "say the grid" in done.stdout and "vtok.vision" not in done.stdout and "tower 'vlm:any'" in done.stdout
     out = load_file(tmp_path / "out.safetensors")
     for name, inputs in given.items():
         assert torch.equal(out[f"{name}:ids"], joined[name].generate(**inputs, budget=6, **GREEDY))

@@ -40,7 +40,7 @@ HUGGING = {
     "vtok.llm.frozen",
     "vtok.llm.lora",
     "vtok.llm.small",
-    "vtok.llm.seams",
+    "vtok.layers.seams",
     "vtok.vision.load",
     "vtok.vision.audio_load",
     "vtok.vision.preprocess",

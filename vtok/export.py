@@ -286,7 +286,7 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    from vtok.llm.seams import SEAMS
+    from vtok.layers.seams import SEAMS
 
     if not is_projector(config):
         raise ExportError(f"--vlm {vlm}: a VLM reads the tokens of projectors; {config.model.name} is none")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtok.llm.seams import check_adapters, seam_of, square_grid
+from vtok.layers.seams import check_adapters, check_tower, seam_of, square_grid
 from vtok.types import Features
 
 
@@ -53,6 +53,7 @@ def swap(compressor: Any, vlm: Any, *, budget: int | None = None) -> nn.Module:
     """
     seam = seam_of(vlm)
     check_adapters(compressor, vlm)
+    check_tower(compressor, vlm, seam)
     if not hasattr(vlm.base_model, "multi_modal_projector"):
         raise ValueError(f"{vlm.config.model_type!r} has no multi_modal_projector: use attach(compressor, vlm)")
     own = vlm.base_model.multi_modal_projector

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vtok.layers.pretrained import commit_of, fetch, weight_files, weights_sha256
+from vtok.layers.seams import KIND, load_vlm, words_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TEXT = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and every kind of tokenizer
@@ -28,7 +29,9 @@ _TEXT = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and every kin
 class LLMConfig:
     """Which language model, and how its prompts are written."""
 
-    name: str = ""  # hf:USER/REPO, or a folder that save_pretrained wrote, the tokenizer in it
+    # hf:USER/REPO, or a folder that save_pretrained wrote, the tokenizer in it; vlm:USER/REPO or vlm:FOLDER: the
+    # language model of a VLM
+    name: str = ""
     revision: str = ""  # branch, tag or commit of a repository; "" = its default branch
     sha256: str = ""  # expected hash of the weights; "" = any, what was loaded is in FrozenLLM.sha256
     dtype: str = "float32"  # float32 | bfloat16 | float16: of the weights and of what is computed
@@ -196,8 +199,8 @@ def load_llm(config: LLMConfig, *, shared: bool = True) -> FrozenLLM:
         import transformers
     except ImportError as error:
         raise ImportError("a language model needs transformers: pip install 'vtok[llm]'") from error
-    name = config.name.removeprefix("hf:")
-    revision = ""
+    of_vlm = config.name.startswith(f"{KIND}:")
+    name, revision = config.name.removeprefix(f"{KIND}:" if of_vlm else "hf:"), ""
     if name and Path(name).is_dir():
         folder = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -205,16 +208,21 @@ def load_llm(config: LLMConfig, *, shared: bool = True) -> FrozenLLM:
         revision = commit_of(folder, config.revision)
     else:
         raise ValueError(
-            f"llm.name={config.name!r} is no folder here and names no repository; give hf:USER/REPO, or a folder that "
-            "save_pretrained wrote (data/tiny_lm.py makes a small one)"
+            f"llm.name={config.name!r} is no folder here and names no repository; give hf:USER/REPO, a folder that "
+            "save_pretrained wrote, or vlm: before them for the language model of a VLM (data/tiny_lm.py "
+            "makes a small one)"
         )
     sha256 = weights_sha256(weight_files(folder), config.sha256, key="llm.sha256", name=config.name)
     key = (*astuple(config), sha256)
     if shared and key in _LOADED:
         return _LOADED[key]
     try:
-        kind: Any = transformers.AutoModelForCausalLM
-        model, report = kind.from_pretrained(folder, dtype=DTYPES[config.dtype], output_loading_info=True)
+        if of_vlm:
+            vlm = load_vlm(folder, dtype=DTYPES[config.dtype], key="llm.name", name=config.name)
+            model, report = words_of(vlm), {"missing_keys": []}
+        else:
+            kind: Any = transformers.AutoModelForCausalLM
+            model, report = kind.from_pretrained(folder, dtype=DTYPES[config.dtype], output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"llm.name={config.name!r}: transformers could not load it: {error}") from error

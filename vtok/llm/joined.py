@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.llm.places import Place, Span, expand, find_places, grid_positions, pad_rows
-from vtok.llm.seams import (
+from vtok.layers.seams import (
     Item,
     as_videos,
     check_adapters,
+    check_tower,
     deepstack_of,
     layout,
     seam_of,
@@ -34,6 +34,7 @@ from vtok.llm.seams import (
     square_grid,
     time_step,
 )
+from vtok.llm.places import Place, Span, expand, find_places, grid_positions, pad_rows
 from vtok.llm.splice import IGNORED
 from vtok.types import Budget, Features, Tokens
 
@@ -85,6 +86,7 @@ class Joined(nn.Module):
         super().__init__()
         self.seam = seam_of(vlm)
         check_adapters(compressor, vlm)
+        check_tower(compressor, vlm, self.seam)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if positions == "grid" and not self.seam.grids:

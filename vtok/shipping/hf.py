@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from vtok.layers.seams import square_grid
 from vtok.llm.framewise import swap as swap_projector
 from vtok.llm.joined import Joined
 from vtok.llm.joined import attach as join
-from vtok.llm.seams import square_grid
 from vtok.types import Budget, Clip, Features, Tokens
 
 

@@ -87,7 +87,7 @@ def hub_id(name: str) -> str | None:
     timm's own models have repositories by name and tag; a name without its tag means whatever timm's version chooses.
     """
     kind, _, rest = name.partition(":")
-    if kind in ("hf", "timm") and re.fullmatch(r"[\w.-]+/[\w.-]+", rest) and not rest.startswith("."):
+    if kind in ("hf", "timm", "vlm") and re.fullmatch(r"[\w.-]+/[\w.-]+", rest) and not rest.startswith("."):
         return rest
     return f"timm/{rest}" if kind == "timm" and re.fullmatch(r"\w+\.\w+", rest) else None
 

@@ -86,6 +86,7 @@ class Body:
     window: int = 1  # frames the tower sees at once, at most; 1: an image tower
     fixed: bool = False  # whether it takes windows of exactly so many frames
     stride: int = 1  # frames behind one feature frame
+    layer: int | None = None  # block whose output it gives, where that is its own choice
     any_size: bool = True  # whether it sees frames of other sizes than its own
 
     def run(self, pixels: Tensor, layer: int) -> Seen:

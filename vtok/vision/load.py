@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from vtok.layers.pretrained import WEIGHTS, commit_of, fetch, weight_files, weights_sha256
+from vtok.layers.seams import KIND, is_vlm, load_vlm
 from vtok.vision.bodies import VIDEO, Body, HubBody, TimmBody
 from vtok.vision.tower import DTYPES, Tower, TowerConfig
+from vtok.vision.vlm import VlmBody
 
 _NAMES = (*WEIGHTS, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -22,7 +25,7 @@ def load_tower(config: TowerConfig) -> Tower:
         other weights than expected, for weights that are incomplete, and for a size the tower cannot see.
     """
     kind, _, rest = config.name.partition(":")
-    if kind not in ("timm", "hf") or not rest:
+    if kind not in ("timm", "hf", KIND) or not rest:
         kind, rest = "", config.name
     size = (config.size[0], config.size[1]) if config.size else None
     if Path(rest).is_dir() and rest:
@@ -35,11 +38,21 @@ def load_tower(config: TowerConfig) -> Tower:
     else:
         raise ValueError(
             f"tower.name={config.name!r} is no folder here and names no tower; give timm:MODEL, timm:USER/REPO, "
-            "hf:USER/REPO, or a folder that timm.models.save_for_hf or save_pretrained wrote"
+            "hf:USER/REPO, a folder that timm.models.save_for_hf or save_pretrained wrote, or vlm:USER/REPO or "
+            "vlm:FOLDER for the tower of a VLM"
         )
     facts = _facts(folder)
     sha256 = weights_sha256(weight_files(folder, _NAMES), config.sha256, key="tower.sha256", name=config.name)
-    if "architecture" in facts and "model_type" not in facts:
+    if kind == KIND:
+        vlm = load_vlm(folder, dtype=DTYPES[config.dtype], key="tower.name", name=config.name)
+        facts = SimpleNamespace(model_type=vlm.config.model_type)
+        body: Body = VlmBody(vlm, _processor(folder, facts, config), config.layer, size, config.name)
+    elif is_vlm(facts):
+        raise ValueError(
+            f"tower.name={config.name!r} is a whole VLM ({facts['model_type']}): for its tower, as it reads it, give "
+            f"{KIND}:{rest}"
+        )
+    elif "architecture" in facts and "model_type" not in facts:
         body = _timm_body(f"local-dir:{folder}", config, size, {})
     else:
         body = _hub_body(folder, config, size)
@@ -137,7 +150,7 @@ def _processor(folder: Path, facts: Any, config: TowerConfig) -> Any:
     import transformers
 
     kinds = [transformers.AutoImageProcessor]
-    if facts.model_type in VIDEO:
+    if facts.model_type in VIDEO or config.name.startswith(f"{KIND}:"):
         kinds.insert(0, cast(Any, transformers).AutoVideoProcessor)
     problems = []
     for kind in kinds:

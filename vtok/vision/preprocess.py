@@ -17,6 +17,8 @@ _FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numb
 _TV_FILTERS = {"nearest": "nearest-exact", "nearest-exact": "nearest-exact", "bilinear": "bilinear"}
 # image processors that override a step of the usual chain, in a way that `from_processor` follows
 _KNOWN_STEPS = ("ConvNext", "DINOv3ViT", "VideoMAE", "Vivit", "Beit")
+# of VLMs, whose frames are resized and normed as usual, and cut into rows of patches or views afterwards
+_KNOWN_STEPS += ("Llava", "VideoLlava", "InternVL", "GotOcr2", "Qwen2VL", "Qwen3VL")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class Tower(Held):
     """
 
     def __init__(self, config: TowerConfig, body: Body, *, sha256: str, revision: str = ""):
-        layer, facts = block_index(config.layer, body.depth, config.name), asdict(body.preprocess)
+        facts, layer = asdict(body.preprocess), body.layer
+        layer = block_index(config.layer, body.depth, config.name) if layer is None else layer
         super().__init__(config, body.model, layer=layer, facts=facts, sha256=sha256, revision=revision)
         self._body = body
         self.preprocess, self.embedding_dim = body.preprocess, body.embedding_dim

@@ -11,9 +11,11 @@ D width of a patch, m patches of a side that the VLM merges into one token, K to
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Seam:
         return modality if modality in self.towers else next(iter(self.towers))
 
 
+KIND = "vlm"  # before a name, as vlm:REPO: the tower, or the language model, of a whole VLM
 BOTH = {"image": "vision_tower", "video": "vision_tower"}
 QWEN = {"image": "visual", "video": "visual"}
 SEAMS = {
@@ -68,6 +71,45 @@ def seam_of(vlm: Any) -> Seam:
             "tokens with its language model alone (vtok.llm.splice)"
         )
     return SEAMS[kind]
+
+
+def is_vlm(facts: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a whole VLM that can be opened."""
+    return facts.get("model_type") in SEAMS
+
+
+def load_vlm(folder: Path, *, dtype: torch.dtype, key: str, name: str) -> Any:
+    """A VLM of transformers on the CPU, of an architecture that has a seam.
+
+    key: the setting that names it. Raises: ValueError for another architecture, and for weights that are incomplete.
+    """
+    import transformers
+
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{key}={name!r} holds no VLM: config.json is missing or not json ({error})") from error
+    if kind not in SEAMS:
+        raise ValueError(f"{key}={name!r} is of type {kind!r}; VLMs are opened of the types {', '.join(SEAMS)}")
+    try:
+        auto: Any = transformers.AutoModelForImageTextToText
+        model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{key}={name!r}: transformers could not load it: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name}: {len(missing)} weights of {type(model).__name__} are not in its files, such as {missing[0]}: "
+            "they would be random numbers; is this a whole VLM's checkpoint?"
+        )
+    return model
+
+
+def words_of(vlm: Any) -> Any:
+    """A VLM without what sees: its language model, with its head and its way to count positions."""
+    for part in (*seam_of(vlm).towers.values(), "multi_modal_projector", "vision_resampler"):
+        if isinstance(getattr(vlm.base_model, part, None), torch.nn.Module):
+            setattr(vlm.base_model, part, None)
+    return vlm
 
 
 def check_adapters(compressor: Any, vlm: Any) -> None:
@@ -150,6 +192,47 @@ def _states(config: Any, tower: Any, seam: Seam, frames: Tensor) -> Tensor:
         return seen.last_hidden_state
     layers = [layers] if isinstance(layers, int) else layers
     return torch.cat([seen.hidden_states[layer] for layer in layers], -1)
+
+
+def block_read(config: Any, seam: Seam, depth: int) -> tuple[int, int]:
+    """The block of the tower, of `depth`, whose output a VLM reads (the last of several), and how many it reads."""
+    if seam.grids:
+        return depth - 1, 1
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    # hidden states begin with the embeddings: state 1, as state -depth, is the output of block 0
+    return (layers[-1] - 1 if layers[-1] >= 0 else layers[-1] + depth), len(layers)
+
+
+def check_tower(compressor: Any, vlm: Any, seam: Seam) -> None:
+    """Raises ValueError for a compressor that was trained on other features of a tower than those this VLM reads.
+
+    A compressor that was trained on the VLM's own tower (model.tower.name=vlm:...) reads what the VLM reads. One that
+    was trained on the tower alone does where the VLM reads one block as it is; a tower alone gives its last block
+    normed, but for CLIP's.
+    """
+    own = getattr(compressor, "config", None)
+    tower = getattr(own, "tower", None) or (getattr(own, "model", None) or {}).get("tower")
+    if tower is None:
+        return
+    name, layer = (tower["name"], tower["layer"]) if isinstance(tower, dict) else (tower.name, tower.layer)
+    if name.startswith("vlm:"):
+        return
+    config = vlm.config
+    if seam.grids:
+        wrong = "has a tower that is read before its merger"
+    else:
+        depth = config.vision_config.num_hidden_layers
+        block, several = block_read(config, seam, depth)
+        last = block == depth - 1
+        plain = seam.normed or config.vision_config.model_type == "clip_vision_model" or not last
+        if several == 1 and layer % depth == block and plain:
+            return
+        wrong = f"reads {several} blocks" if several > 1 else f"reads block {block}" + " before the last norm" * last
+    raise ValueError(
+        f"the compressor was trained on model.tower.name={name!r}, layer={layer}, and this "
+        f"{config.model_type!r} {wrong}: something else; train it with model.tower.name=vlm:REPO_OR_FOLDER of this VLM"
+    )
 
 
 @torch.no_grad()
