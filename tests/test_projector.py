@@ -17,6 +17,7 @@ from test_contract import PROJECTORS
 from test_llm import small_model, small_tokenizer
 
 import vtok
+from vtok.config import load as load_config
 from vtok.config import loads
 from vtok.data import shards, synthetic
 from vtok.evaluate import main as evaluate
@@ -25,6 +26,7 @@ from vtok.evaluation.answering import AnsweringEvaluator, print_answers
 from vtok.evaluation.compare import compare
 from vtok.export import main_export
 from vtok.families import reducer
+from vtok.features import main as record
 from vtok.layers import projector
 from vtok.llm import Answered, LLMConfig, attach, load_llm
 from vtok.loading import load_run
@@ -305,6 +307,30 @@ def test_what_features_cannot_give_is_left_undefined(lab, stage0, capsys):
     print_answers(found)
     write_answer_report(found, [], lab / "features.html")
     assert "downsample" in capsys.readouterr().out and "downsample" in (lab / "features.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["reducer/tiny", "vqtoken/tiny", "reducer/tiny_pooling"])
+def test_features_of_a_preset_are_what_it_trains_on(lab, stage0, tmp_path, name):
+    """The two steps of docs/projectors.md, with the same preset in both."""
+    preset = str(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
+    own = [f"model.tower.name={lab / 'tower'}", "data.num_frames=4", "data.size=[32,32]"]
+    own += ["model.method=visionzip", "model.attention_layers=[-2]"] if name.endswith("pooling") else []
+    where = [str(lab / "shards"), "--config", preset, *own, "--out", str(tmp_path / "seen"), "--workers", "0"]
+    record([*where, "--quiet"])
+    own += [f"data.shards={tmp_path / 'seen' / 'train'}", f"data.val_shards={tmp_path / 'seen' / 'val'}"]
+    own += [f"objective.llm.name={lab / 'llm'}", f"out={tmp_path}", "trainer.max_steps=1", "data.batch_size=2"]
+    own += ["trainer.progress=false", "trainer.tensorboard=false", "optim.warmup_steps=1", "data.num_workers=0"]
+    config = load_config(preset, [*own, *([f"init_from={stage0}"] if name != "reducer/tiny" else [])])
+    assert (train(config) / "checkpoints" / "last.ckpt").exists()
+    for extra, message in (
+        (["--dtype", "bfloat16"], "--dtype beside --config"),
+        (["data.crop=random"], "a cache holds one view of each clip"),
+        (["model.tower.name=''"], "names no model.tower.name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record([*where, *extra])
+    with pytest.raises(ValueError, match="give --tower NAME and options, or --config"):
+        record([str(lab / "shards"), "--out", str(tmp_path / "x")])
 
 
 def test_the_same_weights_in_two_places_are_one_tower(lab, stage0, tmp_path):

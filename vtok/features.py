@@ -20,6 +20,7 @@ import av
 import torch
 
 from vtok.config import DataConfig, from_dict
+from vtok.config import load as load_config
 from vtok.data import shard_work
 from vtok.data.feature_index import KIND, SAME, SAME_AUDIO, FeatureSettings, audio_facts, check_sound
 from vtok.data.pack import write_atomically
@@ -27,10 +28,15 @@ from vtok.data.shard_work import Job, Ledger, TarWriter
 from vtok.data.sources import ShardReader
 from vtok.data.view import FEATURES, HEARD
 from vtok.data.workers import Notify
+from vtok.families.reducer import reads_of
 from vtok.feature_recording import RecordedClip, Recorder, own_size, try_settings
 from vtok.vision import AudioTower, AudioTowerConfig, Tower, TowerConfig, load_audio_tower, load_tower
 
 COUNTS = ("samples", "frames")
+# options whose place --config takes
+ANSWERED = ("tower", "layer", "dtype", "tower_size", "revision", "frames_per_call", "fps", "size", "crop", "attention")
+ANSWERED += ("attention_from", "keys", "audio_tower", "audio_tokens", "audio_layer", "audio_dtype", "audio_chunk")
+ANSWERED += ("audio_revision",)
 
 
 @dataclass(frozen=True)
@@ -198,12 +204,19 @@ def write_shard(
 
 
 def main(argv: list[str]) -> int:
-    """`vtok features SHARDS --tower NAME --out DIR`."""
+    """`vtok features SHARDS --config RUN.yaml key=value ... --out DIR`, or `vtok features SHARDS --tower NAME ...`."""
     defaults = DataConfig()
     parser = argparse.ArgumentParser(prog="vtok features", description="Shards of a frozen tower's features.")
     add = parser.add_argument
     add("shards", help="folder of `vtok shards` (one split, or all), or what data.shards may be")
-    add("--tower", required=True, metavar="NAME", help="timm:MODEL, timm:USER/REPO, hf:USER/REPO or a folder")
+    add("overrides", nargs="*", metavar="key=value", help="with --config: as of `vtok train`")
+    add("--config", metavar="YAML", help="of the run that will read them: tower, frames, size, crop, attention, sound")
+    add(
+        "--tower",
+        default="",
+        metavar="NAME",
+        help="timm:MODEL, timm:USER/REPO, hf:USER/REPO, vlm:USER/REPO or a folder",
+    )
     add(
         "--out",
         required=True,
@@ -230,29 +243,20 @@ def main(argv: list[str]) -> int:
     add("--attention-from", default="all", help="queries that count: all or cls")
     add("--keys", action="store_true", help="keep the attention keys of the layer too")
     shard_work.add_arguments(parser, bad_fraction=str(defaults.max_bad_fraction))
-    args = parser.parse_args(argv)
-    tower = TowerConfig(
-        name=args.tower,
-        layer=args.layer,
-        dtype=args.dtype,
-        frames_per_call=args.frames_per_call,
-        revision=args.revision,
-        size=None if args.tower_size is None else list(shard_work.parse_size(args.tower_size, "--tower-size")),
-    )
-    fps = shard_work.parse_rate(args.fps)
-    audio = _audio_config(args, fps)
+    args = parser.parse_intermixed_args(argv)
+    if args.config:
+        what = _of_config(args, parser, argv)
+    elif args.overrides or not args.tower:
+        raise ValueError(
+            f"--tower {args.tower!r}, {args.overrides}: give --tower NAME and options, or --config YAML key=value ..."
+        )
+    else:
+        what = _of_options(args)
     done = record_features(
         args.shards,
         args.out,
-        tower=tower,
-        audio=audio,
-        fps=fps,
-        size=None if args.size is None else shard_work.parse_size(args.size),
-        crop=args.crop,
+        **what,
         frames=args.frames,
-        attention=_layers(args.attention),
-        attention_from=args.attention_from,
-        keys=args.keys,
         workers=args.workers,
         device=args.device,
         part=shard_work.parse_part(args.part),
@@ -264,12 +268,73 @@ def main(argv: list[str]) -> int:
     print(f"{args.out}: features of {done.samples} clips, {done.frames} frames in {done.shards} shards")
     print(f"  {clips} clips now, in {done.seconds:.1f} s: {clips / done.seconds:.1f} clips/s, ", end="")
     print(f"{frames / done.seconds:.1f} frames/s")
-    if audio is not None:
+    if audio := what["audio"]:
         same = ("dtype", "layer", "chunk_s", "pool")
         told = " ".join(f"model.audio.{key}={getattr(audio, key)}" for key in same)
         print(f"  sound: {done.heard} clips have one; a model reads it with {told}")
     shard_work.print_rest(args.out, done.rejected, done.outstanding)
     return 0
+
+
+def _of_config(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """What the run of a configuration reads, as `record_features` takes it.
+
+    Raises: ValueError for a model without a tower, for data that a cache cannot hold, and for options beside --config
+        that it answers.
+    """
+    unsaid = argparse.Namespace(**dict.fromkeys(ANSWERED))  # what is there already, a default does not replace
+    said = vars(parser.parse_intermixed_args(argv, unsaid))
+    given = [name for name in ANSWERED if said[name] is not None]
+    if given:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(
+            f"{told} beside --config {args.config}: it says that; change it as `vtok train` does, key=value"
+        )
+    config = load_config(args.config, args.overrides)
+    model: Any = config.model
+    tower, data = getattr(model, "tower", None), config.data
+    if tower is None or not tower.name:
+        raise ValueError(f"--config {args.config}: it names no model.tower.name, whose features there are to record")
+    if data.crop not in ("center", "none") or data.hflip:
+        raise ValueError(
+            f"--config {args.config}: data.crop={data.crop}, hflip={data.hflip}, and a cache holds one view of each "
+            "clip: say data.crop=center (or none) data.hflip=0 here and in training"
+        )
+    audio = getattr(model, "audio", None)
+    needs = reads_of(model) if hasattr(model, "method") else {}
+    return dict(
+        tower=tower,
+        audio=audio if audio is not None and audio.name else None,
+        fps=data.fps,
+        size=(data.size[0], data.size[1]),
+        crop=data.crop,
+        attention=tuple(needs.get("attention", ())),
+        attention_from=needs.get("attention_from", "all"),
+        keys=needs.get("keys", False),
+    )
+
+
+def _of_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say, as `record_features` takes it."""
+    tower = TowerConfig(
+        name=args.tower,
+        layer=args.layer,
+        dtype=args.dtype,
+        frames_per_call=args.frames_per_call,
+        revision=args.revision,
+        size=None if args.tower_size is None else list(shard_work.parse_size(args.tower_size, "--tower-size")),
+    )
+    fps = shard_work.parse_rate(args.fps)
+    return dict(
+        tower=tower,
+        audio=_audio_config(args, fps),
+        fps=fps,
+        size=None if args.size is None else shard_work.parse_size(args.size),
+        crop=args.crop,
+        attention=_layers(args.attention),
+        attention_from=args.attention_from,
+        keys=args.keys,
+    )
 
 
 def _audio_config(args: argparse.Namespace, fps: float | None) -> AudioTowerConfig | None:

@@ -95,14 +95,7 @@ class Model(ProjectorModel):
 
     def features(self, clip: Clip, **asked: Any) -> Features:
         """The clip's features, with the attention and the keys that the method follows where they are made here."""
-        c = self.config
-        if c.method in REDUCERS:
-            method = REDUCERS[c.method]
-            if method.layers:
-                asked = dict(attention=list(c.attention_layers), attention_from=c.attention_from) | asked
-            if (method.keys and c.options.get("match") != "patches") or c.options.get("keys"):
-                asked = dict(keys=True) | asked
-        return super().features(clip, **asked)
+        return super().features(clip, **(reads_of(self.config) | asked))
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
         if self.config.method != "downsample":
@@ -199,6 +192,18 @@ class Model(ProjectorModel):
         if size not in self._small:
             self._small[size] = self._load(replace(self.config.tower, size=list(size)))
         return self._small[size]
+
+
+def reads_of(config: Config) -> dict[str, Any]:
+    """The attention and the keys of the tower that the method follows, as `vtok.vision.Tower` is asked for them."""
+    asked: dict[str, Any] = {}
+    if config.method in REDUCERS:
+        method = REDUCERS[config.method]
+        if method.layers:
+            asked |= dict(attention=list(config.attention_layers), attention_from=config.attention_from)
+        if (method.keys and config.options.get("match") != "patches") or config.options.get("keys"):
+            asked |= dict(keys=True)
+    return asked
 
 
 @lru_cache(maxsize=256)

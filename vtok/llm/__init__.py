@@ -12,7 +12,7 @@ answers of parts before the whole   long videos, training-free                  
 
 lora.py       adapters on the LLM, an option        distill.py    few tokens taught by all tokens
 objective.py  the training loss of every projector family
-joined.py     a trained projector inside a VLM of transformers (vtok.layers.seams, places.py); framewise.py: the second way
+joined.py     a trained projector inside a VLM (vtok.layers.seams, places.py); framewise.py: the second way
 """
 
 from vtok.llm.choices import score
