@@ -76,8 +76,10 @@ eval: {{budgets: [1, 4]}}
 """
 
 
-def weights(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+def weights(model: torch.nn.Module) -> str:
+    """A hash of the tensors in memory."""
+    state = sorted(model.state_dict().items())
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in state)).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,18 @@ def stage0(lab) -> Path:
     return lab / "stage0"
 
 
-def test_a_run_validates_answers_and_changes_nothing_frozen(lab, stage0):
-    before = weights(lab / "llm")
+def test_a_run_validates_answers_and_changes_nothing_frozen(lab, stage0, monkeypatch):
+    llm, read, towers, load = load_llm(LLMConfig(name=str(lab / "llm"))), [], [], projector._load_tower
+    llm.model.register_forward_hook(lambda *_: read.append(1))  # shared with the run as long as it is held
+    monkeypatch.setattr(projector, "_load_tower", lambda config: towers.append(load(config)) or towers[-1])
+    before = weights(llm.model)
     pooled = "name: reducer, method: pooling, max_tokens: 16"
     run = train(
         loads(settings(lab, "pooling", pooled, top=f"init_from: {stage0}", objective="budgets: {values: [1, 4]}"))
     )
-    assert weights(lab / "llm") == before
+    assert weights(llm.model) == before and read, "the very language model that the run read with"
+    untouched = weights(load(TowerConfig(name=str(lab / "tower"))).model)
+    assert towers and all(weights(tower.model) == untouched for tower in towers)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (val, *_) = [line for line in lines if "val/loss" in line]
     assert {"val/accuracy_1", "val/accuracy_4", "val/colour_accuracy_4", "val/positions_4"} <= val.keys()
