@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vtok import config as configuration
-from vtok.families.reducer import Config, Model, small_grid
+from vtok.families.reducer import Config, Model, seed_of, small_grid
 from vtok.reducers import REDUCERS, build
 from vtok.types import Clip, Features
 from vtok.vision import TowerConfig
@@ -42,7 +42,8 @@ def test_any_method_behind_one_projector(method):
     sizes = tokens.embeddings[0].square().mean(-1).sqrt()
     assert sizes.max() < 0.0501 and sizes.mean() > 0.01, "as large as words, means of several a little smaller"
     if method != "none":
-        projected = build(method)(model.project(seen), budget=7)
+        own = {"seed": torch.tensor([seed_of(key, 0) for key in clip.keys])} if REDUCERS[method].random else {}
+        projected = build(method, **own)(model.project(seen), budget=7)
         assert torch.equal(tokens.embeddings, projected.embeddings) and torch.equal(tokens.source, projected.source)
         kept = model.compress(seen, budget=20)
         assert kept.lengths.tolist() == [20, 12, 20], "clips with fewer patches give all they have"
@@ -84,6 +85,22 @@ def test_chance_is_the_seed_s_except_in_training():
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0][0], drawn[0][1])
     torch.manual_seed(0)
     assert torch.equal(model.compress(seen, budget=6).source, drawn[0]), "the step's seed decides"
+
+
+@pytest.mark.parametrize("method", ["random", "kmeans"])
+def test_every_clip_has_a_chance_of_its_own_and_keeps_it(method):
+    """64 clips and five seeds are 320 draws; the same clip draws the same in any batch."""
+    keys, x = [f"clip{i}" for i in range(64)], torch.randn(1, 4, 12, 6).expand(64, -1, -1, -1)
+    found = []
+    for seed in range(5):
+        model = Model(config(method, options={"seed": seed})).eval()
+        clip = Clip(keys, features={"cached": Features(x, (3, 4))})
+        source = model.encode(clip, budget=4).source
+        assert torch.equal(source, model.encode(clip, budget=4).source)
+        few = Clip(keys[7:3:-2], features={"cached": Features(x[:2], (3, 4))})
+        assert torch.equal(model.encode(few, budget=4).source, source[[7, 5]])
+        found += [tuple(row.tolist()) for row in source]
+    assert len(set(found)) > (300 if method == "random" else 20)
 
 
 def test_settings_that_cannot_be():

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -98,16 +99,29 @@ class Model(ProjectorModel):
         return super().features(clip, **(reads_of(self.config) | asked))
 
     def encode(self, clip: Clip, *, budget: Budget | None = None) -> Tokens:
-        if self.config.method != "downsample":
+        c = self.config
+        if c.method in REDUCERS and REDUCERS[c.method].random:  # not one mask for all clips: an accident of few places
+            seeds = torch.tensor([seed_of(key, c.options.get("seed", 0)) for key in clip.keys])
+            return self.compress(self.features(clip), budget=budget, prompt=clip.prompt, seeds=seeds)
+        if c.method != "downsample":
             return super().encode(clip, budget=budget)
         return everything(self.project(self._downsampled(clip, budget)))
 
-    def compress(self, features: Features, *, budget: Budget | None = None, prompt: list[str] | None = None) -> Tokens:
+    def compress(
+        self,
+        features: Features,
+        *,
+        budget: Budget | None = None,
+        prompt: list[str] | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tokens:
         """Tokens of a batch of clips, in time order.
 
         Args:
             budget: tokens of each clip, 1 to `max_tokens`, or int64 [B, 1], met exactly by clips that have as many
                 patches; others give all they have. None: `max_tokens` of them; method none: all, up to `max_tokens`.
+            seeds: [B] int64 of methods that draw, which `encode` makes of the clips' keys and the method's own `seed`;
+                None: all clips have that one.
         Raises: ValueError for budgets out of range, a budget below all patches without a method, clips of more than
             `max_tokens` patches without a method, and features that lack what the method follows.
         """
@@ -119,7 +133,7 @@ class Model(ProjectorModel):
             raise ValueError("model.method=downsample makes the video smaller, features come too late: give it clips")
         projected = self.project(features)
         if c.method in REDUCERS:
-            reduce = bind(c.method, **c.options)
+            reduce = bind(c.method, **(dict(c.options) | ({} if seeds is None else {"seed": seeds})))
             return reduce(projected, budget=keep[:, None], prompt=prompt, generator=self._chance())
         if bool((keep < available).any()):
             short = int((keep < available).nonzero()[0])
@@ -141,7 +155,7 @@ class Model(ProjectorModel):
         return total.to(like)
 
     def _chance(self) -> Generator | None:
-        """Training draws anew for every clip and step; otherwise the `seed` of the method's options decides."""
+        """Training draws anew for every clip and step; otherwise seeds decide."""
         if not (self.training and REDUCERS[self.config.method].random):
             return None
         return Generator().manual_seed(int(torch.randint(1 << 62, ())))
@@ -192,6 +206,11 @@ class Model(ProjectorModel):
         if size not in self._small:
             self._small[size] = self._load(replace(self.config.tower, size=list(size)))
         return self._small[size]
+
+
+def seed_of(key: str, seed: int) -> int:
+    """The seed of one clip: a hash of its key and a seed."""
+    return int.from_bytes(blake2b(f"{seed}:{key}".encode(), digest_size=7).digest(), "big")
 
 
 def reads_of(config: Config) -> dict[str, Any]:

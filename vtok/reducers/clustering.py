@@ -35,7 +35,7 @@ def kmeans(
     generator: Generator | None = None,
     iterations: int = 10,
     cosine: bool = False,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tokens:
     """Means of K clusters over the whole clip. O(n K D iterations), and O(n K D) for the first centres.
 

@@ -358,14 +358,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def uniforms(generator: torch.Generator | None, batch: int, count: int, *, seed: int, like: Tensor) -> Tensor:
+def uniforms(generator: torch.Generator | None, batch: int, count: int, *, seed: int | Tensor, like: Tensor) -> Tensor:
     """[B, count] float64 in [0, 1), a pure function of each clip's seed and the place: padding moves nothing.
 
     With a generator each clip draws a seed of its own, one after another: a batch draws what its clips one by one
-    would. Without, all clips have `seed`, and so the same numbers.
+    would. Without, each has its own of `seed` [B], or all have the one that it is, and so the same numbers.
     """
     if generator is None:
-        seeds = torch.full((batch,), seed, dtype=torch.int64)
+        seeds = seed if isinstance(seed, Tensor) else torch.full((batch,), seed, dtype=torch.int64)
     else:
         seeds = torch.randint(1 << 62, (batch,), generator=generator, device=generator.device)
     place = torch.arange(1, count + 1, device=like.device) * -7046029254386353131  # 2^64 over the golden ratio

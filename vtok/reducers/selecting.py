@@ -20,12 +20,12 @@ def random(
     budget: Budget,
     prompt: list[str] | None = None,
     generator: Generator | None = None,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tokens:
     """Patches drawn evenly without replacement: the control that every table needs. O(n log n).
 
-    With a generator each clip draws its own places, a batch what its clips one by one would; without one every clip
-    keeps the same places, those of `seed`, whatever it is batched with.
+    With a generator each clip draws its own places, a batch what its clips one by one would; without one the places are
+    those of `seed`, one for all clips or one for each ([B] int64), whatever it is batched with.
     """
     with deciding(features):
         p = Patches.of(features, budget)
