@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -279,3 +280,15 @@ def test_the_page_plays_sorts_and_fits(tmp_path, browser):  # noqa: F811
 )
 def test_numbers_of_tokens_are_told_to_a_tenth(count, text):
     assert tokens_text(count) == text
+
+
+def test_answers_that_are_none_of_the_choices_are_counted_and_told():
+    plain = table()[2]
+    strange = [replace(each, answer="a colour of its own") for each in plain.answers[:3]]
+    costs = Costs(SHAPE, "", {})
+    found = finish(AnswerRow("temporal", 1, [*strange, *plain.answers[3:]]), full=0.9, costs=costs, seed=0)
+    count = len(plain.answers)
+    assert found["without_right_choice"] == 3
+    assert f"the answer of 3 of {count} questions is none of their choices" in found["note"]
+    whole = finish(plain, full=0.9, costs=costs, seed=0)
+    assert whole["without_right_choice"] == 0 and "none of their choices" not in (whole["note"] or "")

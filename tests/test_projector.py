@@ -28,6 +28,7 @@ from vtok.export import main_export
 from vtok.families import reducer
 from vtok.features import main as record
 from vtok.layers import projector
+from vtok.layers.weights import file_sha256
 from vtok.llm import Answered, LLMConfig, attach, load_llm
 from vtok.loading import load_run
 from vtok.train import build, train
@@ -270,7 +271,9 @@ def test_eval_measures_the_run_beside_everything_training_free(lab, stage0, tmp_
     page = (tmp_path / "report.html").read_text()
     assert "cannot tell compressors apart" in page and "<canvas data-clip" in page and "What colour" in page
     assert [each["budget"] for each in found["versus"]] == [1, 4] and all(row["ttft_ms"] > 0 for row in found["rows"])
-    assert rows["reducer", 4]["compress_flops"] > 0 and found["llm"]["sha256"] == weights(lab / "llm")
+    assert rows["reducer", 4]["compress_flops"] > 0 and found["llm"]["sha256"] == file_sha256(
+        lab / "llm" / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="no clip has a question with an answer"):  # of what three frames show
         evaluate([str(run), "--frames", "3", "--out", str(tmp_path / "shorter"), "--no-progress"])
     assert "chance" in capsys.readouterr().out

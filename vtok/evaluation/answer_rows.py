@@ -104,12 +104,14 @@ def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Seque
     guesses = [1.0 / len(each.choices) for each in chosen]
     guess = chance([{"choices": each.choices} for each in chosen])
     texts = [(each.text, each.answer) for each in row.answers if each.text is not None]
+    lost = sum(each.loss is None for each in chosen)
     of_kind = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds))}
     positions, parts = row.positions, [each for each in row.answers if each.part_positions]
     out = {
         "method": row.method,
         "budget": row.budget,
         "questions": len(row.answers),
+        "without_right_choice": lost,
         "tokens_mean": mean([float(each.tokens) for each in row.answers]),
         "positions_mean": positions,
         "accuracy": row.accuracy,
@@ -132,6 +134,10 @@ def finish(row: AnswerRow, *, full: float, costs: Costs, seed: int, notes: Seque
         "compress_seconds_per_clip": mean(row.compress_s),
     }  # fmt: skip
     told = [*row.notes, *notes, *([costs.note] if costs.note else [])]
+    if lost:
+        told.append(
+            f"accuracy: the answer of {lost} of {len(chosen)} questions is none of their choices, which counts as wrong"
+        )
     if costs.shape is not None and row.answers:
         before = [sum(costs.shape.prefill_flops(n) for n in each.part_positions) for each in row.answers]
         out["prefill_flops"] = costs.shape.prefill_flops(round(positions)) + mean([float(n) for n in before])
