@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_report import NASTY, PIXELS, Page, browser, moving_square  # noqa: F401  (browser is a fixture)
 
-from vtok.evaluation.answer_report import write_answer_report
+from vtok.evaluation.answer_report import _lede, write_answer_report
 from vtok.evaluation.answer_rows import AnswerRow, Costs, benchmark, finish, per_question, sentences, versus
 from vtok.evaluation.page import tokens_text
 from vtok.evaluation.rows import without_nan
@@ -292,3 +292,15 @@ def test_answers_that_are_none_of_the_choices_are_counted_and_told():
     assert f"the answer of 3 of {count} questions is none of their choices" in found["note"]
     whole = finish(plain, full=0.9, costs=costs, seed=0)
     assert whole["without_right_choice"] == 0 and "none of their choices" not in (whole["note"] or "")
+
+
+def test_what_reducers_stand_on_is_told():
+    rows, projector = [{"method": name, "questions": 4} for name in ("blind", "temporal", "tome")], "the projector of "
+    plain = {"clips": 2, "llm": {"name": "tiny"}}
+    assert f"{projector}all tokens: tome" in _lede(plain, rows, "temporal")
+    assert f"{projector}pooling-tiny, trained as long: tome" in _lede(
+        plain | {"tuned": "pooling-tiny"}, rows, "temporal"
+    )
+    assert "which is frozen" in _lede(plain, rows, "temporal")
+    adapted = {"llm": {"name": "tiny", "adapters_sha256": "ab"}}
+    assert "with the adapters that it learned" in _lede(plain | adapted, rows, "temporal")

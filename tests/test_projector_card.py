@@ -105,6 +105,9 @@ def test_the_card_says_what_it_reads_makes_and_is_worth(tmp_path):
     assert "| | 4 | 16 |" in text and "| pooling | 51.0 | 66.0 |" in text and "| random |  | 44.0 |" in text
     assert "| | blind | full | temporal 4 | temporal 16 |" in text and "| count | 13.0 | 40.5 | 31.5 | 37.0 |" in text
     assert "59 clips of `shards/val`" in text and "over chance (25.0 %)" in text
+    assert "reducers on the projector of all tokens, by tokens" in text
+    (run / "eval" / "eval.json").write_text(json.dumps(found | {"tuned": "pooling-tiny"}))
+    assert "reducers on the projector of `pooling-tiny`, trained as long, by tokens" in card(run)[0]
     assert "Query-free" in text and "distilled from all tokens (weights: logits 1, hidden states 0)" in text
     assert "video tokenizer" not in text and "bits" not in text, "the words of tokenizers"
 

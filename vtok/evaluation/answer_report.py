@@ -113,6 +113,12 @@ def _name(method: str) -> str:
     return {"full": "all tokens"}.get(method, method)
 
 
+def stands_on(evaluation: Mapping[str, Any]) -> str:
+    """What the reducers of a table stand on, in words."""
+    tuned = evaluation.get("tuned")
+    return f"the projector of {tuned}, trained as long" if tuned else "the projector of all tokens"
+
+
 def _lede(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], family: str) -> str:
     clips, shards = evaluation.get("clips"), evaluation.get("shards")
     asked = next((row["questions"] for row in rows if row["method"] == "blind"), None)
@@ -123,9 +129,10 @@ def _lede(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fami
     words += [f"from {shards}"] if shards else []
     llm = (evaluation.get("llm") or {}).get("name")
     text = f"The {family} projector measured on {' '.join(w for w in words if w)}"
-    text += f", read by {llm}, which is frozen" if llm else ""
+    adapted = (evaluation.get("llm") or {}).get("adapters_sha256")
+    text += f", read by {llm}, {'with the adapters that it learned' if adapted else 'which is frozen'}" if llm else ""
     others = [name for name in methods(rows, family, without=ENDS) if name != family]
-    text += f"; beside it, on the same clips and the projector of all tokens: {', '.join(others)}." if others else "."
+    text += f"; beside it, on the same clips and {stands_on(evaluation)}: {', '.join(others)}." if others else "."
     parts = evaluation.get("parts")
     text += f" Every clip was asked in {parts['count']} parts first." if parts else ""
     return html.escape(text)

@@ -312,7 +312,9 @@ def _measured(found: dict[str, Any], family: str) -> list[str]:
     if controls:
         budgets = sorted({row["budget"] for row in controls if row["budget"]})
         found_at = {(row["method"], row["budget"]): row.get("accuracy") for row in controls}
-        out += ["Accuracy (%) of training-free reducers on the projector of all tokens, by tokens:", ""]
+        tuned = found.get("tuned")
+        base = f"the projector of `{tuned}`, trained as long" if tuned else "the projector of all tokens"
+        out += [f"Accuracy (%) of training-free reducers on {base}, by tokens:", ""]
         out += ["| | " + " | ".join(map(str, budgets)) + " |", "|---" * (len(budgets) + 1) + "|"]
         for method in dict.fromkeys(row["method"] for row in controls):
             values = [_per_cent(found_at.get((method, budget))) for budget in budgets]
