@@ -21,6 +21,7 @@ from vtok import train as training
 from vtok.data.prefetch import DevicePrefetch, tensors
 from vtok.training import keys, strategy, tracking
 from vtok.training.background import BackgroundCheckpointIO, on_host
+from vtok.training.checkpoints import CheckpointError
 from vtok.types import Clip, Features
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +149,7 @@ def test_a_checkpoint_that_failed_in_its_thread_ends_the_run_at_the_next_one(tmp
         write(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ValueError, match="checkpoint of step 4 could not be written.*No space left.*as they were"):
+    with pytest.raises(CheckpointError, match="checkpoint of step 4 could not be written.*No space left.*as they were"):
         train(tmp_path, "run", trainer={"async_checkpoint": True, "checkpoint_every": 2})
     assert strategy.describe(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 2
     run = train(tmp_path, "run", trainer={"async_checkpoint": True, "checkpoint_every": 2})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vtok.training import strategy
+from vtok.training.zero_shards import CheckpointError
 
 
 class BackgroundCheckpointIO(strategy.AtomicCheckpointIO):
@@ -58,7 +59,7 @@ class Saver:
 
         Args:
             after: called on the first rank once the checkpoint has its names. wait: until then.
-        Raises: ValueError, on every rank, where this checkpoint, or the one before it in a thread, was not written.
+        Raises: CheckpointError, on every rank, where this checkpoint, or one before it in a thread, was not written.
         """
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, BackgroundCheckpointIO):
@@ -112,10 +113,12 @@ class Saver:
         return problem
 
     def _finish(self, trainer: Any) -> None:
-        """`wait` on the first rank; every rank raises ValueError with what went wrong."""
+        """`wait` on the first rank; every rank raises CheckpointError with what went wrong."""
         problem = trainer.strategy.broadcast(self.wait())
         if problem:
-            raise ValueError(f"{problem}; those of before are as they were. Make room, and give the same command again")
+            raise CheckpointError(
+                f"{problem}; those of before are as they were. Make room, and give the same command again"
+            )
 
 
 def on_host(value: Any) -> Any:
