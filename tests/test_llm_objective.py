@@ -256,3 +256,18 @@ def test_training_gives_the_compressor_the_question_and_never_the_answer(folders
     loss_of, model = objective(folders["gpt2"], tasks=TaskConfig(caption=0))
     loss_of(model, replace(clips(2), target=None), 0)
     assert model.seen_prompts == [["Question: What colour is the circle?\nAnswer:"] * 2]
+
+
+def test_layers_and_prompts_that_are_not_there_are_named(folders):
+    for layers in ([3], [-1, -4]):
+        with pytest.raises(
+            ValueError, match=rf"hidden_layers=.*has 2 layers, and {layers[-1]} is none of them: 0 .* to 2"
+        ):
+            objective(folders["llama"], lambda _: None, teacher="x", hidden=1.0, hidden_layers=layers)
+    loss_of, model = objective(
+        folders["llama"], tasks=TaskConfig(qa=0.0, qa_prompts=[], caption_prompts=[], caption=0.0)
+    )
+    with pytest.raises(ValueError, match=r"objective.tasks.qa_prompts=\[\]: evaluation asks with the first"):
+        loss_of.ask(model, clips())
+    with pytest.raises(ValueError, match=r"objective.tasks.caption_prompts=\[\]"):
+        loss_of.generate(model, clips())

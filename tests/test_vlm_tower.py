@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +139,10 @@ def test_a_compressor_of_other_features_is_refused():
         for join in (attach, swap) if name not in GRIDS else (attach,):
             with pytest.raises(ValueError, match="train it with model.tower.name=vlm:"):
                 join(compressor("hf:google/siglip", layer), vlm_of(name))
+    hears = compressor("vlm:any")
+    hears.config.audio = SimpleNamespace(name="hf:openai/whisper-base")
+    with pytest.raises(ValueError, match="hears with 'hf:openai/whisper-base', and a VLM here brings no sound"):
+        attach(hears, vlm_of("llava"))
     attach(compressor("hf:openai/clip", -2), vlm_of("llava"))
     attach(compressor("hf:openai/clip", 0), vlm_of("llava"))
     attach(compressor("vlm:llava-hf/some"), vlm_of("llava_onevision"))

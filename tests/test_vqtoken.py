@@ -440,6 +440,12 @@ def test_training_on_one_clip_lowers_the_loss_and_a_copy_gives_the_same():
         (dict(adaptive=dict(criterion="gap")), "adaptive.criterion='gap'"),
         (dict(adaptive=dict(share=0.0)), "share=0.0"),
         (dict(codebook=QuantizerConfig(), adaptive=dict(criterion="elbow")), "set model.adaptive.criterion=none"),
+        (
+            dict(codebook=QuantizerConfig(), space="tower"),
+            "model.space='tower' is of k-means, and model.codebook takes",
+        ),
+        (dict(codebook=QuantizerConfig(), seed=3), "model.seed=3 is of k-means"),
+        (dict(codebook=QuantizerConfig(), tolerance=0.5), "model.tolerance=0.5 is of k-means"),
         (dict(scope="stream", codebook=QuantizerConfig()), "model.codebook needs all patches"),
         (dict(scope="stream", places=PlaceConfig(kind="fourier")), "model.places.kind needs all patches"),
         (dict(scope="stream", adaptive=dict(criterion="elbow")), "model.adaptive.criterion needs all patches"),

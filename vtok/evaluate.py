@@ -373,6 +373,7 @@ def _main_projector(
     from vtok.evaluation.answering import AnsweringEvaluator, print_answers
     from vtok.evaluation.free_lengths import read_facts
     from vtok.llm import PartsConfig
+    from vtok.llm.tasks import first_prompt
 
     objective, llm = reader_of(options.model, llm=options.llm or "")
     source, full = Path(options.model), options.full or objective.teacher
@@ -385,7 +386,7 @@ def _main_projector(
         model,
         llm,
         val=val,
-        template=objective.tasks.qa_prompts[0],
+        template=first_prompt(objective.tasks, "qa"),
         timestamps=objective.timestamps,
         budgets=_budgets(options, settings),
         full=load_model(full)[0] if full else None,

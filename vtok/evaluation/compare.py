@@ -131,13 +131,14 @@ def _of_tokenizer(model: Any, val: Any, budgets: list[int] | None, **how: Any) -
 
 def _of_projector(model: Any, path: str, val: Any, budgets: list[int] | None, llm: str, **how: Any) -> _Scores:
     from vtok.evaluation.answering import AnsweringEvaluator
+    from vtok.llm.tasks import first_prompt
 
     objective, reader = reader_of(path, llm=llm)
     evaluator = AnsweringEvaluator(
         model,
         reader,
         val=val,
-        template=objective.tasks.qa_prompts[0],
+        template=first_prompt(objective.tasks, "qa"),
         timestamps=objective.timestamps,
         budgets=budgets or (),
         **how,

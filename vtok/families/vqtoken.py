@@ -122,6 +122,14 @@ class Config(ProjectorConfig):
             raise ValueError(
                 "model.codebook has as many tokens as a clip uses codes: set model.adaptive.criterion=none"
             )
+        if self.codebook is not None:
+            usual = Config()
+            for key in ("space", "metric", "init", "trials", "iterations", "tolerance", "seed"):
+                if getattr(self, key) != getattr(usual, key):
+                    raise ValueError(
+                        f"model.{key}={getattr(self, key)!r} is of k-means, and model.codebook takes its place: "
+                        "leave it out, or set model.codebook=null"
+                    )
         if self.scope == "stream":
             wrong = "model.codebook" if self.codebook is not None else "model.adaptive.criterion" if adaptive else ""
             if wrong or self.places.kind not in ("none", "moments"):

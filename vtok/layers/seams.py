@@ -212,6 +212,12 @@ def check_tower(compressor: Any, vlm: Any, seam: Seam) -> None:
     normed, but for CLIP's.
     """
     own = getattr(compressor, "config", None)
+    audio = getattr(own, "audio", None) or (getattr(own, "model", None) or {}).get("audio")
+    if ears := (audio["name"] if isinstance(audio, dict) else getattr(audio, "name", "")):
+        raise ValueError(
+            f"the compressor hears with {ears!r}, and a VLM here brings no sound: attach one that was trained without "
+            "audio (model.audio.name='')"
+        )
     tower = getattr(own, "tower", None) or (getattr(own, "model", None) or {}).get("tower")
     if tower is None:
         return

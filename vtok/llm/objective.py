@@ -21,7 +21,7 @@ from vtok.llm.frozen import FrozenLLM, LLMConfig, load_llm
 from vtok.llm.lora import Adapters, LoraConfig
 from vtok.llm.questions import Answered, ask
 from vtok.llm.reading import Read, generate, read, with_times
-from vtok.llm.tasks import TaskConfig, Told, choose, draw, instruction
+from vtok.llm.tasks import TaskConfig, Told, choose, draw, first_prompt, instruction
 from vtok.types import Budget, Clip, Loss, Tokens
 
 LAWS = ("full", "uniform", "log_uniform", "pow2")
@@ -104,6 +104,12 @@ class ProjectorObjective(nn.Module):
                 f"{self.llm.embedding_dim} wide"
             )
         self._teacher: list[Any] = []
+        depth = int(self.llm.model.config.get_text_config().num_hidden_layers)
+        if c.hidden and (wrong := [layer for layer in c.hidden_layers if not -depth - 1 <= layer <= depth]):
+            raise ValueError(
+                f"objective.hidden_layers={list(c.hidden_layers)}: {c.llm.name} has {depth} layers, and {wrong[0]} is "
+                f"none of them: 0 (the embeddings) to {depth}, or -1 (the last) to {-depth - 1}"
+            )
         if distils:
             teacher = self.load_teacher(load)
             if getattr(getattr(teacher, "shipped", None), "adapters", ""):
@@ -219,7 +225,13 @@ class ProjectorObjective(nn.Module):
         """The questions of a batch, as `vtok.llm.ask` puts them, with the first of the questions' prompts."""
         c = self.config
         return ask(
-            self.llm, clip, model, template=c.tasks.qa_prompts[0], budget=budget, timestamps=c.timestamps, **keywords
+            self.llm,
+            clip,
+            model,
+            template=first_prompt(c.tasks, "qa"),
+            budget=budget,
+            timestamps=c.timestamps,
+            **keywords,
         )
 
     @torch.no_grad()
@@ -234,7 +246,7 @@ class ProjectorObjective(nn.Module):
     ) -> list[str]:
         """The LLM's greedy answer to a prompt for each clip; None: the first prompt for captions."""
         c = self.config
-        prompts = prompts or [c.tasks.caption_prompts[0]] * len(clip)
+        prompts = prompts or [first_prompt(c.tasks, "caption")] * len(clip)
         tokens = model.encode(replace(clip, prompt=[instruction(p) for p in prompts], target=None), budget=budget)
         if c.timestamps:
             prompts = with_times(prompts, tokens)

@@ -46,6 +46,17 @@ class TaskConfig:
                     raise ValueError(f"tasks.qa_prompts: {prompt!r} does not hold {QUESTION!r}")
 
 
+def first_prompt(config: TaskConfig, task: str) -> str:
+    """The prompt of a task that evaluation takes. Raises: ValueError where there is none."""
+    prompts = getattr(config, f"{task}_prompts")
+    if not prompts:
+        raise ValueError(
+            f"objective.tasks.{task}_prompts=[]: evaluation asks with the first of them, whatever training does "
+            f"(tasks.{task}={getattr(config, task):g}): give one, or leave the key out"
+        )
+    return prompts[0]
+
+
 class Told(NamedTuple):
     """Of each clip: the prompt, its answer ("" where there is nothing to learn), what a compressor that reads prompts
     is given (the prompt without the place of the video), and the task ("" for none, "given" for the clip's own)."""
