@@ -166,3 +166,25 @@ def test_names_are_found_in_the_hubs_cache(towers, tmp_path, monkeypatch):
         load_tower(TowerConfig(f"timm:{kind}"))
     with pytest.raises(ValueError, match="'someone/nothing' could not be had from the Hub"):
         load_tower(TowerConfig("hf:someone/nothing"))
+
+
+@pytest.mark.parametrize("kind", ["SamVision", "Hiera", "MobileNetV2", "EfficientNet", "PixtralVision"])
+def test_towers_whose_outputs_are_not_read_say_so(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32)
+    own = {
+        "SamVision": dict(vit, patch_size=8, window_size=2, global_attn_indexes=[1], output_channels=8, mlp_dim=16),
+        "Hiera": dict(
+            image_size=[32, 32], embed_dim=8, depths=[1, 1], num_heads=[1, 2], masked_unit_size=[4, 4],
+            num_query_pool=1,
+            query_stride=[2, 2],
+        ),
+        "MobileNetV2": dict(image_size=32),
+        "EfficientNet": dict(image_size=32, width_coefficient=0.25),
+        "PixtralVision": dict(vit, patch_size=8),
+    }[kind]  # fmt: skip
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**own))
+    model.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a .*, whose outputs are not read here: towers .* ViTs"):
+        load_tower(TowerConfig(name=str(tmp_path)))

@@ -21,6 +21,9 @@ from vtok.vision.preprocess import Preprocess, from_processor, from_timm
 
 # transformers' video towers: what holds the frames of their windows, and whether shorter windows will do
 VIDEO = {"videomae": ("num_frames", True), "vivit": ("num_frames", True), "vjepa2": ("frames_per_clip", False)}
+# of transformers, whose outputs are no plain sequence or map of one width, or whose frames are packed
+_UNREAD = {"sam_vision_model", "sam_hq_vision_model", "sam2_vision_model", "hiera", "mobilenet_v1", "mobilenet_v2"}
+_UNREAD |= {"efficientnet", "pixtral"}
 _ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "convnext", "convnextv2", "resnet"}
 
 
@@ -122,6 +125,14 @@ class TimmBody(Body):
 class HubBody(Body):
     def __init__(self, model: Any, processor: Any, layer: int, size: tuple[int, int] | None, pooled: bool, where: str):
         config = model.config
+        if config.model_type in _UNREAD or not (
+            hasattr(config, "hidden_sizes") or hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers")
+        ):
+            raise ValueError(
+                f"{where} is a {config.model_type}, whose outputs are not read here: towers of transformers are ViTs "
+                "(CLIP, SigLIP, DINOv2 and 3, BEiT ...), ConvNeXts and ResNets, or VideoMAE, ViViT and V-JEPA 2 for "
+                "videos; timm's model of it may do (timm:NAME)"
+            )
         self.model, self.preprocess = model, from_processor(processor, size, where)
         self._pooled, self._where = pooled, where
         self._accepts = set(inspect.signature(model.forward).parameters)
