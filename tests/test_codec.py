@@ -164,7 +164,7 @@ def test_rates_are_ratios(value, ratio):
         ({"budget": 0}, "budget=0 .* 1 to 4"),
         ({"budget": 5}, "budget=5 .* 1 to 4"),
         ({"budget": 1, "tokens_per_second": 9}, "give one of the two"),
-        ({"tokens_per_second": -1}, "must be above 0"),
+        ({"tokens_per_second": -1}, "must be a number above 0"),
         ({"tokens_per_second": 2}, "ask for 6.250 or more"),
         ({"coding": "static"}, "needs the static entropy model"),
         ({"coding": "zip"}, "choose one of packed, static"),

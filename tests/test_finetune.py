@@ -23,7 +23,8 @@ from vtok.config import loads, to_yaml
 from vtok.data import shards, synthetic
 from vtok.evaluation.compare import compare, main, print_comparison
 from vtok.export import main_export, read_config
-from vtok.train import _write_run_files, build, train
+from vtok.train import build, train
+from vtok.training.run_files import write_run_files
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -145,14 +146,14 @@ def test_what_rests_is_named_in_the_document_counted_and_in_no_optimizer(tmp_pat
     values = {"name": "run", "out": str(tmp_path), "model": TINY["flexible"], "optim": {"freeze": frozen.split(",")}}
     config = loads(values | {"data": {"shards": "none", "num_frames": 4, "size": [16, 16]}})
     lit = build(config)
-    _write_run_files(config, lit)
+    write_run_files(config, lit)
     rests = {name for name, p in lit.model.named_parameters() if not p.requires_grad}
     said = capsys.readouterr().out
     assert f"at rest (optim.freeze, optim.train_only): {len(rests)} tensors of the model" in said
     assert "warning: model.registers" in said and "rest as they began, untrained: init_from is empty" in said
     assert "model.decoder" not in said.partition("warning")[2]
     lit.model.from_files = tuple(frozen.replace("model.", "").split(","))  # as a family's `build` says it
-    _write_run_files(config, lit)
+    write_run_files(config, lit)
     assert "warning" not in capsys.readouterr().out
     learns = {id(p) for group in lit.configure_optimizers().param_groups for p in group["params"]}
     assert learns == {id(p) for name, p in lit.model.named_parameters() if name not in rests}

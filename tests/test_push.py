@@ -127,11 +127,18 @@ def test_only_exports_are_pushed(tmp_path, hub):
 
 def test_a_vlm_that_cannot_read_the_tokens_is_refused(tmp_path, exported, hub):
     vlm_of("llava_onevision").save_pretrained(tmp_path / "vlm")
-    wide, narrow = (make_projector(tmp_path / str(width), embedding_dim=width) for width in (WIDTH, 16))
+    seen = {"tower": f"vlm:{tmp_path / 'vlm'}"}
+    wide, narrow = (make_projector(tmp_path / str(width), embedding_dim=width, **seen) for width in (WIDTH, 16))
+    other = make_projector(tmp_path / "other", embedding_dim=WIDTH)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "gpt2"}')
     for run, vlm, why in (
         (narrow, "vlm", f"its words are {WIDTH} wide, this projector's tokens 16: it was trained for hf:Qwen"),
+        (
+            other,
+            "vlm",
+            "the compressor was trained on model.tower.name='.*: something else; train it with model.tower.na",
+        ),
         (wide, "text", "is of type 'gpt2'; tokens are put into llava"),
         (wide, "nothing-here", "is no folder here and could not be had from the Hub"),
         (exported.parent / "run", "vlm", "a VLM reads the tokens of projectors; flexible is none"),
@@ -208,7 +215,7 @@ def test_the_command_pushes_and_every_kind_loads_by_name(tmp_path, hub):
     widths = {"in_dim": SEEN, "embedding_dim": WIDTH}
     runs = [make_run(tmp_path / "run-a")]
     runs += [make_projector(tmp_path / f"run-{n}", compressor="region", region=REGION, **w)
-             for n, w in (("b", {}), ("c", widths))]  # fmt: skip
+             for n, w in (("b", {}), ("c", {**widths, "tower": "vlm:tester/vlm"}))]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, runs), str(tmp_path)],
         capture_output=True, text=True, timeout=PATIENCE_S, env=hub.environment(tmp_path / "home"),

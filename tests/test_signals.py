@@ -189,8 +189,10 @@ def test_lightning_neither_hears_signals_nor_tells_of_them(monkeypatch):
     assert not told and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tmp_path, capfd):
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(tmp_path, capfd, request):
     config = test_train.settings(tmp_path)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, heard))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         training.train(config, data=test_train.Data(signal_at={3: signal.SIGINT}))

@@ -286,7 +286,7 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    from vtok.layers.seams import SEAMS
+    from vtok.layers.seams import SEAMS, check_tower
 
     if not is_projector(config):
         raise ExportError(f"--vlm {vlm}: a VLM reads the tokens of projectors; {config.model.name} is none")
@@ -309,6 +309,10 @@ def named_vlm(vlm: str, config: RunConfig) -> dict[str, Any]:
             f"--vlm {vlm}: its words are {width} wide, this projector's tokens {config.model.embedding_dim}: it was "
             f"trained for {config.objective.llm.name}"
         )
+    try:
+        check_tower(config.model, facts, SEAMS[facts["model_type"]])
+    except ValueError as error:
+        raise ExportError(f"--vlm {vlm}: {error}") from None
     return {"name": name, "revision": commit}
 
 

@@ -204,14 +204,16 @@ def block_read(config: Any, seam: Seam, depth: int) -> tuple[int, int]:
     return (layers[-1] - 1 if layers[-1] >= 0 else layers[-1] + depth), len(layers)
 
 
-def check_tower(compressor: Any, vlm: Any, seam: Seam) -> None:
+def check_tower(own: Any, config: Any, seam: Seam) -> None:
     """Raises ValueError for a compressor that was trained on other features of a tower than those this VLM reads.
+
+    own: the compressor's configuration, or that of its export; None: of nothing that was trained. config: the VLM's,
+    or what its config.json holds.
 
     A compressor that was trained on the VLM's own tower (model.tower.name=vlm:...) reads what the VLM reads. One that
     was trained on the tower alone does where the VLM reads one block as it is; a tower alone gives its last block
     normed, but for CLIP's.
     """
-    own = getattr(compressor, "config", None)
     audio = getattr(own, "audio", None) or (getattr(own, "model", None) or {}).get("audio")
     if ears := (audio["name"] if isinstance(audio, dict) else getattr(audio, "name", "")):
         raise ValueError(
@@ -224,7 +226,10 @@ def check_tower(compressor: Any, vlm: Any, seam: Seam) -> None:
     name, layer = (tower["name"], tower["layer"]) if isinstance(tower, dict) else (tower.name, tower.layer)
     if name.startswith("vlm:"):
         return
-    config = vlm.config
+    if isinstance(config, dict):
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**config)
     if seam.grids:
         wrong = "has a tower that is read before its merger"
     else:

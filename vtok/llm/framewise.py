@@ -53,7 +53,7 @@ def swap(compressor: Any, vlm: Any, *, budget: int | None = None) -> nn.Module:
     """
     seam = seam_of(vlm)
     check_adapters(compressor, vlm)
-    check_tower(compressor, vlm, seam)
+    check_tower(getattr(compressor, "config", None), vlm.config, seam)
     if not hasattr(vlm.base_model, "multi_modal_projector"):
         raise ValueError(f"{vlm.config.model_type!r} has no multi_modal_projector: use attach(compressor, vlm)")
     own = vlm.base_model.multi_modal_projector

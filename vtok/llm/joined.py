@@ -86,7 +86,7 @@ class Joined(nn.Module):
         super().__init__()
         self.seam = seam_of(vlm)
         check_adapters(compressor, vlm)
-        check_tower(compressor, vlm, self.seam)
+        check_tower(getattr(compressor, "config", None), vlm.config, self.seam)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if positions == "grid" and not self.seam.grids:
