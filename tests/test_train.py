@@ -246,6 +246,32 @@ def test_clips_of_several_lengths_are_validated_with_all_their_tokens(tmp_path):
     assert val["val/psnr_db"] == val["val/psnr_db_12"] != val["val/psnr_db_8"]
 
 
+class Struck(Data):
+    """Its validation loader ends with a signal, which reaches workers that are only starting too; or without one."""
+
+    def __init__(self, number: int = 0):
+        super().__init__()
+        self.number = number
+
+    def val_dataloader(self):
+        yield from [next(iter(DataLoader(Stream(10**6, 2), batch_size=None)))]
+        if self.number:
+            os.kill(os.getpid(), self.number)
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+
+def test_a_validation_whose_loader_a_signal_ends_is_left_for_the_next_start(tmp_path):
+    config = settings(tmp_path, trainer={"max_steps": 3})
+    with pytest.raises(SystemExit) as stopped:
+        training.train(config, data=Struck(signal.SIGUSR1))
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert not any("val/loss" in row for row in metrics(tmp_path / "run"))
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):  # without a signal it is a failure
+        training.train(config, data=Struck())
+    run = training.train(config, data=Data())
+    assert sum("val/loss" in row for row in metrics(run)) == 1
+
+
 def test_a_signal_saves_at_the_step_boundary_and_the_next_start_goes_on_bitwise(tmp_path, capsys):
     parts = {"optim": {"ema_decay": 0.9}, "trainer": {"val_every": 3, "accumulate": 2, "log_every": 4, "ledger": True}}
     whole = training.train(settings(tmp_path, name="whole", **parts), data=Data())

@@ -413,7 +413,7 @@ class Conductor(pl.Callback):
 
         Raises: ToldToStop, on every rank, once a signal has come to any: little time may be left.
         """
-        for batch in itertools.chain(loader, itertools.repeat(None)):
+        for batch in itertools.chain(self._until_told(loader), itertools.repeat(None)):
             going, stop = float(batch is not None), float(self.told.number)
             if trainer.world_size > 1:
                 going, stop = _all_max([going, stop], lit.device)
@@ -427,12 +427,22 @@ class Conductor(pl.Callback):
                 return
             yield batch
 
+    def _until_told(self, loader: Any) -> Iterator[Any]:
+        """The loader's batches. Once a signal has come, a failure ends them: SLURM signals every process of a step, and
+        a loader worker that is only starting, or the process that starts them, ends of it."""
+        try:
+            yield from loader
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self.told.number:
+                raise
+            log.info("the loader ended with the signal: %s", error)
+
     @torch.no_grad()
     def _samples(self, trainer: Any, lit: LitCompressor) -> None:
         if not self.config.data.val_shards:
             return
         if self.shown is None:
-            batch = next(iter(trainer.datamodule.val_dataloader()), None)
+            batch = next(self._until_told(trainer.datamodule.val_dataloader()), None)
             self.shown = batch and batch.rows(slice(SAMPLE_CLIPS))
         lit.settle(None if self.shown is None else self.shown.to(lit.device))
         if self.shown is None:
