@@ -93,7 +93,9 @@ class Asked:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be a number above 0")
             if value is not None and name in ("psnr_db", "predicted_psnr_db") and value > MOST_DB:
-                raise ValueError(f"{name}={value} is above {MOST_DB} dB, more than frames of 8 bits can differ by")
+                raise ValueError(
+                    f"{name}={value} is above {MOST_DB} dB, which no two videos of 8 bits reach that differ: lower it"
+                )
         if self.look_ahead is not None and self.look_ahead < 0:
             raise ValueError(f"look_ahead={self.look_ahead} must be 0 or more blocks")
         shares = self.tokens is not None or self.bytes is not None
