@@ -313,6 +313,13 @@ def test_attention_and_keys_where_asked(home, tmp_path):
 # ---- other towers, other frames
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_half_precision_on_a_cpu_is_told_to_be_slow(home, tmp_path, caplog, dtype):
+    run(home, tmp_path / "t", fps=2.0, tower=tower_config(home, dtype=dtype))
+    told = [message for message in caplog.messages if "on a CPU" in message]
+    assert len(told) == (dtype == "bfloat16") and all("works in bfloat16" in message for message in told)
+
+
 def test_another_towers_features_are_refused(home, tmp_path):
     write_tower(tmp_path / "other", size=16, width=16, depth=2, seed=1)
     for changes, message in (

@@ -58,3 +58,26 @@ def test_tables_that_do_not_belong_together_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             merge([ONE, wrong])
+
+
+def test_rows_that_do_not_change_with_the_compressors_seed_are_needed_once():
+    bare = other()
+    bare["per_question"]["right"] = {"vqtoken": {"4": [1, 0, 0, 0]}, "blind": {"0": [0, 0, 1, 1]}}
+    temporal = copy.deepcopy(ONE) | {"family": "temporal", "model": "three"}
+    temporal["per_question"]["right"] = {"temporal": {"4": [0, 1, 1, 1], "16": [1] * 4}, "dart": {"4": [0, 0, 0, 1]}}
+    found = merge([ONE, bare], [temporal])
+    assert found["vqtoken", "4"] == [[1, 1, 1, 0], [1, 0, 0, 0]] and ("vqtoken", "16") not in found
+    assert found["pooling", "4"] == [[1, 0, 1, 0]] and len(found["blind", "0"]) == 2
+    assert {each["against"] for each in leads(found, "vqtoken", VIDEOS)} == {"pooling", "tome", "temporal", "dart"}
+    assert "| temporal | 4 | 75.0 |" in report([ONE, bare], [temporal])
+    with pytest.raises(ValueError, match="one is of family vqtoken, three of temporal: .*--beside them of others"):
+        merge([temporal, ONE])
+    with pytest.raises(ValueError, match="two is of family vqtoken"):
+        merge([ONE], [bare])
+    bare["per_question"]["right"]["vqtoken"] = {"64": [1, 0, 0, 0]}
+    with pytest.raises(ValueError, match="the runs of vqtoken have no number of tokens in common"):
+        merge([ONE, bare])
+
+
+def test_runs_of_one_table_given_twice_are_two_runs():
+    assert len(merge([ONE, copy.deepcopy(ONE)])["vqtoken", "4"]) == 2

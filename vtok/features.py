@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,8 @@ from vtok.data.workers import Notify
 from vtok.families.reducer import reads_of
 from vtok.feature_recording import RecordedClip, Recorder, own_size, try_settings
 from vtok.vision import AudioTower, AudioTowerConfig, Tower, TowerConfig, load_audio_tower, load_tower
+
+log = logging.getLogger(__name__)
 
 COUNTS = ("samples", "frames")
 # options whose place --config takes
@@ -96,6 +99,14 @@ def record_features(
     devices = shard_work.devices_of(device)
     for cached in (_tower, _audio_tower, shard_work.health):  # of an earlier call in this process
         cached.cache_clear()
+    halves = [each for each in (tower, audio) if each is not None and each.dtype != "float32"]
+    for each in halves if device == "cpu" else ():
+        log.warning(
+            "%s works in %s on a CPU, which can take ten times as long as float32 where it has no instructions for it "
+            "(--dtype, --audio-dtype, or the configuration's dtype)",
+            each.name,
+            each.dtype,
+        )
     config = json.dumps(asdict(tower))
     loaded = _tower(config, "cpu")
     layers = tuple(dict.fromkeys(loaded.block(layer) for layer in attention))

@@ -1,7 +1,8 @@
-"""Draws projectors.svg: python docs/pictures/projectors.py eval-0/eval.json eval-1/eval.json ...
+"""Draws projectors.svg: python docs/pictures/projectors.py eval-0/eval.json eval-1/eval.json ... [--beside eval.json]
 
-The tables are those of several seeds of one compressor. Accuracy by tokens, means over the seeds, with 95 % intervals
-over videos: the compressor, the reducers that come closest, and the language model blind and with all tokens.
+The tables are those of several seeds of one compressor, and beside them of others, as benchmarks/seeds.py takes them.
+Accuracy by tokens, means over the seeds, with 95 % intervals over videos: the compressor, the other methods that come
+closest, and the language model blind and with all tokens.
 """
 
 import argparse
@@ -23,8 +24,12 @@ SHOWN = 5  # reducers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="+", type=Path)
-    tables = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().tables]
-    family, found = tables[0]["family"], merge(tables)
+    parser.add_argument("--beside", nargs="+", type=Path, default=[])
+    options = parser.parse_args()
+    tables, beside = (
+        [json.loads(path.read_text(encoding="utf-8")) for path in paths] for paths in (options.tables, options.beside)
+    )
+    family, found = tables[0]["family"], merge(tables, beside)
     keys = tables[0]["per_question"]["keys"]
     budgets = [budget for method, budget in found if method == family]
     right = {each: [mean(answers) for answers in zip(*runs)] for each, runs in found.items()}

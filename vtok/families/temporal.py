@@ -12,7 +12,7 @@ the others with a query-former that begins from it and knows the question. What 
 - Tokens stand in time order and have one nesting order over the clip (vtok/layers/pieces.py): any budget from 1 to
   `max_tokens` is met exactly by clips that have as many tokens, and one trained with random budgets serves them all.
 - `summary` queries of the whole clip come first in that order: a budget below the number of frames then holds the
-  clip, not its first frames.
+  clip, not its first frames. Where questions are known (`text`), they begin from what those ask for.
 
 Letters: B clips, T frames, N patches of a frame, P tokens of a batch, K tokens per clip, D width of the LLM's words.
 """
@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok.layers.asked_means import AskedMeans
 from vtok.layers.byte_words import ByteWords
-from vtok.layers.dynamic_context import DualConfig, DualPath, DynamicContext, FormerConfig, StaticConfig
+from vtok.layers.dynamic_context import DualConfig, DualPath, DynamicContext, FormerConfig, StaticConfig, Words
 from vtok.layers.frames import (
     Frames,
     bin_means,
@@ -253,10 +254,12 @@ class Model(ProjectorModel):
         self._ears: Any = None  # no module, as the tower is none
         self.compressor = _build(c, dim)
         s = c.summary
-        self.summary = None
+        self.summary, self.asked = None, None
         if s.num_tokens:
             shape = dict(width=s.width, depth=s.depth, num_heads=s.num_heads)
             self.summary = Resampler(dim, num_queries=s.num_tokens, **shape)
+            if c.text:
+                self.asked = AskedMeans(dim, words=width, width=s.width, count=s.num_tokens)
         # of what networks make: the projector's own patches have their size already
         self.size = None if c.compressor == "matryoshka" else WordSize(c.output_norm, dim, c.embedding_rms)
 
@@ -319,12 +322,13 @@ class Model(ProjectorModel):
         projected = projected.masked_fill(~features.mask[:, :, None, None], 0) / scale
         cut = windows(starts, lengths, length=c.window)
         frames = Frames(projected, features.grid, lengths, time, cut, starts.cumsum(1) - 1)
-        made, plain = self._pieces(frames, prompt, audio, budget)
+        words = None if self.words is None else self.words(prompt or [""] * batch)
+        made, plain = self._pieces(frames, words, audio, budget)
         groups = cut.index if c.groups == "window" else None
         pieces = [replace(p, embeddings=p.embeddings * scale) for p in plain]
         pieces += [replace(p, embeddings=self.size(p.embeddings)) for p in made if self.size is not None]
         if self.summary is not None and self.size is not None:
-            tokens = self._summarise(frames, pieces)
+            tokens = self._summarise(frames, pieces, words)
             pieces.append(replace(tokens, embeddings=self.size(tokens.embeddings)))
         layout = arrange(pieces, frames=frames.patches.shape[1], groups=groups)
         keep = kept(layout, batch=batch, most=c.max_tokens, budget=budget)
@@ -342,7 +346,7 @@ class Model(ProjectorModel):
         return self.compress(features, audio=audio).lengths
 
     def _pieces(
-        self, frames: Frames, prompt: list[str] | None, audio: Features | None, budget: Budget | None
+        self, frames: Frames, words: Words | None, audio: Features | None, budget: Budget | None
     ) -> tuple[list[Piece], list[Piece]]:
         """Tokens around 1 in size: those that a network made, and patches of the projector's, or their means."""
         batch = len(frames.lengths)
@@ -350,7 +354,6 @@ class Model(ProjectorModel):
             asked = budget if isinstance(budget, Tensor) else torch.tensor(budget or self.max_tokens)
             asked = asked.to(frames.lengths.device).reshape(-1, asked.shape[-1] if asked.ndim else 1).sum(1)
             return self.compressor(frames, asked.expand(batch))
-        words = None if self.words is None else self.words(prompt or [""] * batch)
         return self.compressor(frames, words, None if audio is None else self._heard(frames, audio))
 
     def _heard(self, frames: Frames, audio: Features) -> Tensor:
@@ -366,9 +369,9 @@ class Model(ProjectorModel):
         means = bin_means(heard, audio.count() * places, at / whole, (at + 1) / whole)
         return means.unflatten(1, (count, tokens))
 
-    def _summarise(self, frames: Frames, pieces: list[Piece]) -> Piece:
-        """Queries of whole clips: the mean of all frames, of each half, of each quarter ..., and what they read in the
-        clip's other tokens."""
+    def _summarise(self, frames: Frames, pieces: list[Piece], words: Words | None) -> Piece:
+        """Queries of whole clips: the mean of all frames, of each half, of each quarter ..., weighted by the question
+        where it is known, and what they read in the clip's other tokens."""
         assert self.summary is not None
         batch, count = len(frames.lengths), self.config.summary.num_tokens
         layout = arrange(pieces, frames=frames.patches.shape[1])
@@ -377,7 +380,10 @@ class Model(ProjectorModel):
         context = read.embeddings / self.config.embedding_rms
         context = context + place_code(read.positions.to(context), context.shape[-1])
         begin, end = halves(count, frames.lengths.device)
-        means = bin_means(frames.patches.mean(2), frames.lengths, begin, end)
+        if self.asked is None or words is None:
+            means = bin_means(frames.patches.mean(2), frames.lengths, begin, end)
+        else:
+            means = self.asked(frames, begin, end, *words)
         spans = torch.stack([(begin + end) / 2, *[torch.full_like(begin, torch.nan)] * 2], -1)
         queries = means + place_code(spans, means.shape[-1]).to(means)
         out = self.summary(queries, context, valid=read.mask) + means

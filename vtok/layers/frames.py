@@ -150,24 +150,29 @@ def centres(shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def bin_means(values: Tensor, lengths: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """Means of ragged rows [B, T, D] over stretches of each row's own length: [B, n, D].
-
-    begin, end: [n] or [B, n], end above begin. A stretch takes every entry it touches, so one at least; one that lies
-    past the row's end (1), as those of padding do, takes the last entry.
-    """
+    """Means of ragged rows [B, T, D] over stretches (`stretches`) of each row's own length: [B, n, D]."""
     real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~real[..., None], 0)
     sums = F.pad(wide.cumsum(1), (0, 0, 1, 0))
-    scale = lengths[:, None].double()
-    first = (begin * scale + 1e-6).floor().long()  # 1e-6: what a third of 3 frames lacks to the next one
-    first = torch.minimum(first, lengths[:, None] - 1)
-    last = (end * scale - 1e-6).ceil().long()
-    last = torch.maximum(torch.minimum(last, lengths[:, None]), first + 1)
+    first, last = stretches(lengths, begin, end)
 
     def at(index: Tensor) -> Tensor:
         return sums.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
 
     return ((at(last) - at(first)) / (last - first)[..., None]).to(values)
+
+
+def stretches(lengths: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """First entry of stretches of rows of `lengths` [B], and the one after their last: [B, n] int64 each.
+
+    begin, end: [n] or [B, n] in shares of a row, end above begin. A stretch takes every entry it touches, so one at
+    least; one that lies past the row's end (1), as those of padding do, takes the last entry.
+    """
+    scale = lengths[:, None].double()
+    first = (begin * scale + 1e-6).floor().long()  # 1e-6: what a third of 3 frames lacks to the next one
+    first = torch.minimum(first, lengths[:, None] - 1)
+    last = (end * scale - 1e-6).ceil().long()
+    return first, torch.maximum(torch.minimum(last, lengths[:, None]), first + 1)
 
 
 def halves(count: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
