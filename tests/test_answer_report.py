@@ -121,6 +121,9 @@ def test_sentences_say_who_leads_and_when_nobody_can():
     assert any(re.match(r"At 16 tokens a reducer wins: tome is \d+\.\d points \(95 %: \d", each) for each in told)
     told = sentences(evaluation(table(ours=0.5, rival=0.5)))
     assert any("neither leads" in each for each in told)
+    asked = "Tokens of temporal are made for each question"
+    for reads, count in ((True, 1), (False, 0)):
+        assert sum(asked in each for each in sentences(evaluation(table()) | {"reads_prompt": reads})) == count
     told = sentences(evaluation(table(full=0.5)))
     assert "less than the 30.0 points needed: this benchmark cannot tell compressors apart." in told[0]
     told = sentences(evaluation(table(blind=0.7, full=1.0)))

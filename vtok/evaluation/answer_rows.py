@@ -259,6 +259,11 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             out.append(f"At {tokens} {result['family']} leads: {gap} above the best reducer, {each['reducer']}.")
         else:
             out.append(f"At {tokens} a reducer wins: {each['reducer']} is {gap} above {result['family']}.")
+    if result["versus"] and result.get("reads_prompt"):
+        out.append(
+            f"Tokens of {result['family']} are made for each question, which it reads; those of a reducer serve every "
+            "question about a video."
+        )
     out += free_lengths.sentences(result.get("lengths"))
     return out
 

@@ -380,10 +380,10 @@ class Model(ProjectorModel):
         context = read.embeddings / self.config.embedding_rms
         context = context + place_code(read.positions.to(context), context.shape[-1])
         begin, end = halves(count, frames.lengths.device)
-        if self.asked is None or words is None:
-            means = bin_means(frames.patches.mean(2), frames.lengths, begin, end)
-        else:
+        if self.asked is not None and words is not None:
             means = self.asked(frames, begin, end, *words)
+        else:
+            means = bin_means(frames.patches.mean(2), frames.lengths, begin, end)
         spans = torch.stack([(begin + end) / 2, *[torch.full_like(begin, torch.nan)] * 2], -1)
         queries = means + place_code(spans, means.shape[-1]).to(means)
         out = self.summary(queries, context, valid=read.mask) + means

@@ -3,7 +3,7 @@
     question's words --a query of each stretch reads them--> what it looks for --.
     patches, where and when they lie --------------------------> keys ----------+--> weights --> mean of each stretch
 
-A fresh layer weighs all patches of a stretch alike, which is the plain mean.
+A fresh layer weighs all patches of a stretch nearly alike, which is the plain mean.
 
 Letters: B clips, T frames, N patches of a frame, n stretches, L words, D width of patches.
 """
