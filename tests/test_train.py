@@ -24,7 +24,7 @@ from vtok import train as training
 from vtok.config import OptimConfig, load, loads
 from vtok.metrics.distortion import clip_psnr
 from vtok.progress import duration
-from vtok.training import curves, lit, loop, strategy
+from vtok.training import curves, lit, loop, strategy, validation
 from vtok.training import lock as lock_room
 from vtok.training import optim as optim_room
 from vtok.training.curves import contact_sheet, keep_until
@@ -554,7 +554,7 @@ def test_main_prints_a_users_error_without_a_traceback(tmp_path):
 def test_evaluating_gives_every_module_its_own_mode_back():
     module = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
     module[1].eval()
-    with loop._Evaluating(module):
+    with validation.Evaluating(module):
         assert not module.training
     assert module.training and module[0].training and not module[1].training
 

@@ -37,9 +37,10 @@ from vtok.training.keys import check_keys
 from vtok.training.lit import LitCompressor, LitTokenizer, NonFiniteError
 from vtok.training.lit_projector import LitProjector
 from vtok.training.lock import Lock
-from vtok.training.loop import Conductor, ToldToStop
+from vtok.training.loop import Conductor
 from vtok.training.optim import SCHEDULES
 from vtok.training.run_files import write_run_files
+from vtok.training.validation import ToldToStop
 from vtok.types import ShapeError
 
 log = logging.getLogger(__name__)
@@ -258,8 +259,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     conductor.begin(rank=trainer.global_rank, step=resumed or 0)
     try:
         trainer.fit(lit, datamodule=data, ckpt_path=str(last) if about is not None else None)
-    except ToldToStop:  # in a validation that is made again: owed, or due after steps that are
-        pass
+    except ToldToStop as left:  # in a validation that is made again: owed, or due after steps that are
+        conductor.interrupted = left.number
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into an end without a word
             raise KeyboardInterrupt from None

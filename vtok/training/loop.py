@@ -8,38 +8,32 @@ second: whoever was told, all save the same step and stop together.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.config import RunConfig
 from vtok.progress import duration
 from vtok.training import strategy
 from vtok.training.alarms import AlarmError, Alarms, codebook_line
 from vtok.training.background import Saver
+from vtok.training.boundary import Due, Heard, Meeting, all_max, due, is_done
 from vtok.training.curves import Bar, Curves
-from vtok.training.lit import LitCompressor, codebook_use
+from vtok.training.lit import LitCompressor
 from vtok.training.lock import touch
 from vtok.training.signals import Told
 from vtok.training.telemetry import Telemetry, kind_of
+from vtok.training.validation import ToldToStop, Validation
 from vtok.training.watchdog import Watchdog
 from vtok.types import Clip
 
 log = logging.getLogger(__name__)
-
-SAMPLE_CLIPS = 4
-
-
-class ToldToStop(Exception):
-    """A signal came in the middle of a validation, which is left: all ranks raise this together."""
 
 
 class Conductor(pl.Callback):
@@ -53,7 +47,6 @@ class Conductor(pl.Callback):
         self.counts: list[Tensor | None] = [None, None]  # ids of the window: of all ranks, and here since the last fold
         self.alarms = Alarms(config.trainer.alarms)
         self.alarm = ""  # why the run is to end
-        self.best: float | None = None
         self.elapsed_before = 0.0
         self.clips = 0
         self.waited = 0.0
@@ -61,9 +54,9 @@ class Conductor(pl.Callback):
         self.bar: Bar | None = None
         self.watchdog = Watchdog(config.run_dir / "stacks", minutes=config.trainer.stall_minutes)
         self.telemetry: Telemetry | None = None
-        self.shown: Clip | None = None  # the validation clips whose pictures are saved
         self.saver = Saver()
         self.told = Told()
+        self.validation = Validation(config, curves, self.watchdog, self.told)
 
     # life cycle
 
@@ -86,16 +79,17 @@ class Conductor(pl.Callback):
         self.counts = [counts.to(lit.device) if counts is not None else None, None]
         self.counted_before = self._counted(lit)
         self.alarms.restore(state.get("alarms", {}))
-        self.best = state.get("best")
+        self.validation.best = state.get("best")
         self.elapsed_before = state.get("elapsed_s", 0.0)
         self.owed = [False, False]
-        self.first_step, self.poll_at = lit.steps_done, lit.steps_done + 1
+        self.meeting = Meeting(step=lit.steps_done, last=self.config.trainer.max_steps)
         self.seconds_per_step = math.inf
         lit.clock = self._clock(self.elapsed_before)
         assert lit.steps_done == trainer.global_step
         self.told.listen()
         self.bar = Bar("train", enabled=self.config.trainer.progress and trainer.is_global_zero)
         self.bar.start()
+        self.validation.bar = self.bar
         self.telemetry = self._telemetry(trainer, lit)
         self.telemetry.flops.restore(state.get("flops", {}))
         self.watchdog.moved("the first step", step=lit.steps_done)
@@ -104,11 +98,12 @@ class Conductor(pl.Callback):
         self.line_step = lit.steps_done
         self.excluded = 0.0
         look, show = state.get("owed", self.owed)
-        if look and self._validate(trainer, lit) and trainer.is_global_zero:
+        if look and self.validation.measure(trainer, lit) and trainer.is_global_zero:
             strategy.mark_best(self.config.run_dir / "checkpoints" / "last.ckpt")  # same step, same weights
         if show:
-            self._samples(trainer, lit)
-        if (look or show) and self._done(lit):  # nothing else was left
+            self.validation.samples(trainer, lit)
+        done = is_done(self.config.trainer, step=lit.steps_done, clock=lit.clock)
+        if (look or show) and done:  # nothing else was left
             self._save(trainer, lit, ["last.ckpt"], wait=True)
             trainer.should_stop = True
         self.boundary = self.line_began = time.perf_counter()
@@ -147,12 +142,22 @@ class Conductor(pl.Callback):
             self.telemetry.batch_ended()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Clip, batch_idx: int) -> None:
-        lit, run = pl_module, self.config.trainer
+        lit = pl_module
         self.clips += len(batch)
         self.watchdog.moved("the wait for the next batch", step=lit.steps_done)
-        if lit.micro_done % run.accumulate:
-            self.boundary = time.perf_counter()
-            return
+        if lit.micro_done % self.config.trainer.accumulate == 0:
+            self._take_reports(lit)
+            if lit.steps_done % self.config.trainer.log_every == 0:
+                self._line(trainer, lit)
+            asked = self._decide(trainer, lit)
+            if asked:
+                self._carry_out(trainer, lit, asked)
+            if not trainer.should_stop and self.bar is not None and self.bar.due():
+                self._show(lit)
+        self.boundary = time.perf_counter()
+
+    def _take_reports(self, lit: Any) -> None:
+        """Adds what the step that just ended reports to the line to come."""
         reports = lit.take_reports()
         if reports:
             parts = {f"grad_norm_{name}": norm for name, norm in lit.part_norms.items()}
@@ -160,82 +165,66 @@ class Conductor(pl.Callback):
             for report in reports:
                 self._count(report.pop("codebook_counts", None))
             self.pending += reports
-        step = lit.steps_done
-        if step % run.log_every == 0:
-            self._line(trainer, lit)
-        save, stop = self._agree(trainer, lit)
-        done = self._done(lit)
-        halt = bool(self.alarm) and not done
-        if not (save or halt or stop or done or run.val_every or run.sample_every):
-            if self.bar is not None and self.bar.due():
-                self._show(lit)
-            self.boundary = time.perf_counter()
-            return
-        paused = time.perf_counter()
-        names = ["last.ckpt"]
-        look = done or bool(run.val_every and step % run.val_every == 0)
-        show = look if done or not run.sample_every else step % run.sample_every == 0
-        if (stop or halt) and not done:  # little time is left: the next start begins with what is owed
-            self.owed = [look, show]
+
+    # step boundaries: what is due, then doing it
+
+    def _decide(self, trainer: Any, lit: LitCompressor) -> Due:
+        """What this boundary asks for: the same on every rank."""
+        run, step, now = self.config.trainer, lit.steps_done, time.perf_counter()
+        own = Heard(self.told.number, now - self.saved_at > 60 * run.checkpoint_minutes, self._elapsed())
+        heard = self.meeting.agree(trainer, own, step=step, spent_s=now - self.began, device=lit.device)
+        if heard is not None:
+            lit.clock = self._clock(heard.elapsed_s)
+        return due(run, step=step, clock=lit.clock, heard=heard, alarm=bool(self.alarm))
+
+    def _carry_out(self, trainer: Any, lit: LitCompressor, asked: Due) -> None:
+        """Validation, samples, checkpoint and end, as far as `asked`.
+
+        Raises: AlarmError, once the step is saved; ToldToStop where a signal comes in the last validation, before which
+            the step was saved with what it owes; whatever the validation or the samples raise, the step saved first.
+        """
+        paused, names, stop, owed = time.perf_counter(), ["last.ckpt"], asked.stop, [asked.look, asked.show]
+        if asked.hurried:  # little time is left: the next start begins with what is owed
+            self.owed = owed
         else:
-            if done and self.config.data.val_shards:  # however long that takes, the steps are safe
-                self.owed = [look, show]
+            if asked.done and self.config.data.val_shards:  # however long that takes, the steps are safe
+                self.owed = owed
                 self._save(trainer, lit, names, wait=True)
                 self.owed = [False, False]
             try:
-                names += ["best.ckpt"] if look and self._validate(trainer, lit) else []
-                if show:
-                    self._samples(trainer, lit)
-            except ToldToStop:
-                if done:  # saved with what is owed
+                if asked.look:
+                    names += ["best.ckpt"] if self.validation.measure(trainer, lit) else []
+                    owed = [False, asked.show]
+                if asked.show:
+                    self.validation.samples(trainer, lit)
+            except ToldToStop as left:
+                if asked.done:  # saved with what is owed
                     raise
-                stop, self.owed = self.interrupted, [look, show]
+                stop, self.owed = left.number, owed
             except Exception as error:
-                self._rescue(trainer, lit, [look, show], error)
+                self._rescue(trainer, lit, names, owed, error)
                 raise
-        if save or stop or halt or done or len(names) > 1:
-            self._save(trainer, lit, names, wait=bool(stop or halt or done))
-        if halt:
+        if asked.save or asked.ends or stop or len(names) > 1:
+            self._save(trainer, lit, names, wait=bool(asked.ends or stop))
+        if asked.halt:
             last = self.config.run_dir / "checkpoints" / "last.ckpt"
-            raise AlarmError(f"stopped at step {step}, saved as {last}: {self.alarm}")
-        if stop or done:
-            trainer.should_stop = True
-            self.interrupted = 0 if done else stop
-            if self.bar is not None:
-                self._show(lit)
-                self.bar.say(
-                    f"stopped by {signal.Signals(stop).name} at step {step}; the same command goes on from there"
-                    if self.interrupted
-                    else f"trained {step} steps in {duration(self._elapsed())}: {self.config.run_dir}"
-                )
-        elif self.bar is not None and self.bar.due():
+            raise AlarmError(f"stopped at step {lit.steps_done}, saved as {last}: {self.alarm}")
+        if stop or asked.done:
+            self._end(trainer, lit, 0 if asked.done else stop)
+        self.excluded += time.perf_counter() - paused
+
+    def _end(self, trainer: Any, lit: LitCompressor, interrupted: int) -> None:
+        """The run ends here: done, or interrupted by a signal of this number."""
+        trainer.should_stop = True
+        self.interrupted = interrupted
+        if self.bar is not None:
             self._show(lit)
-        self.boundary = time.perf_counter()
-        self.excluded += self.boundary - paused
-
-    def _done(self, lit: LitCompressor) -> bool:
-        return lit.steps_done >= self.config.trainer.max_steps or lit.clock >= 1
-
-    def _agree(self, trainer: Any, lit: LitCompressor) -> tuple[bool, int]:
-        """(save now, number of the signal to stop for): the same on every rank.
-
-        With several ranks they meet about twice a second, not every step.
-        """
-        run, step = self.config.trainer, lit.steps_done
-        regular = bool(run.checkpoint_every and step % run.checkpoint_every == 0)
-        due = time.perf_counter() - self.saved_at > 60 * run.checkpoint_minutes
-        elapsed, stop = self._elapsed(), self.told.number
-        if trainer.world_size > 1:
-            if step < self.poll_at and step < run.max_steps:
-                return regular, 0
-            first = trainer.is_global_zero
-            per_step = (time.perf_counter() - self.began) / max(step - self.first_step, 1)
-            every = min(100, max(1, int(0.5 / max(per_step, 1e-4))))
-            told = [stop, first and due, elapsed if first else 0.0, every if first else 0]
-            stop, due, elapsed, every = _all_max(told, lit.device)
-            stop, due, self.poll_at = int(stop), bool(due), step + int(every)
-        lit.clock = self._clock(elapsed)
-        return regular or due, stop
+            step = lit.steps_done
+            self.bar.say(
+                f"stopped by {signal.Signals(interrupted).name} at step {step}; the same command goes on from there"
+                if interrupted
+                else f"trained {step} steps in {duration(self._elapsed())}: {self.config.run_dir}"
+            )
 
     def _elapsed(self) -> float:
         return self.elapsed_before + time.perf_counter() - self.began
@@ -291,7 +280,7 @@ class Conductor(pl.Callback):
         ends = [alarm.text for alarm in alarms if alarm.action == "stop"]
         if trainer.world_size > 1 and self.config.trainer.alarms.enabled:
             # the lines are equal on all ranks; should one ever see another number, the others must not wait for it
-            if _all_max([bool(ends)], lit.device)[0] and not ends:
+            if all_max([bool(ends)], lit.device)[0] and not ends:
                 ends = ["another rank saw an alarm; its metrics.jsonl tells which"]
         self.alarm = "; ".join(ends)
 
@@ -342,130 +331,15 @@ class Conductor(pl.Callback):
         text = f"step {lit.steps_done}/{run.max_steps} | {self.text} | left {duration(left)}"
         self.bar.show(min(lit.progress(), 1.0), text)
 
-    # validation
-
-    @torch.no_grad()
-    def _validate(self, trainer: Any, lit: LitCompressor) -> bool:
-        """Writes a line of validation metrics; True when this is the best so far."""
-        if not self.config.data.val_shards:
-            return False
-        began = told = time.perf_counter()
-        self.watchdog.moved("validation, batch 0")
-        means: dict[str, list[float]] = {}
-        ids: list[Tensor] = []
-        top, batch, index, settled = "", None, 0, False
-        with _Evaluating(lit), lit.averaged():
-            for new in self._in_step(trainer, lit, trainer.datamodule.val_dataloader()):
-                if not settled:
-                    lit.settle(None if new is None else new.to(lit.device))
-                    settled = True
-                batch = new if new is not None else batch
-                self.shown = self.shown or (batch and batch.rows(slice(SAMPLE_CLIPS)))
-                if batch is None and not strategy.is_deepspeed(trainer.strategy):
-                    continue
-                if batch is None:  # sharded models run in step: this rank has nothing to run on
-                    raise ValueError(
-                        f"data.val_shards={self.config.data.val_shards!r} gives rank {trainer.global_rank} no clip: "
-                        "use fewer processes or more validation clips"
-                    )
-                found = strategy.call(trainer, "measure", batch.to(lit.device), index)
-                index += 1
-                self.watchdog.moved(f"validation, batch {index}")
-                if new is not None:  # a rank that ran out keeps step with the others and does not count
-                    for name, values in found["mean"].items():
-                        means.setdefault(name, []).extend(values)
-                    ids += [found["ids"]] if found["ids"] is not None else []
-                    top = max(top, found.get("top", ""), key=_tokens_of)
-                if self.bar is not None and time.perf_counter() - told > 3:
-                    told = time.perf_counter()
-                    self.bar.show(min(lit.progress(), 1.0), f"step {lit.steps_done} | validating, batch {index}")
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, (means, ids, top))
-            names = sorted({name for part, _, _ in parts for name in part})
-            means = {name: [v for part, _, _ in parts for v in part.get(name, [])] for name in names}
-            ids, top = [i for _, part, _ in parts for i in part], max((t for _, _, t in parts), key=_tokens_of)
-        if not means:
-            raise ValueError(f"data.val_shards={self.config.data.val_shards!r} gave no clip to validate on")
-        scores: dict[str, Any] = {f"val/{k}": sum(v) / len(v) for k, v in means.items()}
-        measure = top.rpartition("_")[0]  # psnr_db of psnr_db_256
-        by_budget = {k: v for k, v in scores.items() if measure and k.startswith(f"val/{measure}_")}
-        if by_budget:
-            scores[f"val/{measure}"] = scores[f"val/{top}"]
-            scores[f"val/{measure}_mean"] = sum(by_budget.values()) / len(by_budget)
-        sizes = tuple(getattr(lit.model, "codebook_sizes", ()) or ())
-        scores |= {f"val/{k}": v for k, v in codebook_use(ids, sizes).items()} if ids else {}
-        scores["val/clips"] = len(means["loss"])
-        scores["val/seconds"] = time.perf_counter() - began
-        self.curves.write(lit.steps_done, scores)
-        quality = scores.get(f"val/{measure}_mean", -scores["val/loss"])
-        if self.bar is not None:
-            shown = {"val/loss": scores["val/loss"], **by_budget}
-            self.bar.say(f"step {lit.steps_done}: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in shown.items()))
-            for text in lit.told(scores):
-                self.bar.say(text)
-        better = math.isfinite(quality) and (self.best is None or quality > self.best)
-        self.best = quality if better else self.best
-        return better
-
-    def _in_step(self, trainer: Any, lit: LitCompressor, loader: Any) -> Iterator[Any]:
-        """Batches of this rank, and None once it has run out, until every rank has: sharded models run in step.
-
-        Raises: ToldToStop, on every rank, once a signal has come to any: little time may be left.
-        """
-        for batch in itertools.chain(self._until_told(loader), itertools.repeat(None)):
-            going, stop = float(batch is not None), float(self.told.number)
-            if trainer.world_size > 1:
-                going, stop = _all_max([going, stop], lit.device)
-            if stop:
-                self.interrupted = int(stop)
-                if self.bar is not None:
-                    name = signal.Signals(int(stop)).name
-                    self.bar.say(f"{name} during the validation, which is left for the next start")
-                raise ToldToStop
-            if not going:
-                return
-            yield batch
-
-    def _until_told(self, loader: Any) -> Iterator[Any]:
-        """The loader's batches. Once a signal has come, a failure ends them: SLURM signals every process of a step, and
-        a loader worker that is only starting, or the process that starts them, ends of it."""
-        try:
-            yield from loader
-        except (RuntimeError, OSError, EOFError) as error:
-            if not self.told.number:
-                raise
-            log.info("the loader ended with the signal: %s", error)
-
-    @torch.no_grad()
-    def _samples(self, trainer: Any, lit: LitCompressor) -> None:
-        if not self.config.data.val_shards:
-            return
-        if self.shown is None:
-            batch = next(self._until_told(trainer.datamodule.val_dataloader()), None)
-            self.shown = batch and batch.rows(slice(SAMPLE_CLIPS))
-        lit.settle(None if self.shown is None else self.shown.to(lit.device))
-        if self.shown is None:
-            return
-        self.watchdog.moved("sample videos")
-        clip = self.shown
-        with _Evaluating(lit), lit.averaged():
-            found = strategy.call(trainer, "pictures", clip.to(lit.device))
-            texts = strategy.call(trainer, "answers", clip.to(lit.device))
-        if found is not None:
-            self.curves.samples(lit.steps_done, *found, fps=self.config.data.fps or 8.0)
-        if texts:
-            self.curves.texts(lit.steps_done, texts)
-
     # checkpoints
 
-    def _rescue(self, trainer: Any, lit: LitCompressor, owed: list[bool], error: Exception) -> None:
+    def _rescue(self, trainer: Any, lit: LitCompressor, names: list[str], owed: list[bool], error: Exception) -> None:
         """The steps trained so far are saved when what comes after them fails; of several ranks one may fail alone, and
         writing takes them all: those have their last checkpoint."""
         if trainer.world_size > 1:
             return
         self.owed = owed
-        self._save(trainer, lit, ["last.ckpt"], wait=True)
+        self._save(trainer, lit, names, wait=True)
         error.add_note(
             f"after step {lit.steps_done}, which is saved: {self.config.run_dir / 'checkpoints' / 'last.ckpt'}"
         )
@@ -484,7 +358,7 @@ class Conductor(pl.Callback):
             "window": self.window,
             "codebook_counts": self.counts[0].cpu() if self.counts[0] is not None else None,
             "alarms": self.alarms.state(),
-            "best": self.best,
+            "best": self.validation.best,
             "owed": self.owed,
             "flops": self.telemetry.flops.state() if self.telemetry is not None else {},
         }
@@ -492,33 +366,6 @@ class Conductor(pl.Callback):
         about = {k: v for k, v in lit.extra_state.items() if k not in inside}
         self.saver.save(trainer, folder, names, about=about, after=lambda: touch(self.config.run_dir), wait=wait)
         self.saved_at = time.perf_counter()
-
-
-class _Evaluating:
-    """Evaluation mode inside, every module's own mode again after (a frozen net stays in evaluation mode)."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.training = [m for m in self.module.modules() if m.training]
-        self.module.eval()
-
-    def __exit__(self, *_: Any) -> None:
-        for module in self.training:
-            module.training = True
-
-
-def _tokens_of(name: str) -> float:
-    """256 of psnr_db_256, infinite of accuracy_all; "" comes before every name."""
-    budget = name.rpartition("_")[2]
-    return (math.inf if budget == "all" else int(budget)) if name else -1
-
-
-def _all_max(values: list[Any], device: torch.device) -> list[float]:
-    shared = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return shared.tolist()
 
 
 def _lit(module: Any) -> LitCompressor:
