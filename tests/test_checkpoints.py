@@ -26,7 +26,9 @@ from vtok.training.zero_shards import TAG, check_shards, load_shard, read_shards
 NAMES = ("last.ckpt", "previous.ckpt", "best.ckpt")
 
 
-def write(folder: Path, step: int, *, sharded: bool = False, names: tuple[str, ...] = ("last.ckpt",)) -> None:
+def write(
+    folder: Path, step: int, *, sharded: bool = False, names: tuple[str, ...] = ("last.ckpt",), keep: int = 2
+) -> None:
     """Publishes a small checkpoint of a step."""
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / ".writing"
@@ -38,7 +40,8 @@ def write(folder: Path, step: int, *, sharded: bool = False, names: tuple[str, .
     else:
         weights = {"model.w": torch.full((64,), float(step))}
         strategy.AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "vtok": {"step": step}}, written)
-    checkpoints.publish(written, list(names), about={"step": step, "world_size": 2, "strategy": "deepspeed_2"})
+    about = {"step": step, "world_size": 2, "strategy": "deepspeed_2"}
+    checkpoints.publish(written, list(names), about=about, keep=keep)
 
 
 def step_of(path: Path) -> int:

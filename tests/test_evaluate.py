@@ -227,7 +227,7 @@ def test_options_that_a_model_does_not_read_are_refused(given, kind, words):
 def test_every_option_is_read_by_all_kinds_of_models_or_by_some_that_are_named():
     known = set(vars(_parser().parse_args(["x"])))
     some = {name for names in READ_BY.values() for name in names.split()}
-    shared = {"model", "shards", "out", "clips", "batch_size", "device", "seed", "no_progress", "no_report"}
+    shared = {"model", "which", "shards", "out", "clips", "batch_size", "device", "seed", "no_progress", "no_report"}
     assert some | shared == known and not some & shared
 
 

@@ -16,6 +16,7 @@ from waiting import PATIENCE_S
 
 from vtok.commit import commit_of, difference
 from vtok.config import load
+from vtok.evaluate import _parser as evaluation_options
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "slurm"))
@@ -205,6 +206,11 @@ def test_a_command_in_parts_and_over_runs(tmp_path, capsys, monkeypatch):
     script = dry_run(capsys, "--array", write(tmp_path / "scores.yaml", content), "--gpus-per-node", 1, "--time", 60)
     assert "vtok.cli eval runs/a --out runs/a/eval\n" in script and "vtok.cli eval runs/b" in script
     assert directives(script)["array"] == "0-1" and directives(script)["job-name"] == "vtok-scores"
+    content = {"command": "eval", "arguments": ["runs/a", "--which", "{step}"], "grid": {"step": [1000, "best"]}}
+    script = dry_run(capsys, "--array", write(tmp_path / "curve.yaml", content), "--gpus-per-node", 1, "--time", 60)
+    lines = re.findall(r"^# \d: .*cli (.*)", script, re.M)
+    assert lines == ["eval runs/a --which 1000", "eval runs/a --which best"]
+    assert [evaluation_options().parse_args(line.split()[1:]).which for line in lines] == ["1000", "best"]
     content = {"command": "tokenize", "arguments": ["corpus", "--model", "it's", "--out", "ids"], "parts": 3}
     script = dry_run(capsys, "--array", write(tmp_path / "ids.yaml", content), "--gpus-per-node", 0, "--time", 60)
     lines = re.findall(r"^# \d: .*cli (.*)", script, re.M)

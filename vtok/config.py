@@ -123,6 +123,8 @@ class TrainerConfig:
     sample_every: int = 0  # steps between sample videos; 0 = with validation
     checkpoint_minutes: float = 10.0
     checkpoint_every: int = 0  # steps; 0 = by minutes only
+    keep_last: int = 2  # newest checkpoints that stay: last, previous, and those before by step (docs/checkpoints.md)
+    keep_every: int = 0  # steps between checkpoints that stay for good, written at these steps; 0 = none
     max_bad_steps: int = 3  # non-finite losses or gradients in a row before the run stops
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     progress: bool = True

@@ -24,6 +24,8 @@ from vtok.data.workers import cores
 from vtok.evaluation.evaluator import Evaluator, durations
 from vtok.evaluation.rows import check_same_weights
 from vtok.layers.perceptual import file_sha256, load_lpips
+from vtok.loading import add_which, identify, is_run, step_of
+from vtok.metric_lines import metric_lines
 from vtok.metrics.codecs import CODECS
 from vtok.metrics.controls import CONTROLS
 from vtok.metrics.i3d import load_i3d
@@ -171,12 +173,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="vtok eval", description="Measure a run or an export; writes eval.json, report.html."
     )
     parser.add_argument("model", help="run directory, export folder or Hub repository")
+    add_which(parser, default=None)
     parser.add_argument(
         "--shards", help="validation shards, or a folder with train/ and val/; default: those of the run"
     )
     parser.add_argument("--train-shards", help="training shards for controls and the entropy model; default: the run's")
     parser.add_argument("--budgets", help="tokens, e.g. 1,4,16; default: the run's, else 1, 4, 16 ... the maximum")
-    parser.add_argument("--out", type=Path, help="where to write; default: RUN/eval; for an export ./eval/NAME")
+    where = "where to write; default: RUN/eval, with --which RUN/eval/CHECKPOINT; for an export ./eval/NAME"
+    parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--clips", type=int, help="at most this many validation clips")
     parser.add_argument("--train-clips", type=int, default=512, help="at most this many training clips (default 512)")
     parser.add_argument("--controls", help=f"comma-separated from {','.join(CONTROLS)}, or none")
@@ -228,16 +232,22 @@ def _check_read(options: argparse.Namespace, kind: str) -> None:
             )
 
 
-def load_model(path: str) -> tuple[Any, DataConfig, EvalConfig]:
+def load_model(path: str, *, which: str | None = None) -> tuple[Any, DataConfig, EvalConfig]:
     """A model from a run, an export or a Hub repository, and the data and eval settings it was trained with.
 
     An export says where its training shards were; they need not be there any more.
+
+    Args:
+        which: checkpoint of a run, as `load_run`; None: the best.
+    Raises: ValueError for `which` of what has one set of weights.
     """
-    from vtok.loading import export_folder, is_run, load, load_run, read_training
+    from vtok.loading import export_folder, load, load_run, read_training
 
     if is_run(Path(path)):
-        model, config = load_run(path)
+        model, config = load_run(path, which=which or "best")
         return model, config.data, config.eval
+    if which is not None:
+        raise ValueError(f"--which {which}: {path} is no run directory, and holds one set of weights: leave it out")
     folder = export_folder(path)
     model, node, trained = load(folder), read_training(folder), folder / "training.yaml"
     data = from_dict(DataConfig, node.get("data") or {}, where=f"{trained}: data", trusted=False)
@@ -320,7 +330,7 @@ def _budgets(options: argparse.Namespace, settings: EvalConfig) -> list[int]:
 
 def objective_of(path: str) -> Any:
     """The `objective:` node that a run or an export of a projector was trained with."""
-    from vtok.loading import export_folder, is_run, read_training
+    from vtok.loading import export_folder, read_training
 
     if is_run(Path(path)):
         return load_config(Path(path) / "config.yaml").objective
@@ -331,17 +341,17 @@ def objective_of(path: str) -> Any:
     return from_dict(kind, node.get("objective") or {}, where=where, trusted=False)
 
 
-def reader_of(path: str, *, llm: str = "") -> tuple[Any, Any]:
+def reader_of(path: str, *, llm: str = "", which: str | None = None) -> tuple[Any, Any]:
     """The `objective:` node of a projector, and the language model that reads its tokens (`vtok.llm.FrozenLLM`), with
     the adapters that it learned with them.
 
-    llm: another one's name; "": the one that the projector was trained for.
+    llm: another one's name; "": the one that the projector was trained for. which: of `load_model`.
     Raises: ValueError for another LLM where adapters were learned.
     """
     from vtok.llm import load_adapted
     from vtok.loading import load_adapters, weights_sha256
 
-    objective, adapters = objective_of(path), load_adapters(path)
+    objective, adapters = objective_of(path), load_adapters(path, which=which or "best")
     if llm and adapters:
         raise ValueError(
             f"--llm {llm}: {path} was trained with adapters in {objective.llm.name} (objective.lora), which belong "
@@ -375,7 +385,7 @@ def _main_projector(
     from vtok.llm import PartsConfig
     from vtok.llm.tasks import first_prompt
 
-    objective, llm = reader_of(options.model, llm=options.llm or "")
+    objective, llm = reader_of(options.model, llm=options.llm or "", which=options.which)
     source, full = Path(options.model), options.full or objective.teacher
     for setting, other in (("--full", full), ("--tuned", options.tuned)):
         if other and other != options.model:
@@ -404,7 +414,7 @@ def _main_projector(
         progress=not options.no_progress,
     )
     result = evaluator.run(model=source.name, shards=shards, tuned=Path(options.tuned).name if options.tuned else "")
-    out = _write_table(options, source, result)
+    out = _write_table(options, model, result)
     print_answers(result)
     print(f"table   {out / 'eval.json'}")
     if not options.no_report:
@@ -420,7 +430,7 @@ def _main_texts(options: argparse.Namespace, model: Any, val: Any, *, shards: st
     from vtok.evaluation.repeating import RATIOS, RepeatingEvaluator, print_repeats
 
     source = Path(options.model)
-    objective, llm = reader_of(options.model, llm=options.llm or "")
+    objective, llm = reader_of(options.model, llm=options.llm or "", which=options.which)
     evaluator = RepeatingEvaluator(
         model,
         llm,
@@ -434,7 +444,7 @@ def _main_texts(options: argparse.Namespace, model: Any, val: Any, *, shards: st
         progress=not options.no_progress,
     )
     result = evaluator.run(model=source.name, shards=shards)
-    out = _write_table(options, source, result)
+    out = _write_table(options, model, result)
     print_repeats(result)
     print(f"table   {out / 'eval.json'}")
     if not options.no_report:
@@ -445,17 +455,21 @@ def _main_texts(options: argparse.Namespace, model: Any, val: Any, *, shards: st
     return 0
 
 
-def results_folder(out: Path | None, source: Path) -> Path:
-    """Where results of a run or an export go: `out`, else RUN/eval, else eval/NAME in the folder one stands in, so that
-    those of one export do not replace those of another."""
-    from vtok.loading import is_run
+def results_folder(out: Path | None, source: Path, *, which: str | None = None) -> Path:
+    """Where results of a run or an export go: `out`, else RUN/eval (RUN/eval/CHECKPOINT for one that was named), else
+    eval/NAME in the folder one stands in, so that those of one model do not replace those of another."""
+    own = source / "eval" / (which or "") if is_run(source) else Path("eval") / source.resolve().name
+    return out or own
 
-    return out or (source / "eval" if is_run(source) else Path("eval") / source.resolve().name)
 
-
-def _write_table(options: argparse.Namespace, source: Path, result: dict[str, Any]) -> Path:
-    """Writes eval.json; returns the folder it lies in."""
-    out = results_folder(options.out, source)
+def _write_table(options: argparse.Namespace, model: Any, result: dict[str, Any]) -> Path:
+    """Writes eval.json, with what tells whose numbers they are; returns the folder it lies in."""
+    source = Path(options.model)
+    out = results_folder(options.out, source, which=options.which)
+    result["model_id"] = identify(model).model_id
+    if is_run(source):
+        which = options.which or "best"
+        result["checkpoint"] = {"which": which, "step": step_of(source, which=which)}
     out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return out
@@ -464,13 +478,13 @@ def _write_table(options: argparse.Namespace, source: Path, result: dict[str, An
 def _history(source: Path) -> list[dict[str, Any]] | None:
     """The lines of a run's metrics.jsonl."""
     lines = source / "metrics.jsonl"
-    return [json.loads(line) for line in lines.read_text().splitlines() if line] if lines.is_file() else None
+    return metric_lines(lines) if lines.is_file() else None
 
 
 def main(argv: list[str] | None = None) -> int:
     """`vtok eval RUN_OR_EXPORT [options]`: writes eval.json and report.html, prints the table."""
     options = _parser().parse_args(argv)
-    model, data, settings = load_model(options.model)
+    model, data, settings = load_model(options.model, which=options.which)
     val_shards, train_shards = _resolve_shards(data, options)
     texts, projector = getattr(model.config, "source", "") == "text", not hasattr(model, "decode")
     _check_read(options, "a compressor of texts" if texts else "a projector" if projector else "a tokenizer")
@@ -517,9 +531,9 @@ def main(argv: list[str] | None = None) -> int:
     source = Path(options.model)
     if lpips[0]:
         evaluator.weights["lpips"] = {"sha256": file_sha256(lpips[0])}
-    _check_previous(results_folder(options.out, source) / "eval.json", evaluator)
+    _check_previous(results_folder(options.out, source, which=options.which) / "eval.json", evaluator)
     result = evaluator.run(model=source.name, shards=val_shards)
-    out = _write_table(options, source, result)
+    out = _write_table(options, model, result)
     print_table(result)
     print(f"table   {out / 'eval.json'}")
     if not options.no_report:

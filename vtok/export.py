@@ -47,6 +47,7 @@ from vtok.loading import (
     PRIOR_CONFIG,
     WEIGHTS,
     ExportError,
+    add_which,
     hub_errors,
     identify,
     load,
@@ -54,6 +55,7 @@ from vtok.loading import (
     load_any,
     load_run,
     read_config,
+    step_of,
     weights_sha256,
     without_token,
 )
@@ -88,7 +90,7 @@ def export(
     run_dir: str | Path,
     out: str | Path,
     *,
-    which: str = "best",
+    which: str | int = "best",
     ema: bool = True,
     entropy: bool = True,
     entropy_clips: int = 512,
@@ -109,7 +111,7 @@ def export(
     """
     model, config = load_run(run_dir, which=which, ema=ema)
     how: dict[str, Any] = {"entropy": entropy, "entropy_clips": entropy_clips, "licence": licence, "vlm": vlm}
-    how["adapters"] = load_adapters(run_dir, which=which)
+    how |= {"adapters": load_adapters(run_dir, which=which), "step": step_of(run_dir, which=which)}
     return publish(model, config, out, run_dir=Path(run_dir), **how)
 
 
@@ -119,6 +121,7 @@ def publish(
     out: str | Path,
     *,
     run_dir: Path | None = None,
+    step: int | None = None,
     entropy: bool = True,
     entropy_clips: int = 512,
     licence: str = "apache-2.0",
@@ -126,7 +129,7 @@ def publish(
     adapters: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """`export` of a model at hand. config: that of the run it comes from, with the model's own under `model`.
-    adapters: of `load_adapters`."""
+    step: of the run's checkpoint. adapters: of `load_adapters`."""
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
         raise ExportError(f"--out {out} exists and is not an export; choose another folder, or remove it")
@@ -144,7 +147,8 @@ def publish(
         shutil.rmtree(left, ignore_errors=True)
     try:
         part.mkdir()
-        about: dict[str, Any] = dict(entropy=static, run_dir=run_dir, licence=licence, no_entropy=why_not, vlm=named)
+        about: dict[str, Any] = dict(entropy=static, run_dir=run_dir, step=step, licence=licence, vlm=named)
+        about["no_entropy"] = why_not
         write_export(model, config, part, adapters=adapters, **about)
         _put_in_place(part, out)
     finally:
@@ -186,6 +190,7 @@ def write_export(
     *,
     entropy: StaticModel | None = None,
     run_dir: Path | None = None,
+    step: int | None = None,
     licence: str = "apache-2.0",
     no_entropy: str = "",
     vlm: dict[str, Any] | None = None,
@@ -229,9 +234,10 @@ def write_export(
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / "training.yaml").write_text(to_yaml(config), encoding="utf-8")
     if is_projector(config):
-        card = projector_card(model, config, facts, run_dir=run_dir, licence=licence)
+        card = projector_card(model, config, facts, run_dir=run_dir, step=step, licence=licence)
     else:
-        card = model_card(model, config, facts, run_dir=run_dir, licence=licence, no_entropy=no_entropy)
+        how: dict[str, Any] = dict(run_dir=run_dir, step=step, licence=licence, no_entropy=no_entropy)
+        card = model_card(model, config, facts, **how)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -447,7 +453,7 @@ def main_export(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="vtok export", description="One folder that loads anywhere.")
     parser.add_argument("run", help="run directory")
     parser.add_argument("--out", required=True, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint (default: best)")
+    add_which(parser)
     parser.add_argument("--no-ema", action="store_true", help="the raw weights, not their moving average")
     parser.add_argument("--no-entropy", action="store_true", help="no static entropy model")
     parser.add_argument("--entropy-clips", type=int, default=512, help="training clips it is fitted on (default: 512)")

@@ -6,6 +6,7 @@ run directory --load_run--> Model, RunConfig
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -206,17 +207,15 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and not (path / "config.json").is_file()
 
 
-def load_run(run_dir: str | Path, *, which: str = "best", ema: bool = True) -> tuple[Any, RunConfig]:
+def load_run(run_dir: str | Path, *, which: str | int = "best", ema: bool = True) -> tuple[Any, RunConfig]:
     """A run's model in eval mode, and its configuration.
 
     Args:
-        which: "best" (the last one where no best was kept) or "last" checkpoint.
+        which: checkpoint: "best" (the last one where no best was kept), "last", "previous" or a step.
         ema: take the averaged weights where the run kept them.
     Raises: ExportError for a directory without a run or a checkpoint, or a checkpoint that does not fit config.yaml.
     """
     run_dir = Path(run_dir)
-    if which not in ("best", "last"):
-        raise ValueError(f"which={which!r} is unknown; choose best or last")
     if not (run_dir / "config.yaml").is_file():
         raise ExportError(f"{run_dir} is not a run directory: it has no config.yaml")
     config, path = load_config(run_dir / "config.yaml"), _checkpoint_of(run_dir, which)
@@ -228,10 +227,11 @@ def load_run(run_dir: str | Path, *, which: str = "best", ema: bool = True) -> t
     return model.eval(), config
 
 
-def load_adapters(path: str | Path, *, which: str = "best") -> dict[str, Tensor]:
+def load_adapters(path: str | Path, *, which: str | int = "best") -> dict[str, Tensor]:
     """The adapters of the language model that learned with a run's projector, as its checkpoint or its export holds
     them: the weights of `vtok.llm.Adapters`. {} where the language model stayed as it was.
 
+    which: checkpoint of a run, as `load_run`.
     Raises: ExportError where there should be adapters and are none, and for others than config.json states.
     """
     folder = Path(path)
@@ -264,14 +264,23 @@ def _learns_adapters(objective: Any) -> bool:
     return bool(getattr(getattr(objective, "lora", None), "rank", 0))
 
 
-def _checkpoint_of(run_dir: Path, which: str) -> Path:
-    """The best checkpoint (the last where no best was kept), or the last. Raises: ExportError where there is none."""
-    folder = run_dir / "checkpoints"
-    found = [folder / f"{name}.ckpt" for name in (("best", "last") if which == "best" else ("last",))]
-    path = next((p for p in found if p.exists()), None)
-    if path is None:
-        raise ExportError(f"{run_dir} has no checkpoint yet: {found[-1]} does not exist; train it first")
-    return path
+def add_which(parser: argparse.ArgumentParser, *, default: str | None = "best") -> None:
+    """The option --which of a command that reads a run. default: None tells it from one that was given."""
+    told = f"which checkpoint: best, last, previous or a step (default: {default or 'best'})"
+    parser.add_argument("--which", metavar="CHECKPOINT", default=default, help=told)
+
+
+def _checkpoint_of(run_dir: Path, which: str | int) -> Path:
+    """Of `vtok.training.checkpoints.find`. Raises: ExportError where there is none, naming those that are there."""
+    try:
+        return checkpoints.find(run_dir / "checkpoints", which)
+    except checkpoints.CheckpointError as error:
+        raise ExportError(str(error)) from error
+
+
+def step_of(run_dir: str | Path, *, which: str | int = "best") -> int | None:
+    """The step of a run's checkpoint; None where it does not tell."""
+    return checkpoints.step_of(_checkpoint_of(Path(run_dir), which))
 
 
 def _checkpoint_weights(path: Path, *, ema: bool) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtok.config import RunConfig, load_family
 from vtok.export import publish, training_clips
-from vtok.loading import ExportError, load_run
+from vtok.loading import ExportError, add_which, load_run
 from vtok.types import Clip
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bins", type=int, default=64, help="values of each dimension (default: 64, 6 bits)")
     parser.add_argument("--method", choices=("lloyd", "gaussian"), default="lloyd", help="of choosing the bins")
     parser.add_argument("--clips", type=int, default=256, help="training clips whose latents are looked at")
-    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint (default: best)")
+    add_which(parser)
     parser.add_argument("--no-ema", action="store_true", help="the raw weights, not their moving average")
     args = parser.parse_args(argv)
     model, config = load_run(args.run, which=args.which, ema=not args.no_ema)

@@ -5,7 +5,7 @@
     3. per step: LitCompressor (lit.py). At step boundaries: Conductor (loop.py)
     4. a last validation and a last checkpoint
 
-The run directory: config.yaml, environment.json, checkpoints/{last,best}.ckpt, metrics.jsonl, tensorboard/, samples/.
+The run directory: config.yaml, environment.json, checkpoints/, metrics.jsonl, tensorboard/, samples/.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def check(config: RunConfig) -> None:
         "trainer.val_every": trainer.val_every,
         "trainer.sample_every": trainer.sample_every,
         "trainer.checkpoint_every": trainer.checkpoint_every,
+        "trainer.keep_every": trainer.keep_every,
         "trainer.statistics_clips": trainer.statistics_clips,
         "trainer.stall_minutes": trainer.stall_minutes,
         "optim.lr": optim.lr,
@@ -121,6 +122,11 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{key}={value} must be 0 or above")
     if config.data.text_words and not config.data.texts:
         raise ValueError(f"data.text_words={config.data.text_words} is of texts: set data.texts=true, or leave it out")
+    if trainer.keep_last < 2:
+        raise ValueError(
+            f"trainer.keep_last={trainer.keep_last} must be 2 or above: last.ckpt, and previous.ckpt for the day a "
+            "disk damages it"
+        )
     if trainer.max_minutes is not None and not trainer.max_minutes > 0:
         raise ValueError(f"trainer.max_minutes={trainer.max_minutes} must be above 0, or null for no limit")
     if trainer.peak_tflops is not None and not trainer.peak_tflops > 0:

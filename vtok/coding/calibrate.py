@@ -36,7 +36,7 @@ from vtok.data.sources import BrokenSample, ShardReader, every_shard
 from vtok.data.strict import DecodeError
 from vtok.data.view import view_of
 from vtok.export import publish
-from vtok.loading import load_run
+from vtok.loading import add_which, load_run, step_of
 
 log = logging.getLogger(__name__)
 PER_OCTAVE = 4  # lengths at which a calibration block is measured
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--against", help="other shards: predicted lengths beside those of a search by decoding")
     parser.add_argument("--psnr", help="wanted PSNRs of --against, after commas (default: five, from the calibration)")
     parser.add_argument("--limit", type=int, help="videos read of each (default: all)")
-    parser.add_argument("--which", choices=("best", "last"), default="last", help="checkpoint (default: last)")
+    add_which(parser, default="last")
     parser.add_argument("--no-ema", action="store_true", help="the raw weights, not their moving average")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -252,7 +252,8 @@ def main(argv: list[str]) -> None:
         rows = against_search(model, [pair for pair in held_out if pair[1]], wanted)
         facts["held_out"] = {"shards": args.against, "rows": [asdict(row) for row in rows]}
         print_rows(rows)
-    out = publish(model.cpu(), config, args.out, run_dir=Path(args.run))
+    step = step_of(args.run, which=args.which)
+    out = publish(model.cpu(), config, args.out, run_dir=Path(args.run), step=step)
     write_atomically(out / FACTS, facts)
     print(f"{out}: vtok encode {out} VIDEO --out FILE.vtok --predict-psnr DB{_advice(config.data)}")
 

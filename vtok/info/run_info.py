@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.config import RunConfig, load
+from vtok.metric_lines import metric_lines
 from vtok.progress import duration
 from vtok.train import finished
 from vtok.training import strategy
@@ -40,7 +41,7 @@ def summary(run: str | Path, *, now: float | None = None) -> dict[str, Any]:
     run, now = Path(run), time.time() if now is None else now
     config = load(run / "config.yaml")
     starts = (_json(run / "environment.json") or {}).get("starts") or []
-    rows = _rows(run / "metrics.jsonl")
+    rows = metric_lines(run / "metrics.jsonl")
     train = [row for row in rows if "train/loss" in row or "train/lr" in row]
     kept = _checkpoints(run / "checkpoints", now)
     step = max([row["step"] for row in rows] + [c["step"] for c in kept if c["step"] is not None], default=0)
@@ -81,23 +82,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is being written, or was cut by a kill, is left out."""
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-    except OSError:
-        pass
-    return rows
 
 
 def _lines(path: Path) -> int:

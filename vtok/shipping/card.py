@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vtok.config import RunConfig
+from vtok.metric_lines import metric_lines
 
 COLUMNS = (
     "budget",
@@ -31,6 +32,7 @@ def model_card(
     facts: dict[str, Any],
     *,
     run_dir: Path | None = None,
+    step: int | None = None,
     licence: str = "apache-2.0",
     no_entropy: str = "",
 ) -> str:
@@ -38,6 +40,7 @@ def model_card(
 
     Args:
         facts: its config.json. run_dir: where environment.json and eval/eval.json lie; None leaves both out.
+        step: of the checkpoint that the weights are of.
         no_entropy: why the export has no static entropy model.
     """
     family, size = facts["family"], config.data.size
@@ -52,8 +55,8 @@ def model_card(
         f"{config.data.num_frames} frames of {size[1]}x{size[0]} pixels at {rate}.", "",
         *_accounting(model, facts, no_entropy),
         *_loading(facts, config),
-        *training_section(config, run_dir),
-        *_measurements(run_dir),
+        *training_section(config, run_dir, step=step),
+        *_measurements(run_dir, facts),
         "## Files and licence", "",
         f"Weights: `{licence}`, as stated by whoever exported them; they may carry conditions of the training videos, "
         "which the exporter knows. Code (`modeling_vtok.py`): Apache-2.0. `training.yaml` is the resolved "
@@ -135,13 +138,15 @@ def _loading(facts: dict[str, Any], config: RunConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def training_section(config: RunConfig, run_dir: Path | None) -> list[str]:
-    """Lines on what a run was trained on, by which command, on which hardware."""
+def training_section(config: RunConfig, run_dir: Path | None, *, step: int | None = None) -> list[str]:
+    """Lines on what a run was trained on, by which command, on which hardware. step: of the checkpoint."""
     out = ["## Training", ""]
     starts = (read_json(run_dir / "environment.json") or {}).get("starts", []) if run_dir else []
     out.append(f"- data: `{config.data.shards or 'not stated'}`, validation: `{config.data.val_shards or 'none'}`")
-    steps = _last_step(run_dir / "metrics.jsonl") if run_dir else None
+    trained = max((row["step"] for row in metric_lines(run_dir / "metrics.jsonl")), default=None) if run_dir else None
+    steps = trained if step is None else step
     length = f"{steps} steps" if steps else f"at most {config.trainer.max_steps} steps"
+    length += f" (of a run that went on to {trained})" if trained and steps and trained > steps else ""
     if config.trainer.max_minutes is not None:
         length += f" (the run was given {config.trainer.max_minutes:g} minutes)"
     out.append(
@@ -166,24 +171,18 @@ def training_section(config: RunConfig, run_dir: Path | None) -> list[str]:
     return [*out, ""]
 
 
-def _last_step(path: Path) -> int | None:
-    """The last step a run's metrics.jsonl speaks of; None where it has none."""
-    if not path.is_file():
-        return None
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):  # a run that was killed may end in half a line
-            continue
-    return max(steps, default=None)
-
-
-def _measurements(run_dir: Path | None) -> list[str]:
+def measured_before(run_dir: Path | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """eval/eval.json of the run, {} where there is none, or where it is of other weights than those of the export."""
     found = read_json(run_dir / "eval" / "eval.json") if run_dir else None
-    out = ["## Measured", ""]
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if not found or not isinstance(rows, list) or not rows:
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        return {}
+    return found if found.get("model_id", facts["model_id"]) == facts["model_id"] else {}
+
+
+def _measurements(run_dir: Path | None, facts: dict[str, Any]) -> list[str]:
+    found = measured_before(run_dir, facts)
+    out, rows = ["## Measured", ""], found.get("rows")
+    if not rows:
         return [*out, "Not evaluated before the export: `vtok eval` writes the table of budgets.", ""]
     columns = [c for c in ("method", *COLUMNS) if any(row.get(c) is not None for row in rows)]
     out += [f"{found.get('clips')} clips of `{found.get('shards')}`; controls and codecs on the same windows.", ""]

@@ -10,7 +10,7 @@ from torch import nn
 
 from vtok.config import RunConfig
 from vtok.reducers import REDUCERS
-from vtok.shipping.card import cell, read_json, training_section
+from vtok.shipping.card import cell, measured_before, training_section
 
 FULL_TABLE = {  # column of eval.json: (heading, per cent)
     "method": ("method", False),
@@ -32,14 +32,16 @@ def projector_card(
     facts: dict[str, Any],
     *,
     run_dir: Path | None = None,
+    step: int | None = None,
     licence: str = "apache-2.0",
 ) -> str:
     """README.md of an export, with the front matter that the Hub reads.
 
     Args:
         facts: its config.json. run_dir: where environment.json and eval/eval.json lie; None leaves both out.
+        step: of the checkpoint that the weights are of.
     """
-    family, found = facts["family"], _evaluation(run_dir)
+    family, found = facts["family"], measured_before(run_dir, facts)
     small = getattr(config.model, "lm", None)  # the small language model that reads, of the family `language`
     audio = getattr(config.model, "audio", None)
     names = (
@@ -69,7 +71,7 @@ def projector_card(
         *_references(config, found),
         *_tokens(model, config),
         *_use(model, config, vlm),
-        *training_section(config, run_dir)[:-1], *_objective(config), "",
+        *training_section(config, run_dir, step=step)[:-1], *_objective(config), "",
         *_measured(found, family.rpartition(".")[2]),
         "## Files and licence", "",
         f"Weights: `{licence}`, as stated by whoever exported them; they may carry conditions of the training videos, "
@@ -90,11 +92,6 @@ def hub_id(name: str) -> str | None:
     if kind in ("hf", "timm", "vlm") and re.fullmatch(r"[\w.-]+/[\w.-]+", rest) and not rest.startswith("."):
         return rest
     return f"timm/{rest}" if kind == "timm" and re.fullmatch(r"\w+\.\w+", rest) else None
-
-
-def _evaluation(run_dir: Path | None) -> dict[str, Any]:
-    found = read_json(run_dir / "eval" / "eval.json") if run_dir else None
-    return found if isinstance(found, dict) and isinstance(found.get("rows"), list) else {}
 
 
 def _of_texts(config: RunConfig) -> bool:

@@ -52,18 +52,20 @@ class Saver:
         names: list[str],
         *,
         about: dict[str, Any],
+        keep: int,
         after: Callable[[], None],
         wait: bool = False,
     ) -> None:
         """In a thread: copies the state now, and returns; the file and its names come later.
 
         Args:
+            names, about, keep: as `checkpoints.publish`.
             after: called on the first rank once the checkpoint has its names. wait: until then.
         Raises: CheckpointError, on every rank, where this checkpoint, or one before it in a thread, was not written.
         """
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, BackgroundCheckpointIO):
-            strategy.save(trainer, folder, names, about=about)
+            strategy.save(trainer, folder, names, about=about, keep=keep)
             if trainer.is_global_zero:
                 after()
             return
@@ -79,7 +81,7 @@ class Saver:
             io.deferred = False
         state, io.kept = io.kept, None
         if state is not None:  # the first rank
-            work = (io, state, written, list(names), dict(about), after)
+            work = (io, state, written, list(names), dict(about), keep, after)
             self._thread = threading.Thread(target=self._write, args=work, name="checkpoint")
             self._thread.start()
         if wait:
@@ -92,6 +94,7 @@ class Saver:
         written: Path,
         names: list[str],
         about: dict[str, Any],
+        keep: int,
         after: Callable[[], None],
     ) -> None:
         try:
@@ -99,7 +102,7 @@ class Saver:
             failure, io.failure = io.failure, None
             if failure is not None:
                 raise OSError(str(failure)) from failure
-            strategy.publish(written, names, about=about)
+            strategy.publish(written, names, about=about, keep=keep)
             after()
         except Exception as error:  # told where all ranks meet
             self._problem = f"the checkpoint of step {about.get('step')} could not be written: {error}"

@@ -60,6 +60,7 @@ class Due:
     look: bool = False  # a validation
     show: bool = False  # sample videos
     save: bool = False  # a checkpoint, whatever else is due
+    keep: bool = False  # that checkpoint stays for good
     halt: bool = False  # an alarm ends the run
     stop: int = 0  # number of the signal that ends it
     done: bool = False  # its last step or minute
@@ -85,11 +86,12 @@ def due(run: TrainerConfig, *, step: int, clock: float, heard: Heard | None, ala
         alarm: one ends the run. On the last step it comes too late.
     """
     done = is_done(run, step=step, clock=clock)
-    look = done or _every(run.val_every, step)
+    look, keep = done or _every(run.val_every, step), _every(run.keep_every, step)
     return Due(
         look=look,
         show=look if done or not run.sample_every else _every(run.sample_every, step),
-        save=_every(run.checkpoint_every, step) or (heard is not None and heard.late),
+        save=keep or _every(run.checkpoint_every, step) or (heard is not None and heard.late),
+        keep=keep,
         halt=alarm and not done,
         stop=heard.signal if heard is not None else 0,
         done=done,

@@ -2,6 +2,8 @@
 
     checkpoints/last.ckpt        the newest: one file, or (DeepSpeed) a link to a folder with a shard per process
     checkpoints/previous.ckpt    the one before, for the day a disk damages the newest
+    checkpoints/recent-*.ckpt    those before it, by step, where trainer.keep_last is above 2
+    checkpoints/step-*.ckpt      of every trainer.keep_every-th step: never taken away here
     checkpoints/best.ckpt        the best by validation
     checkpoints/sha256.jsonl     the hash of each checkpoint written here, recorded before it got its name
 
@@ -11,46 +13,50 @@
     adapt     that to the parameter groups and the accumulation of the run that goes on
 
 `python -m vtok.training.checkpoints RUN` checks the checkpoints of a run; `--use previous` goes back to the previous
-one.
+one, `--use STEP` to that of a step.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok.data.workers import cores
+from vtok.training.records import RECORD, fsync, hashes, record, recorded, sha256, write_whole
 from vtok.training.zero_shards import MOMENTS, CheckpointError, check_shards, check_trained, read_shards
 
 log = logging.getLogger(__name__)
 
 ABOUT = "vtok.json"  # what a folder of shards says of itself
-RECORD = "sha256.jsonl"
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+KEPT = "step-{:08d}.ckpt"  # for good
+RECENT = "recent-{:08d}.ckpt"  # while it is one of the newest
 
 
 # writing
 
 
-def publish(written: Path, names: list[str], *, about: dict[str, Any]) -> None:
+def publish(written: Path, names: list[str], *, about: dict[str, Any], keep: int = 2) -> None:
     """Gives a freshly written checkpoint its public names, `names[0]` last, each replaced in one rename.
 
     What `names[0]` was before becomes previous.ckpt, if it is whole and of another step. A file is renamed (other names
     are hard links, or copies where the file system has none). A folder keeps a name of its own and the public names are
     symbolic links, since a folder cannot be replaced in one step.
+
+    Args:
+        keep: the newest so many stay, 2 or more: `names[0]`, previous.ckpt, and recent-<step>.ckpt. An older one is
+            taken away once the new one has its names, so that there are never fewer.
     Raises: OSError; then every name is what it was, or already the new checkpoint.
     """
     folder = written.parent
@@ -58,13 +64,13 @@ def publish(written: Path, names: list[str], *, about: dict[str, Any]) -> None:
     if is_folder:
         files = {str(p.relative_to(written)): p for p in sorted(written.rglob("*")) if p.is_file() and p.name != ABOUT}
         for path in files.values():
-            _fsync(path)
-        _write(written / ABOUT, json.dumps({**about, "files": _hashes(files)}))
+            fsync(path)
+        write_whole(written / ABOUT, json.dumps({**about, "files": hashes(files)}))
         digest = sha256(written / ABOUT)
     else:
-        _fsync(written)
+        fsync(written)
         digest = sha256(written)
-    _record(folder, {"sha256": digest, "step": about.get("step"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    record(folder, {"sha256": digest, "step": about.get("step"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     if is_folder:
         final = folder / f"step-{about['step']:08d}"
         if final.exists():  # the same step saved twice: the name may be in use, so take another
@@ -73,25 +79,50 @@ def publish(written: Path, names: list[str], *, about: dict[str, Any]) -> None:
         source = folder / ".new.ckpt"
         source.unlink(missing_ok=True)
         source.symlink_to(final.name)
-    _keep_previous(folder / names[0], about)
+    _keep_previous(folder / names[0], about, keep)
     for name in names[1:]:
         _also(source, folder / name)
     os.replace(source, folder / names[0])
-    _fsync(folder)
+    fsync(folder)
+    _drop_recent(folder, about.get("step"), keep)
     used = {os.readlink(p) for p in folder.iterdir() if p.is_symlink()}
     for path in folder.glob("step-*"):
-        if path.is_dir() and path.name not in used:
+        if path.is_dir() and not path.is_symlink() and path.name not in used:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _keep_previous(last: Path, about: dict[str, Any]) -> None:
-    """Names what `last` is now previous.ckpt, unless it is of the same step or cannot be read."""
-    try:
-        if describe(last)["step"] == about.get("step"):
-            return
-    except (ValueError, OSError, KeyError):
+def _keep_previous(last: Path, about: dict[str, Any], keep: int) -> None:
+    """Names what `last` is now previous.ckpt, unless it is of the same step or cannot be read; what that was before, it
+    stays by its step."""
+    now, previous = step_of(last), last.with_name(PREVIOUS)
+    if now is None or now == about.get("step"):
         return
-    _also(last, last.with_name(PREVIOUS))
+    before = step_of(previous)
+    if keep > 2 and before is not None and before != now:
+        _also(previous, last.with_name(RECENT.format(before)))
+    _also(last, previous)
+
+
+def _drop_recent(folder: Path, step: int | None, keep: int) -> None:
+    """Takes away recent-<step>.ckpt beyond the newest. Steps that a run has gone back from are not newer: they are the
+    first to go, as it will come by them again."""
+    found = {each: folder / name for name, each in _by_step(folder, RECENT).items()}
+    now = math.inf if step is None else step
+    held = {now, step_of(folder / PREVIOUS)} if found else set()
+    order = sorted((each for each in found if each not in held), key=lambda each: (each < now, each), reverse=True)
+    for each in found.keys() - set(order[: keep - 2]):
+        try:
+            found[each].unlink()
+        except OSError as error:  # the new checkpoint is there all the same
+            log.warning("%s is no longer needed and stays: %s", found[each], error)
+
+
+def step_of(path: Path) -> int | None:
+    """Step of a checkpoint; None where there is none that can be read."""
+    try:
+        return int(describe(path)["step"])
+    except (ValueError, OSError, KeyError, TypeError):
+        return None
 
 
 def mark_best(last: Path) -> None:
@@ -110,7 +141,7 @@ def _also(source: Path, target: Path) -> None:
             os.link(source, aside)
         except OSError:
             shutil.copyfile(source, aside)
-            _fsync(aside)
+            fsync(aside)
     os.replace(aside, target)
     aside.unlink(missing_ok=True)  # a rename between two names of one file does nothing
 
@@ -123,59 +154,7 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.aside")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# hashes
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    with ThreadPoolExecutor(min(8, cores())) as pool:  # hashing leaves the interpreter free
-        return dict(zip(files, pool.map(sha256, files.values())))
-
-
-def _record(folder: Path, line: dict[str, Any]) -> None:
-    """Adds a line to the record of hashes, in one rename. Nothing is ever taken out: the lines are short."""
-    path = folder / RECORD
-    known = path.read_text(encoding="utf-8") if path.is_file() else ""
-    _write(path, f"{known}{json.dumps(line)}\n")
-
-
-def _recorded(folder: Path) -> set[str] | None:
-    """The hashes of the checkpoints that were written in a folder; None where none were recorded."""
-    try:
-        lines = (folder / RECORD).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / RECORD} cannot be read: {error}") from error
-    found = set()
-    for line in lines:
-        try:
-            found.add(json.loads(line)["sha256"])
-        except (ValueError, KeyError, TypeError):  # damaged: then the checkpoint it belongs to is not known
-            continue
-    return found
+# checking
 
 
 def verify(path: str | Path) -> None:
@@ -193,7 +172,7 @@ def verify(path: str | Path) -> None:
 
 
 def _verify(path: Path) -> None:
-    known = _recorded(path.parent)
+    known = recorded(path.parent)
     if known is None:
         log.warning("%s: no hashes were recorded beside it, so it is not checked", path)
     about = path / ABOUT if path.is_dir() else path
@@ -210,7 +189,7 @@ def _verify(path: Path) -> None:
         missing = sorted(name for name in stated if not (path / name).is_file())
         if missing:
             raise CheckpointError(f"{path} is not whole: {missing[0]} is missing")
-        found = _hashes({name: path / name for name in stated})
+        found = hashes({name: path / name for name in stated})
         for name, digest in found.items():
             if digest != stated[name]:
                 raise CheckpointError(
@@ -221,19 +200,63 @@ def _verify(path: Path) -> None:
 
 def _way_back(path: Path) -> str:
     """What to do instead of going on from a damaged checkpoint."""
-    for name in (PREVIOUS, BEST):
-        other = path.with_name(name)
-        if path.name == name or not other.exists() or other.resolve() == path.resolve():
+    others = available(path.parent)
+    for name in sorted(others, key=lambda each: (each not in (PREVIOUS, BEST), -(others[each] or 0))):
+        other, step = path.with_name(name), others[name]
+        if step is None or name in (path.name, LAST) or other.resolve() == path.resolve():
             continue
         try:
             _verify(other)
-            step = describe(other)["step"]
-        except (ValueError, OSError, KeyError):
+        except (ValueError, OSError):
             continue
-        run, which = path.parent.parent, name.removesuffix(".ckpt")
+        run, which = path.parent.parent, name.removesuffix(".ckpt") if name in (PREVIOUS, BEST) else step
         back = f"python -m vtok.training.checkpoints {run} --use {which}"
         return f" {other} (step {step}) is whole: go back to it with `{back}`"
     return " No other whole checkpoint is there: start again, or with init_from=EXPORT from an export of this run"
+
+
+# names
+
+
+def available(folder: Path) -> dict[str, int | None]:
+    """{file name: step} of a run's checkpoints: last, previous, best, then by step; None: it cannot be read."""
+    named = {name: step_of(folder / name) for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()}
+    others = _by_step(folder, RECENT) | _by_step(folder, KEPT)
+    return named | dict(sorted(others.items(), key=lambda item: item[1]))
+
+
+def _by_step(folder: Path, names: str) -> dict[str, int]:
+    """{file name: step} of those that carry their step in their name."""
+    found = {path.name: path.stem.rpartition("-")[2] for path in folder.glob(f"{names.partition('-')[0]}-*.ckpt")}
+    return {name: int(digits) for name, digits in found.items() if digits.isdecimal()}
+
+
+def find(folder: Path, which: str | int) -> Path:
+    """The checkpoint of a run's folder of that name: "last", "previous", "best" (the last where no best was kept), or a
+    step.
+
+    Raises: CheckpointError for another name, or where there is none, naming those that are there.
+    """
+    word = str(which)
+    if word in ("last", "previous", "best"):
+        names = [f"{word}.ckpt", *([LAST] if word == "best" else [])]
+    elif word.isdecimal():
+        names = [name for name, step in reversed(available(folder).items()) if step == int(word)]
+    else:
+        names = []
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is not None:
+        return path
+    there = available(folder)
+    if not there:
+        raise CheckpointError(f"{folder.parent} has no checkpoint yet: {folder / LAST} does not exist; train it first")
+    kinds = (LAST, PREVIOUS, BEST)
+    told = [f"{name.removesuffix('.ckpt')} (step {step})" for name, step in there.items() if name in kinds]
+    told += [f"step {step}" for step in sorted({step for name, step in there.items() if step and name not in kinds})]
+    problem = f"{folder.parent} has no checkpoint {'of step ' * word.isdecimal()}{word}"
+    if word not in ("last", "previous", "best") and not word.isdecimal():
+        problem = f"which={which!r} is unknown; choose best, last, previous or a step"
+    raise CheckpointError(f"{problem}; there are {', '.join(told)}")
 
 
 # reading
@@ -367,16 +390,16 @@ def main(argv: list[str]) -> None:
         prog="python -m vtok.training.checkpoints", description="check the checkpoints of a run"
     )
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--use", choices=("previous", "best"), help="make this one last.ckpt, from which a run goes on")
+    parser.add_argument(
+        "--use", metavar="CHECKPOINT", help="previous, best or a step: make it last.ckpt, from which the run goes on"
+    )
     asked = parser.parse_args(argv)
     folder = asked.run / "checkpoints"
     if not folder.is_dir():
         raise SystemExit(f"error: {folder} is not there: name a run directory")
     damaged = False
-    for name in (LAST, PREVIOUS, BEST):
+    for name in available(folder):
         path = folder / name
-        if not path.exists():
-            continue
         try:
             _verify(path)
             about = describe(path)
@@ -385,12 +408,10 @@ def main(argv: list[str]) -> None:
             word, damaged = f"DAMAGED: {error}", True
         print(f"{name:14} {word}")
     if asked.use:
-        source = folder / f"{asked.use}.ckpt"
         if (asked.run / "lock").exists():
             raise SystemExit(f"error: {asked.run} is in use (there is a lock): end the run first, or delete the lock")
-        if not source.exists():
-            raise SystemExit(f"error: there is no {source}")
         try:
+            source = find(folder, asked.use)
             _verify(source)
         except CheckpointError as error:
             raise SystemExit(f"error: {error}") from None

@@ -184,6 +184,8 @@ class Conductor(pl.Callback):
             the step was saved with what it owes; whatever the validation or the samples raise, the step saved first.
         """
         paused, names, stop, owed = time.perf_counter(), ["last.ckpt"], asked.stop, [asked.look, asked.show]
+        if asked.keep:
+            names.append(strategy.KEPT.format(lit.steps_done))
         if asked.hurried:  # little time is left: the next start begins with what is owed
             self.owed = owed
         else:
@@ -204,7 +206,7 @@ class Conductor(pl.Callback):
             except Exception as error:
                 self._rescue(trainer, lit, names, owed, error)
                 raise
-        if asked.save or asked.ends or stop or len(names) > 1:
+        if asked.save or asked.ends or stop or "best.ckpt" in names:
             self._save(trainer, lit, names, wait=bool(asked.ends or stop))
         if asked.halt:
             last = self.config.run_dir / "checkpoints" / "last.ckpt"
@@ -364,7 +366,8 @@ class Conductor(pl.Callback):
         }
         inside = ("window", "codebook_counts", "alarms", "flops")
         about = {k: v for k, v in lit.extra_state.items() if k not in inside}
-        self.saver.save(trainer, folder, names, about=about, after=lambda: touch(self.config.run_dir), wait=wait)
+        keep, after = self.config.trainer.keep_last, lambda: touch(self.config.run_dir)
+        self.saver.save(trainer, folder, names, about=about, keep=keep, after=after, wait=wait)
         self.saved_at = time.perf_counter()
 
 

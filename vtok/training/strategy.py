@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vtok.config import RunConfig
 from vtok.training import checkpoints, step_size
+from vtok.training.checkpoints import KEPT as KEPT
 from vtok.training.checkpoints import consolidate as consolidate
 from vtok.training.checkpoints import describe as describe
 from vtok.training.checkpoints import discard as discard
@@ -471,7 +472,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoints.read(path)
 
 
-def save(trainer: Any, folder: Path, names: list[str], *, about: dict[str, Any]) -> None:
+def save(trainer: Any, folder: Path, names: list[str], *, about: dict[str, Any], keep: int = 2) -> None:
     """Writes a checkpoint on all ranks together and publishes it (`vtok.training.checkpoints.publish`) under `names`.
 
     Raises: CheckpointError, on every rank, where it could not be written: the checkpoints of before are untouched.
@@ -492,7 +493,7 @@ def save(trainer: Any, folder: Path, names: list[str], *, about: dict[str, Any])
     if first:
         try:
             if not problem:
-                publish(written, names, about=about)
+                publish(written, names, about=about, keep=keep)
         except OSError as error:
             problem = str(error).splitlines()[0]
         if problem:
