@@ -1,6 +1,5 @@
 """Each key of docs/performance.md: the same numbers with it as without, and an error where it cannot be used."""
 
-import json
 import os
 import signal
 import subprocess
@@ -299,20 +298,3 @@ def test_what_is_not_installed_is_named_before_anything_starts(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"trainer.wandb='mine' needs .*pip install 'vtok\[wandb\]', or set"):
         training.check(test_train.settings(tmp_path, trainer={"wandb": "mine"}))
     training.check(test_train.settings(tmp_path))
-
-
-@pytest.mark.slow  # its service is a process
-def test_lines_go_to_wandb_offline_under_one_id_over_resumes(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    trainer = {"wandb": "mine", "log_every": 2, "val_every": 4}
-    with pytest.raises(SystemExit):
-        train(tmp_path, "run", trainer=trainer, data=test_train.Data(signal_at={5: signal.SIGTERM}))
-    run = train(tmp_path, "run", trainer=trainer)
-    name = (run / "wandb" / "id.txt").read_text().strip()
-    folders = sorted(p for p in (run / "wandb").iterdir() if p.is_dir() and not p.is_symlink())
-    assert len(folders) == 2 and all(p.name.endswith(f"-{name}") for p in folders)
-    written = b"".join(next(p.glob("run-*.wandb")).read_bytes() for p in folders)
-    assert b"train/loss" in written and b"val/psnr_db_4" in written and b"train/mfu" not in written  # null there
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 2

@@ -39,7 +39,7 @@ from vtok.training.lit_projector import LitProjector
 from vtok.training.lock import Lock
 from vtok.training.loop import Conductor
 from vtok.training.optim import SCHEDULES
-from vtok.training.run_files import write_run_files
+from vtok.training.run_files import environment, write_run_files
 from vtok.training.validation import ToldToStop
 from vtok.types import ShapeError
 
@@ -231,7 +231,8 @@ def _train(config: RunConfig, data: pl.LightningDataModule | None) -> int:
     owed = about is not None and about.get("owed", [False])[0]
     curves = Curves(run_dir if first else None, resumed=resumed, owed=owed, tensorboard=config.trainer.tensorboard)
     if first and config.trainer.wandb:
-        curves.to_wandb(config.trainer.wandb, to_dict(config))
+        facts = {name: value for name, value in environment(config).items() if name != "command"}
+        curves.to_wandb(config.trainer.wandb, {**to_dict(config), "environment": facts})
     io = BackgroundCheckpointIO() if config.trainer.async_checkpoint else strategy.AtomicCheckpointIO()
     conductor = Conductor(config, curves)
     frozen_model = any(not p.requires_grad for p in lit.model.parameters())

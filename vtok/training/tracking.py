@@ -3,13 +3,15 @@
     trainer.wandb=PROJECT          needs pip install 'vtok[wandb]'
     WANDB_MODE=offline vtok train  nothing leaves the machine; `wandb sync` sends <run>/wandb/ later
 
-A resumed run goes on under the id in <run>/wandb/id.txt. No key is read or stored here: `wandb login` does that.
+A resumed run goes on under the id in <run>/wandb/id.txt. No key is read or stored here: `wandb login` does that. What
+may hold one goes nowhere: the command line, shell commands that give shards, names and queries in addresses.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,25 @@ def check_installed(project: str) -> None:
         )
 
 
+def shareable(value: Any) -> Any:
+    """Plain values for others to read: in their texts `pipe:` commands, and users, passwords and queries in addresses
+    (presigned ones carry a key there), are ***."""
+    if isinstance(value, dict):
+        return {key: shareable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"pipe:.*", "pipe:***", value, flags=re.DOTALL)
+    value = re.sub(r"(\w://)[^/\s?#]*@", r"\1***@", value)
+    return re.sub(r"(\w://[^\s?]*\?)\S*", r"\1***", value)
+
+
 class WandbRun:
     """Scalars and lists of numbers of a run, by step.
 
     Args:
-        project: its name there. folder: the run directory. config: plain values.
+        project: its name there. folder: the run directory. config: plain values, of which what is `shareable` is told.
     """
 
     def __init__(self, project: str, *, folder: Path, config: dict[str, Any]) -> None:
@@ -38,10 +54,11 @@ class WandbRun:
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex[:12])
-        settings = wandb.Settings(console="off", silent=True)
+        # x_disable_meta: it would send the command line, and the files of the code's folder it thinks are the run's
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, save_code=False)
         self.run = wandb.init(
             project=project, name=folder.name, id=kept.read_text().strip(), resume="allow", dir=str(folder),
-            config=config, settings=settings,
+            config=shareable(config), settings=settings,
         )  # fmt: skip
         # by our steps, not theirs, which may not go back: a run that was killed writes its last steps again
         self.run.define_metric("step")
