@@ -353,3 +353,48 @@ def test_a_disk_that_is_full_for_one_shard_is_told_by_every_rank(tmp_path, monke
     folder = tmp_path / "deepspeed_2" / "checkpoints"
     assert not (folder / ".writing").exists() and strategy.describe(folder / "last.ckpt")["step"] == 2
     checkpoints.verify(folder / "last.ckpt")
+
+
+NO_CLIP = '''
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from torch.utils.data import DataLoader
+import test_train
+from vtok.train import train
+
+class Mine(test_train.Data):
+    """The second rank has no clip to validate on."""
+    def advance(self, clip):
+        self.done += 1
+    def train_dataloader(self):
+        return DataLoader(test_train.Stream(self.done), batch_size=None)
+    def val_dataloader(self):
+        return DataLoader(test_train.Stream(10**6, 1 - self.trainer.global_rank), batch_size=None)
+
+for chosen in sys.argv[2:]:
+    trainer = {{"devices": 2, "strategy": chosen, "max_steps": 2}}
+    told = "0"
+    try:
+        train(test_train.settings(Path(sys.argv[1]), name=chosen, trainer=trainer), data=Mine())
+    except ValueError as error:
+        told = "1"
+        Path(sys.argv[1], f"{{chosen}}-{{os.environ.get('LOCAL_RANK', '0')}}.txt").write_text(str(error))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with open(sys.argv[1] + "/ended.txt", "a") as ended:
+            print(chosen, told, file=ended)
+'''
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_validation_clip_is_told_where_all_are_needed(tmp_path):
+    """Under fsdp the others would wait for it for ever; under ddp they measure without it."""
+    codes = launching.launch(tmp_path, NO_CLIP.format(tests=str(ROOT / "tests")), "ddp", "fsdp")
+    assert codes == {"ddp": 0, "fsdp": 1}
+    (row,) = [row for row in values(tmp_path / "ddp") if "val/loss" in row]
+    assert row["val/clips"] == 4 and list((tmp_path / "ddp" / "samples").glob("step-*"))
+    for rank in range(2):
+        said = (tmp_path / f"fsdp-{rank}.txt").read_text()
+        assert "has no clip for some of 2 processes, and trainer.strategy=fsdp needs them all" in said

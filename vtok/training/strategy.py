@@ -387,6 +387,11 @@ def is_deepspeed(strategy: Any) -> bool:
     return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
 
 
+def in_step(strategy: Any) -> bool:
+    """Whether a forward pass takes every rank: parameters are sharded, and gathered for it."""
+    return is_deepspeed(strategy) or isinstance(strategy, Sharded)
+
+
 def call(trainer: Any, method: str, *args: Any) -> Any:
     """`method` of the LightningModule, run as a forward of the engine where parameters are sharded (ZeRO-3).
 

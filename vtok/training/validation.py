@@ -71,13 +71,8 @@ class Validation:
                     settled = True
                 batch = new if new is not None else batch
                 self.shown = self.shown or (batch and batch.rows(slice(SAMPLE_CLIPS)))
-                if batch is None and not strategy.is_deepspeed(trainer.strategy):
+                if batch is None:
                     continue
-                if batch is None:  # sharded models run in step: this rank has nothing to run on
-                    raise ValueError(
-                        f"data.val_shards={self.config.data.val_shards!r} gives rank {trainer.global_rank} no clip: "
-                        "use fewer processes or more validation clips"
-                    )
                 found = strategy.call(trainer, "measure", batch.to(lit.device), index)
                 index += 1
                 self.watchdog.moved(f"validation, batch {index}")
@@ -127,12 +122,13 @@ class Validation:
     def _in_step(self, trainer: Any, lit: LitCompressor, loader: Any) -> Iterator[Any]:
         """Batches of this rank, and None once it has run out, until every rank has: sharded models run in step.
 
-        Raises: ToldToStop, on every rank, once a signal has come to any: little time may be left.
+        Raises: on every rank, ToldToStop once a signal has come to any, as little time may be left; ValueError where
+            one that is needed has no clip at all.
         """
-        for batch in itertools.chain(self._until_told(loader), itertools.repeat(None)):
-            going, stop = float(batch is not None), float(self.told.number)
+        for number, batch in enumerate(itertools.chain(self._until_told(loader), itertools.repeat(None))):
+            going, stop, none = batch is not None, self.told.number, batch is None and not number
             if trainer.world_size > 1:
-                going, stop = all_max([going, stop], lit.device)
+                going, stop, none = all_max([going, stop, none], lit.device)
             if stop:
                 left = ToldToStop(int(stop))
                 if self.bar is not None:
@@ -140,7 +136,19 @@ class Validation:
                 raise left
             if not going:
                 return
+            if none:
+                self._check_needed(trainer)
             yield batch
+
+    def _check_needed(self, trainer: Any) -> None:
+        """Raises ValueError where parameters are sharded: a rank without a clip has nothing to run on, and the others
+        would wait for it for ever."""
+        if strategy.in_step(trainer.strategy):
+            raise ValueError(
+                f"data.val_shards={self.config.data.val_shards!r} has no clip for some of {trainer.world_size} "
+                f"processes, and trainer.strategy={self.config.trainer.strategy} needs them all: use fewer processes, "
+                "or more clips"
+            )
 
     def _until_told(self, loader: Any) -> Iterator[Any]:
         """The loader's batches. Once a signal has come, a failure ends them: SLURM signals every process of a step, and
@@ -160,6 +168,8 @@ class Validation:
         if self.shown is None:
             batch = next(self._until_told(trainer.datamodule.val_dataloader()), None)
             self.shown = batch and batch.rows(slice(SAMPLE_CLIPS))
+        if trainer.world_size > 1 and all_max([self.shown is None], lit.device)[0]:
+            self._check_needed(trainer)
         lit.settle(None if self.shown is None else self.shown.to(lit.device))
         if self.shown is None:
             return
