@@ -11,6 +11,7 @@ frames, an argmax), random numbers stand in for it: the count of operations is t
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,14 @@ SMALL = 1 << 20  # elements: above it a new float tensor is fake, and a fake one
 FOLLOWED = 1 << 16  # elements up to which stand-ins are computed on, where no gradients are asked: k-means, cuts
 
 
+class _Fake(FakeTensorMode):
+    """Asks once whether there is a GPU; torch asks the driver at every operation, which took a quarter of the time."""
+
+    @functools.cached_property
+    def avoid_device_init(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return super().avoid_device_init
+
+
 class DryRun(TorchDispatchMode):
     """While active, tensors made of fake ones are fake; what has no fake part is computed.
 
@@ -40,7 +49,7 @@ class DryRun(TorchDispatchMode):
 
     def __init__(self, *, seed: int = 0):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _Fake(allow_non_fake_inputs=True)
         self._generator = torch.Generator().manual_seed(seed)
         self._real = WeakIdKeyDictionary()  # stand-ins
         self.guessed = False  # whether a stand-in was needed: set it back before what is to be asked about
@@ -189,12 +198,13 @@ def _whole_numbers(known: Any, out: Any) -> Any:
     return out
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Bytes of the storages that were made while it was active and are still held: now, and at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.trace: list[int] | None = None  # `now` after each thing that is made, where it is asked for
         self._known: dict[int, Any] = {}
         self._sizes: dict[int, int] = {}
 
@@ -215,6 +225,8 @@ class _Live(TorchDispatchMode):
                     self._known[key], self._sizes[key] = weakref.ref(storage, self._release(key, size)), size
                     self.now += size
                     self.peak = max(self.peak, self.now)
+                    if self.trace is not None:
+                        self.trace.append(self.now)
         return out
 
     def held(self) -> dict[int, tuple[Any, int]]:
@@ -246,10 +258,14 @@ class Cost:
 
 
 class Watch:
-    """Counts the operations of some functions apart, by name: `flops`."""
+    """Counts the operations of some functions apart, by name: `flops`.
+
+    counter, live: of the step that is measured, while its forward pass runs; else None.
+    """
 
     def __init__(self) -> None:
         self.counter: Operations | None = None
+        self.live: Live | None = None
         self.flops: dict[str, int] = {}
 
     def of(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,16 +287,16 @@ def measure(step: Callable[[], Tensor], *, held: Iterable[Tensor], watch: Watch 
     Args:
         held: parameters, buffers and inputs: what is there before the step and is not counted.
     """
-    live = _Live()
+    live = Live()
     live.forget(held)
     with live, Operations() as counter:
         if watch is not None:
-            watch.counter = counter
+            watch.counter, watch.live = counter, live
         loss = step()
         gc.collect()  # what only circles of Python objects still hold is not held by a step that goes on
         forward, activations, begun = counter.get_total_flops(), live.now, live.held()
         if watch is not None:
-            watch.counter = None
+            watch.counter = watch.live = None
         loss.backward()
         del loss
     gc.collect()

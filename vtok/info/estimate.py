@@ -21,6 +21,7 @@ from vtok import projecting
 from vtok.config import RunConfig, load_family
 from vtok.info.dry_run import DryRun, Watch, measure, precision
 from vtok.info.skeletons import Skeletons
+from vtok.info.steps import Steps
 from vtok.train import build
 from vtok.training import strategy
 from vtok.training.lit import LitCompressor
@@ -104,7 +105,7 @@ def estimate(config: RunConfig, *, answer_words: int | None = None, worst: bool 
     load_family(config.model.name)
     with DryRun() as run:
         parts = Skeletons(empty=run.empty_module, watch=watch.of)
-        with parts.in_place():
+        with parts.in_place(), Steps(watch).in_place():
             lit = build(config, fresh=False)  # what a fresh one begins from is not looked at
             kept = [getattr(lit.objective, "llm", None), getattr(lit.model, "_reference", None)]
             # the rest was read for its weights, which the model now holds
