@@ -18,7 +18,7 @@ from vtok.data.sources import Shard
 from vtok.data.view import Cached, View
 from vtok.evaluation.answering import AnsweringEvaluator
 from vtok.families import reducer, temporal
-from vtok.layers.dynamic_context import FormerConfig, StaticConfig
+from vtok.layers.dynamic_context import FormerConfig
 from vtok.layers.segments import SegmentConfig
 from vtok.llm import LLMConfig, ObjectiveConfig, PartsConfig, ProjectorObjective, ask, load_llm
 from vtok.metrics.cost import Timed, clock_of, compress_flops, first_token_seconds
@@ -72,7 +72,7 @@ def lab(folders, tmp_path_factory):  # noqa: F811
     model = temporal.Model(
         temporal.Config(
             **sizes, max_tokens=12, window=3, text=True, segments=SegmentConfig(most=1),
-            static=StaticConfig(tokens=2), former=FormerConfig(num_queries=2, width=16, depth=2, num_heads=2),
+            former=FormerConfig(num_queries=2, width=16, depth=2, num_heads=2),
             audio=temporal.AudioConfig(name="ears", in_dim=4, tokens=2),
         )
     ).eval()  # fmt: skip

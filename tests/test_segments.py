@@ -181,6 +181,10 @@ def test_windows_end_at_cuts():
         (dict(of="pixels"), "segments.of='pixels'"),
         (dict(most=0), "segments.most=0 must be at least 1"),
         (dict(causal=True), "choose scene_tilling or threshold"),
+        (dict(threshold=0.5), "segments.threshold=0.5 is read by nothing here: it is of segments.name=threshold"),
+        (dict(name="fixed", alpha=0.3), "segments.alpha=0.3 .*segments.name=scene_tilling"),
+        (dict(name="threshold", length=3), "segments.length=3 .*segments.name=fixed"),
+        (dict(name="fixed", of="frame"), "segments.of='frame' .*fixed looks at none"),
     ],
 )
 def test_what_cannot_be(values, message):

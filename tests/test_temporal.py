@@ -6,6 +6,7 @@ Features stand in for a tower's: no tower is loaded where the clip brings its fe
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from vtok import config as configuration
 from vtok.budget import AtaConfig, allocate_scores
-from vtok.families.temporal import AudioConfig, Config, Model, SummaryConfig
+from vtok.families.temporal import COMPRESSORS, NODES, AudioConfig, Config, Model, SummaryConfig
 from vtok.layers.dynamic_context import DualConfig, FormerConfig, StaticConfig
 from vtok.layers.memory_bridge import BridgeConfig
 from vtok.layers.relevance import novelty
@@ -40,10 +41,9 @@ SMALL: dict[str, Any] = dict(
     embedding_rms=0.05,
     tower=TowerConfig(name="tower"),
     max_tokens=40,
-    window=3,
-    segments=SegmentConfig(most=3),
-    former=FORMER,
 )
+CUTS: dict[str, Any] = dict(window=3, segments=SegmentConfig(most=3))
+READS = {"tdc": dict(CUTS, former=FORMER), "bridge": dict(segments=CUTS["segments"])}  # of what is not of a form
 SUMMARY = SummaryConfig(num_tokens=5, **TINY)
 FORMS: dict[str, dict[str, Any]] = {
     "tdc": dict(summary=SUMMARY, text=True, separator=True),
@@ -73,10 +73,10 @@ each_nested = pytest.mark.parametrize("form", NESTED)
 
 def make(form: str, **changes: Any) -> Model:
     torch.manual_seed(0)
-    values: dict[str, Any] = SMALL | {
-        "compressor": form.partition("_")[0] if "tdc" in form or "bridge" in form else form
-    }
-    return Model(Config(**copy.deepcopy(values | FORMS[form] | changes))).double().eval()
+    kind = form.partition("_")[0] if "tdc" in form or "bridge" in form else form
+    own = FORMS[form] | changes
+    shared = READS.get(kind, CUTS if own.get("groups") == "window" else {})
+    return Model(Config(**copy.deepcopy(SMALL | {"compressor": kind} | shared | own))).double().eval()
 
 
 def features(lengths: list[int] = LENGTHS, *, seed: int = 0, frames: int | None = None, dim: int = IN) -> Features:
@@ -425,11 +425,48 @@ def test_budgets_by_group_have_a_shape():
         (dict(compressor="bridge", separator=True), "model.separator=true is of tdc"),
         (dict(compressor="matryoshka", summary=SUMMARY), "its budget chooses a level"),
         (dict(audio=AudioConfig(name="ears")), "needs in_dim"),
+        (
+            dict(compressor="attn_pool", window=3),
+            "model.window=3 is read by nothing here: it is of model.groups=window,",
+        ),
+        (dict(compressor="turing", segments=SegmentConfig(most=3)), "model.segments.most=3 is .* or .*=tdc or bridge;"),
+        (dict(compressor="bridge", window=3), "model.window=3 is read by nothing"),
+        (dict(compressor="region", former=FORMER), "model.former.num_queries=4 is .*model.compressor=tdc; leave it"),
+        (
+            dict(static=StaticConfig("pool"), compressor="attn_pool"),
+            "model.static.keep='pool' is .*model.compressor=tdc",
+        ),
+        (dict(pool=PoolConfig(7)), "model.pool.num_tokens=7 is .*model.compressor=attn_pool"),
+        (
+            dict(compressor="matryoshka", output_norm="unit"),
+            "model.output_norm='unit' is .*matryoshka averages patches",
+        ),
+        (dict(text_words=8), "model.text_words=8 is .*model.text=true"),
+        (dict(audio=AudioConfig(tokens=7)), "model.audio.tokens=7 is .*model.audio.name"),
+        (dict(static=StaticConfig(tokens=7)), "model.static.tokens=7 is .*model.static.keep=pool"),
+        (dict(summary=SummaryConfig(width=8)), "model.summary.width=8 is .*model.summary.num_tokens above 0"),
     ],
 )
 def test_what_cannot_be(values, message):
     with pytest.raises(ValueError, match=message):
         Config(**SMALL | values)
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_every_setting_of_another_compressor_is_refused(kind):
+    """By its name; the forms themselves set what their compressor reads."""
+    for form in (form for form in FORMS if form.startswith(kind)):
+        own = make(form).config
+        for node in NODES:
+            changed = {node: copy.deepcopy(getattr(own, node))}
+            name = dataclasses.fields(changed[node])[0].name
+            setattr(changed[node], name, [1, 2] if node == "matryoshka" else "none" if node == "static" else 3)
+            if NODES[node] == kind:
+                continue
+            with pytest.raises(
+                ValueError, match=f"model.{node}.{name}=.* is read by nothing here: it is of model.comp"
+            ):
+                dataclasses.replace(own, **changed)
 
 
 def test_what_a_tower_cannot_give():

@@ -82,13 +82,12 @@ def made_once(form: str) -> Any:
     return KEPT.setdefault(form, test_temporal.make(form))
 
 
-cuts = st.builds(
-    SegmentConfig,
-    name=st.sampled_from(SEGMENTERS),
-    most=st.integers(1, 14),
-    threshold=st.floats(-0.5, 1.0),
-    alpha=st.floats(0.0, 1.0),
-    length=st.integers(1, 5),
+OWN = {
+    "threshold": dict(threshold=st.floats(-0.5, 1.0)), "scene_tilling": dict(alpha=st.floats(0.0, 1.0)),
+    "fixed": dict(length=st.integers(1, 5)),
+}  # fmt: skip
+cuts = st.sampled_from(SEGMENTERS).flatmap(
+    lambda name: st.builds(SegmentConfig, name=st.just(name), most=st.integers(1, 14), **OWN.get(name, {}))
 )
 
 
@@ -100,11 +99,11 @@ cuts = st.builds(
 )  # fmt: skip
 def test_any_cuts(cuts, lengths, grid, window, budget, keep, emit, thinned, seed):
     """emit: of the memory bridge; "" is tdc."""
-    own: dict[str, Any] = {"segments": cuts, "window": window, "max_tokens": 400, "max_frames": thinned}
+    own: dict[str, Any] = {"segments": cuts, "max_tokens": 400, "max_frames": thinned}
     if emit:
         own["bridge"] = BridgeConfig(3, 2, 4, emit=emit, **test_temporal.TINY)
     else:
-        own["static"] = StaticConfig(keep=keep, tokens=6)
+        own |= {"window": window, "static": StaticConfig(keep, **({"tokens": 6} if keep == "pool" else {}))}
     model = test_temporal.make("bridge" if emit else "tdc_plain", **own)
     holds(model, features(lengths, grid, seed=seed), budget)
 

@@ -19,6 +19,7 @@ Letters: B clips, T frames, N patches of a frame, P tokens of a batch, K tokens 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,7 @@ from vtok.layers.temporal_options import (
     TuringConfig,
     TuringMachine,
 )
+from vtok.layers.unread import refuse_unread
 from vtok.llm import ObjectiveConfig, ProjectorObjective
 from vtok.types import Budget, Clip, Features, Tokens
 from vtok.vision import AudioTowerConfig, TowerConfig, names_an_audio_tower
@@ -66,6 +68,10 @@ __all__ = ["Config", "Model", "Objective", "ObjectiveConfig"]
 COMPRESSORS = ("tdc", "dual_path", "attn_pool", "turing", "bridge", "region", "progressive", "matryoshka")
 OF_CLIP = ("attn_pool", "turing")  # whose tokens belong to no frame
 WITH_FORMER = ("tdc", "dual_path")  # that read questions and audio
+NODES = {"static": "tdc", "former": "tdc"} | {
+    name: "attn_pool" if name == "pool" else name
+    for name in ("dual_path", "pool", "turing", "bridge", "region", "progressive", "matryoshka")
+}  # settings of one compressor
 NORMS = ("none", "unit", "match")
 
 
@@ -142,6 +148,27 @@ class Config(ProjectorConfig):
                 f"model.audio.name={self.audio.name!r} is no folder and no hf:USER/REPO of a tower, so it needs "
                 f"in_dim, the width of the features that clips bring under that name ({self.audio.in_dim})"
             )
+        refuse_unread(self, self._unread())
+        if self.static.keep != "pool":
+            refuse_unread(self.static, [("tokens", "model.static.keep=pool")], where="model.static")
+        if not self.summary.num_tokens:
+            sizes = [(name, "model.summary.num_tokens above 0") for name in ("width", "depth", "num_heads")]
+            refuse_unread(self.summary, sizes, where="model.summary")
+
+    def _unread(self) -> Iterator[tuple[str, str]]:
+        """(setting, what would read it) of what this compressor does not read."""
+        cuts, own = self.groups == "window", self.compressor
+        yield from ((node, f"model.compressor={its}") for node, its in NODES.items() if its != own)
+        if not cuts and own not in ("tdc", "bridge"):
+            yield "segments", "model.groups=window, or model.compressor=tdc or bridge"
+        if not cuts and own != "tdc":
+            yield "window", "model.groups=window, or model.compressor=tdc"
+        if own == "matryoshka":
+            yield "output_norm", "compressors whose tokens a network makes, and matryoshka averages patches"
+        if not self.text:
+            yield "text_words", "model.text=true"
+        if not self.audio.name:
+            yield "audio", "an audio tower, model.audio.name"
 
     @property
     def length_policy(self) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtok.layers.unread import refuse_unread
 from vtok.types import Features
 
 SEGMENTERS = ("topk", "threshold", "scene_tilling", "fixed")
@@ -46,6 +47,11 @@ class SegmentConfig:
             raise ValueError(
                 "segments.causal=true: topk compares all gaps of a clip; choose scene_tilling or threshold"
             )
+        readers = {"threshold": "threshold", "alpha": "scene_tilling", "min_depth": "scene_tilling", "length": "fixed"}
+        unread = [(key, f"segments.name={its}") for key, its in readers.items() if self.name != its]
+        if self.name == "fixed":
+            unread += [(key, "segmenters that look at frames, and fixed looks at none") for key in ("of", "causal")]
+        refuse_unread(self, unread, where="segments")
 
 
 class Windows(NamedTuple):
