@@ -519,6 +519,15 @@ def test_settings_that_cannot_be(folders):
         "model.captions.how='free' is unknown": lambda: CaptionConfig(how="free"),
         "model.captions.length='4' is unknown": lambda: CaptionConfig(length="4"),
         "how=teacher_forced reads the targets": lambda: CaptionConfig(learn=False),
+        "model.captions.how='generate' is .* model.mode=caption_lm": lambda: Config(
+            source="video", captions=CaptionConfig("generate")
+        ),
+        "model.segment_words=4 is .* model.source=text": lambda: Config(source="video", segment_words=4),
+        "model.window=4 is read by nothing here: it is of model.source=video": lambda: Config(window=4),
+        "model.base.patches=4 is .* model.base.kind=pool or former": lambda: Config(base=BaseConfig(patches=4)),
+        "model.base.width=4 is .* model.base.kind=former": lambda: Config(
+            mode="caption_lm", source="video", base=BaseConfig("pool", width=4)
+        ),
         "model.base.kind='grid' is unknown": lambda: BaseConfig("grid"),
         "model.base.patches=0 must be at least 1": lambda: BaseConfig("pool", patches=0),
         "objective.density=1.0 needs model.mode=caption_lm": lambda: objective(folders["llama"], Config()),

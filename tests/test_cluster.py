@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.layers.cluster import absorb, first_member, kmeans, pool
+from vtok.layers.cluster import _seeds, absorb, first_member, kmeans, pool
 from vtok.layers.ward import CRITERIA, adaptive_kmeans, ward
 
 
@@ -124,6 +124,16 @@ def test_the_same_each_time_and_chance_is_the_generators():
     assert not torch.equal(other.labels, first.labels)
     one = kmeans(x, 12, init="farthest", generator=torch.Generator().manual_seed(1))
     assert torch.equal(one.labels, kmeans(x, 12, init="farthest").labels)
+
+
+def test_sets_may_have_chances_of_their_own():
+    """The second seed of 0, 1, 3 is 1 with chance 0.1 and 3 with chance 0.9; seeds decide what is found here."""
+    x = torch.tensor([[[0.0], [1.0], [3.0]]]).expand(2, -1, -1)
+    chance = torch.tensor([[0.0, 0.05], [0.0, 0.15]], dtype=torch.float64)[..., None]
+    assert _seeds(x, torch.ones(2, 3), 2, init="kmeans++", chance=chance)[..., 0].tolist() == [[0, 1], [0, 3]]
+    found = kmeans(x, 2, metric="euclidean", chance=chance, iterations=1).labels
+    alone = [kmeans(x[:1], 2, metric="euclidean", chance=chance[row, None], iterations=1).labels for row in (0, 1)]
+    assert torch.equal(found, torch.cat(alone))
 
 
 @pytest.mark.parametrize("init", ["kmeans++", "farthest"])

@@ -16,7 +16,7 @@ from vtok.config import RunConfig, load
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"budget", "layers", "quantize", "losses", "vision", "llm", "reducers", "metrics", "data"}
-READS_LAYERS = {"losses", "metrics", "quantize", "vision", "llm"}
+READS_LAYERS = {"losses", "metrics", "quantize", "vision", "llm", "reducers"}
 # rooms over leaves and families, and which of them they do not know; `train`, `export` ... lie between and above them
 STRANGERS = {
     "training": {"coding", "evaluation", "shipping", "info"},

@@ -116,6 +116,10 @@ def test_timestamps_stand_before_each_group(folders):
     prompts = with_times(["<video>?"], grouped)
     assert prompts == ["0.0s: <video> 0.2s: <video> 0.5s: <video> 0.8s: <video>?"]
     assert room.read(loss_of.llm, prompts, ["red"], grouped).positions > 4 * len("0.0s:") + 4
+    few = grouped.select(grouped.mask & (grouped.group % 2 == 1))  # the other groups have no token at this budget
+    prompts = with_times(["<video>?"], few)
+    assert prompts == ["0.2s: <video> 0.8s: <video>?"], "no time is told of nothing"
+    assert room.read(loss_of.llm, prompts, ["red"], few).positions > 2 * len("0.2s:") + 2
     silent = clips()
     silent.features["cached"].times = None
     with pytest.raises(ValueError, match="timestamps=true needs Tokens.times"):

@@ -207,8 +207,8 @@ def test_a_run_goes_on_where_it_stopped(lab, stage0):
 SIZES = {
     "language": "source: video, lm: {name: LLM}, window: 2, num_tokens: 8, max_tokens: 16",
     "reducer": "method: tome, max_tokens: 16",
-    "temporal": "max_tokens: 16, window: 2, static: {tokens: 4}, former: {num_queries: 2, width: 16, depth: 2, "
-    "num_heads: 2}, summary: {num_tokens: 2, width: 16, depth: 2, num_heads: 2}",
+    "temporal": "max_tokens: 16, window: 2, former: {num_queries: 2, width: 16, depth: 2, num_heads: 2}, "
+    "summary: {num_tokens: 2, width: 16, depth: 2, num_heads: 2}",
     "vqtoken": "num_tokens: 16",
 }
 

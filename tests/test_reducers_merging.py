@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_reducers import clips, frames_of
 
 from vtok.reducers import build
-from vtok.reducers.clustering import components, peaks, plus_plus
+from vtok.reducers.clustering import components, peaks
 from vtok.reducers.merging import linked, merge_down, pooling_plan, quadtree
 from vtok.reducers.patches import Patches
 from vtok.reducers.segments import _best_windows
@@ -94,14 +94,6 @@ def test_clusterers_find_clusters(name):
     x, belongs = blobs(6, 8)
     tokens = build(name)(Features(x.reshape(1, 3, 16, 8), (4, 4)), budget=6)
     assert partition(tokens.source[0]) == partition(belongs)
-
-
-def test_kmeans_plus_plus_draws_by_squared_distance():
-    x = torch.tensor([[[0.0], [1.0], [3.0]]])
-    drawn = torch.tensor([[0.0, 0.05], [0.0, 0.15]])  # second centre: 1 with chance 0.1, 2 with chance 0.9
-    assert plus_plus(x.expand(2, -1, -1), torch.ones(2, 3, dtype=torch.bool), drawn).tolist() == [[0, 1], [0, 2]]
-    repeated = plus_plus(torch.ones(1, 5, 2), torch.ones(1, 5, dtype=torch.bool), torch.rand(1, 5))
-    assert sorted(repeated[0].tolist()) == list(range(5)), "equal vectors are drawn once each"
 
 
 def test_density_peaks():

@@ -13,7 +13,7 @@ from test_reducers import alone, clips, frames_of, same
 
 from vtok.reducers import build
 from vtok.reducers.patches import uniforms
-from vtok.reducers.selecting import spread_order
+from vtok.reducers.selecting import farthest_first
 from vtok.types import Features
 
 
@@ -50,7 +50,7 @@ def test_uniform_keeps_whole_frames_evenly():
     assert torch.bincount(frames_of(kept, 8), minlength=8).tolist() == [0, 0, 16, 0, 0, 0, 4, 0]
     spots = kept.positions[0, frames_of(kept, 8) == 6, 1:]
     assert torch.pdist(spots).min() > 0.5, "the rest is spread over its frame"
-    assert sorted(spread_order(3, 5).tolist()) == list(range(15)) and int(spread_order(3, 5)[0]) == 7
+    assert sorted(farthest_first(3, 5).tolist()) == list(range(15)) and int(farthest_first(3, 5)[0]) == 7
 
 
 def test_divprune_is_greedy_max_min():

@@ -71,6 +71,15 @@ def test_every_token_stands_where_its_placeholder_was(data):
             assert int(made.visual[row].sum()) == int(given_tokens.lengths[row])
 
 
+def test_groups_without_tokens_need_no_placeholder():
+    given_tokens, words = tokens([2, 1, 3]), embedding()
+    few = given_tokens.select(given_tokens.group != 1)
+    made = splice([[1, P, 2, P]], few, words).embeds[0]
+    want = [words.weight[1:2], few.embeddings[0, :2], words.weight[2:3], few.embeddings[0, 2:5]]
+    assert torch.equal(made, torch.cat(want))
+    assert torch.equal(splice([[1, P, P, 2, P]], few, words).embeds[0], made), "or one for each, and nothing goes there"
+
+
 def test_gradients_reach_every_real_token_and_no_padding():
     given_tokens = tokens([2], [3])
     given_tokens.embeddings.requires_grad_(True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtok.layers.stream import join
 from vtok.types import Clip, Features, ShapeError, Tokens, resolve_budget, share, to_uint8
 
 
@@ -94,3 +97,31 @@ def test_clip_checks_and_pixels():
         Clip(["a"], video, text=["x", "y"])
     with pytest.raises(ShapeError, match="does not tile"):
         Features(torch.zeros(1, 1, 6, 4), grid=(2, 2))
+
+
+def piece(count: int, *, patches: int = 0, groups: int = 1, **more) -> Tokens:
+    group = (torch.arange(count) * groups // count).expand(2, -1)
+    own = dict(mass=torch.full((2, count), 2.0), frames=torch.tensor([3, 3])) if patches else {}
+    if patches:
+        own["source"] = (torch.arange(patches) % (count + 1) - 1).expand(2, -1)  # -1: dropped
+    shape = dict(positions=torch.zeros(2, count, 3), rank=torch.zeros(2, count, dtype=torch.int64))
+    return Tokens(torch.randn(2, count, 4), torch.tensor([count, count]), group=group, **shape, **own, **more)
+
+
+def test_pieces_of_a_stream_are_joined_with_what_their_tokens_stand_for():
+    one, two = piece(3, patches=6, groups=2), piece(2, patches=4)
+    whole = join([one, two])
+    assert whole is not None and whole.lengths.tolist() == [5, 5] and whole.frames.tolist() == [6, 6]
+    assert whole.group[0].tolist() == [0, 0, 1, 2, 2] and whole.mass.tolist() == [[2.0] * 5] * 2
+    assert whole.source[0].tolist() == [-1, 0, 1, 2, -1, 0, -1, 3, 4, -1]
+    assert torch.equal(whole.embeddings, torch.cat([one.embeddings, two.embeddings], 1))
+    assert join([piece(2), piece(2)]).mass is None and join([]) is None and join([one]) is one
+    with pytest.raises(ShapeError, match="piece 1 of a stream has no Tokens.mass, others have"):
+        join([one, piece(2)])
+    with pytest.raises(ShapeError, match="pieces of a stream have no padding"):
+        join([replace(one, lengths=torch.tensor([3, 2])), two])
+
+
+def test_sizes_of_groups():
+    tokens = replace(piece(4), group=torch.tensor([[0, 0, 2, 3], [1, 1, 1, 0]]), lengths=torch.tensor([4, 3]))
+    assert tokens.group_sizes.tolist() == [[2, 0, 1, 1], [0, 3, 0, 0]]

@@ -306,6 +306,13 @@ class Tokens:
         )
 
     @property
+    def group_sizes(self) -> Tensor:
+        """[B, G] int64: real tokens of each group; 0 for one that has none, and past a clip's own groups."""
+        groups = self.num_groups
+        sizes = self.group.new_zeros(len(groups), int(groups.max()) if len(groups) else 0)
+        return sizes.scatter_add(1, self.group.masked_fill(~self.mask, 0), self.mask.to(sizes.dtype))
+
+    @property
     def bits(self) -> Tensor:
         """[B] float64: nominal bits, sum of log2(codebook size) over real tokens; NaN for continuous tokens."""
         per_token = sum(math.log2(size) for size in self.codebook_sizes) if self.codebook_sizes else math.nan

@@ -49,6 +49,7 @@ from vtok.layers.judge import (
 from vtok.layers.latent_queries import LatentQueries, WordHead
 from vtok.layers.projector import ProjectorConfig, ProjectorModel
 from vtok.layers.relevance import novelty, word_similarity
+from vtok.layers.unread import refuse_unread
 from vtok.llm.beginnings import begin_at_words, warm_start
 from vtok.llm.caption_objective import CaptionObjective, CaptionObjectiveConfig
 from vtok.llm.captioner import Captioner, Segments, limits
@@ -131,6 +132,15 @@ class Config(ProjectorConfig):
                 f"model.ata.score=yes_no asks the small model about the question, and reads its last layer: it needs "
                 f"model.question=true ({self.question}) and model.lm.layer=-1 ({self.lm.layer})"
             )
+        of_text, of_video = ["segment_words"], ["window", "patches", "max_frames"]
+        unread = [(key, "model.source=text") for key in of_text if self.source != "text"]
+        unread += [(key, "model.source=video") for key in of_video if self.source != "video"]
+        unread += [("captions", "model.mode=caption_lm")] * (self.mode != "caption_lm")
+        unread += [("base", "model.base.kind=pool or former")] * (not self.base.kind)
+        refuse_unread(self, unread)
+        if self.base.kind == "pool":
+            sizes = [(key, "model.base.kind=former") for key in ("width", "depth", "num_heads")]
+            refuse_unread(self.base, sizes, where="model.base")
 
     @property
     def reads_prompt(self) -> bool:

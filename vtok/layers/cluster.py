@@ -86,6 +86,7 @@ def kmeans(
     centres: Tensor | None = None,
     given: Tensor | None = None,
     generator: Generator | None = None,
+    chance: Tensor | None = None,
     trials: int = 4,
     iterations: int = 100,
     tolerance: float = 1e-4,
@@ -102,6 +103,7 @@ def kmeans(
         mass: [B, n] weights, or a bool mask; 0 = padding. None: all 1.
         centres: [B, K, D] to begin from instead of seeds; `given` [B] bool: which sets do (None: all).
         generator: on the CPU; None: one seeded with 0. K x trials numbers are drawn, the same for each set.
+        chance: [B, K, trials] in [0, 1), numbers of each set's own in their place.
         tolerance: a set has converged when no label changed, or when its centres moved, squared and summed, by less
             than this share of its variance.
     Raises: ValueError for unknown settings and where a set has fewer vectors than clusters are asked of it.
@@ -121,7 +123,10 @@ def kmeans(
         if start is not None and start.shape != (x.shape[0], most, x.shape[2]):
             raise ValueError(f"centres are {list(start.shape)}, expected {[x.shape[0], most, x.shape[2]]}")
         if start is None or (given is not None and not bool(given.all())):
-            seeds = _seeds(x, mass, most, init=init, generator=generator, trials=trials)
+            if chance is None:
+                generator = torch.Generator().manual_seed(0) if generator is None else generator
+                chance = torch.rand(most, trials, generator=generator, dtype=torch.float64).expand(len(x), -1, -1)
+            seeds = _seeds(x, mass, most, init=init, chance=chance.to(x.device))
             start = seeds if start is None or given is None else torch.where(given[:, None, None], start, seeds)
         labels = _lloyd(x, mass, start, valid, metric=metric, iterations=iterations, tolerance=tolerance)
         return _clusters(x, labels, mass, lengths, shift, metric)
@@ -158,10 +163,8 @@ def _compared(centres: Tensor, metric: str) -> Tensor:
     return F.normalize(centres, dim=-1) if metric == "cosine" else centres
 
 
-def _seeds(x: Tensor, mass: Tensor, count: int, *, init: str, generator: Generator | None, trials: int) -> Tensor:
-    """[B, count, D]: vectors to begin from. The first k of more are the k of fewer."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    chance = torch.rand(count, trials, generator=generator, dtype=torch.float64).to(x.device)
+def _seeds(x: Tensor, mass: Tensor, count: int, *, init: str, chance: Tensor) -> Tensor:
+    """[B, count, D]: vectors to begin from; chance [B, count, trials]. The first k of more are the k of fewer."""
     square = x.square().sum(-1)  # to the mean, or 1 for unit vectors
     nearest, chosen = torch.full_like(square, math.inf), []
     for place in range(count):
@@ -171,7 +174,7 @@ def _seeds(x: Tensor, mass: Tensor, count: int, *, init: str, generator: Generat
         else:
             weight = mass * nearest if place else mass
             weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, mass)
-            pick = _drawn(weight, chance[place])
+            pick = _drawn(weight, chance[:, place])
         candidate = x.gather(1, pick[..., None].expand(-1, -1, x.shape[2]))  # [B, trials, D]
         distance = square[..., None] + candidate.square().sum(-1)[:, None] - x @ (2 * candidate).transpose(1, 2)
         distance = torch.minimum(distance.clamp_min(0), nearest[..., None])  # [B, n, trials]
@@ -182,7 +185,7 @@ def _seeds(x: Tensor, mass: Tensor, count: int, *, init: str, generator: Generat
 
 
 def _drawn(weight: Tensor, chance: Tensor) -> Tensor:
-    """[B, n] weights, [L] numbers in [0, 1) -> [B, L] places drawn in proportion.
+    """[B, n] weights, [B, L] numbers in [0, 1) -> [B, L] places drawn in proportion.
 
     Summed as whole numbers: exact, so that padding, other sets and the order of a GPU's sums decide nothing.
     """

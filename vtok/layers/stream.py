@@ -5,6 +5,7 @@ Letters: B clips, C channels, T frames, H height, W width, K tokens, Q ids a tok
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -168,27 +169,36 @@ def pixels_of(model: Any, clip: Clip, *, min_frames: int = 1) -> Tensor:
 
 
 def join(pieces: list[Tokens]) -> Tokens | None:
-    """Consecutive tokens of one stream as one Tokens, groups counted through."""
+    """Consecutive tokens of one stream as one Tokens, groups counted through; `source` counts patches through as well.
+
+    Raises: ShapeError for pieces with padding, and for what some of them have and others lack.
+    """
     if len(pieces) < 2:
         return pieces[0] if pieces else None
-    offsets, groups = [], 0
-    for piece in pieces:
-        offsets.append(groups)
-        groups += int(piece.num_groups.max())
+    for name in ("indices", "mass", "source", "times", "frames"):
+        having = [getattr(piece, name) is not None for piece in pieces]
+        if any(having) and not all(having):
+            raise ShapeError(f"piece {having.index(False)} of a stream has no Tokens.{name}, others have")
+    if not all(bool(piece.mask.all()) for piece in pieces):
+        raise ShapeError("pieces of a stream have no padding: its videos advance together")
+    groups = [0, *itertools.accumulate(int(piece.num_groups.max()) for piece in pieces)]
+    tokens = [0, *itertools.accumulate(piece.embeddings.shape[1] for piece in pieces)]
 
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(piece, name) for piece in pieces], 1)
+    def cat(name: str, offsets: list[int] | None = None) -> Tensor | None:
+        if getattr(pieces[0], name) is None:
+            return None
+        parts = [getattr(piece, name) for piece in pieces]
+        if offsets is not None:
+            parts = [torch.where(part < 0, part, part + more) for part, more in zip(parts, offsets)]
+        return torch.cat(parts, 1)
 
-    frames = torch.stack([piece.frames for piece in pieces if piece.frames is not None]).sum(0)
-    timed = all(piece.times is not None for piece in pieces)
-    return Tokens(
-        embeddings=cat("embeddings"),
+    every = [piece.frames for piece in pieces if piece.frames is not None]
+    one: dict[str, Any] = {name: cat(name) for name in ("embeddings", "positions", "rank", "indices", "mass", "times")}
+    return replace(
+        pieces[0],
+        **one,
         lengths=torch.stack([piece.lengths for piece in pieces]).sum(0),
-        positions=cat("positions"),
-        group=torch.cat([piece.group + offset for piece, offset in zip(pieces, offsets)], 1),
-        rank=cat("rank"),
-        indices=None if pieces[0].indices is None else cat("indices"),
-        codebook_sizes=pieces[0].codebook_sizes,
-        times=cat("times") if timed else None,
-        frames=frames,
+        group=cat("group", groups),
+        source=cat("source", tokens),
+        frames=torch.stack(every).sum(0) if every else None,
     )

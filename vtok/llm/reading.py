@@ -86,12 +86,14 @@ def _encode(llm: FrozenLLM, text: str) -> list[int]:
 def with_times(prompts: Sequence[str], tokens: Tokens) -> list[str]:
     """Each prompt with its "<video>" once for every group of its clip's tokens, the group's start in seconds before.
 
+    A group that has no token at this budget is left out: its time would be told of nothing, or of what follows it.
     Raises: ValueError where the tokens have no times.
     """
     if tokens.times is None:
         raise ValueError("timestamps=true needs Tokens.times: the clips bring no times, or the compressor drops them")
-    starts, counts = tokens.times[..., 0].tolist(), tokens.num_groups.tolist()
-    spread = [" ".join(f"{start:.1f}s: {PLACE}" for start in row[:count]) for row, count in zip(starts, counts)]
+    starts, sizes = tokens.times[..., 0].tolist(), tokens.group_sizes.tolist()
+    rows = [[start for start, size in zip(*row) if size] for row in zip(starts, sizes)]
+    spread = [" ".join(f"{start:.1f}s: {PLACE}" for start in row) for row in rows]
     return [prompt.replace(PLACE, text) for prompt, text in zip(prompts, spread)]
 
 
@@ -115,8 +117,8 @@ def read(
     """The LLM's predictions of answers that it is given (teacher forcing).
 
     Args:
-        prompts: with one "<video>", or one for each group of the clip's tokens. answers: "" is no answer at all: the
-            text is read and nothing is predicted.
+        prompts: with one "<video>", or one for each group of the clip that has tokens. answers: "" is no answer at
+            all: the text is read and nothing is predicted.
         tokens: of the prompts' clips; None = blind. device: of a blind read; None = where the LLM is.
         hidden: layers whose states are asked, as in `FrozenLLM.forward`.
         max_answer: longer answers are cut to so many ids, and counted; 0 = never, a text that is too long is an error.

@@ -45,8 +45,8 @@ def splice(
 ) -> Spliced:
     """Texts whose placeholders are filled with their clips' tokens, in order; padding is masked.
 
-    A prompt has one placeholder for all tokens of its clip, or as many as the clip has groups, one for each (text in
-    between may say their times). Nothing is ever cut.
+    A prompt has one placeholder for all tokens of its clip, or one for each of its groups (text in between may say
+    their times), or for each that has tokens. Nothing is ever cut.
 
     Args:
         prompts: ids of each text, PLACEHOLDER where tokens go.
@@ -104,21 +104,20 @@ def _spans(placeholders: list[int], tokens: Tokens | None) -> list[list[tuple[in
     lengths = tokens.lengths.tolist()
     groups: list[list[int]] = []
     if any(count != 1 for count in placeholders):
-        every = torch.zeros(len(lengths), int(tokens.num_groups.max()), dtype=torch.int64, device=tokens.group.device)
-        sizes = every.scatter_add(1, tokens.group.masked_fill(~tokens.mask, 0), tokens.mask.long()).tolist()
-        groups = [row[:count] for row, count in zip(sizes, tokens.num_groups.tolist())]
+        groups = [row[:count] for row, count in zip(tokens.group_sizes.tolist(), tokens.num_groups.tolist())]
     out = []
     for row, count in enumerate(placeholders):
         if count == 1:
             out.append([(0, lengths[row])])
-        elif count == len(groups[row]):
-            firsts = [sum(groups[row][:g]) for g in range(count)]
-            out.append(list(zip(firsts, groups[row])))
-        else:
+            continue
+        filled = [size for size in groups[row] if size]
+        if count not in (len(groups[row]), len(filled)):
             raise ValueError(
                 f"text {row} has {count} placeholders, its clip {lengths[row]} tokens in {len(groups[row])} groups: "
                 f"give 1 placeholder, or {len(groups[row])}"
             )
+        sizes = groups[row] if count == len(groups[row]) else filled
+        out.append([(sum(sizes[:g]), size) for g, size in enumerate(sizes)])
     return out
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from vtok.layers.cluster import kmeans as clusters
 from vtok.reducers.merging import merge_down
 from vtok.reducers.patches import (
     BLOCK,
     Patches,
     best_member,
     compact,
-    counts,
     deciding,
     lowest_threshold,
     means,
@@ -37,67 +37,20 @@ def kmeans(
     cosine: bool = False,
     seed: int | Tensor = 0,
 ) -> Tokens:
-    """Means of K clusters over the whole clip. O(n K D iterations), and O(n K D) for the first centres.
+    """Means of K clusters over the whole clip (`vtok.layers.cluster`). O(n K D iterations).
 
     Cluster aggregation as in Omri et al. 2025 (Token Sequence Compression, https://arxiv.org/abs/2504.17892): Lloyd's
     iterations from k-means++ centres, at squared Euclidean distance, or of directions with `cosine` (spherical
-    k-means). A cluster left empty takes the patch farthest from its centre, so that there are always K. Chance as in
-    `random`: from the generator, else `seed`.
+    k-means). Chance as in `random`: from the generator, else `seed`.
     """
     if iterations < 1:
         raise ValueError(f"reducer 'kmeans': iterations={iterations} must be 1 at least")
     with deciding(features):
         p = Patches.of(features, budget)
-        x = unit(p.vectors) if cosine else p.vectors
-        drawn = uniforms(generator, len(x), p.most, seed=seed, like=x)
-        centres = x.gather(1, plus_plus(x, p.valid, drawn)[..., None].expand(-1, -1, x.shape[-1]))
-        labels = torch.full_like(p.valid, -1, dtype=torch.int64)
-        for _ in range(iterations):
-            before, labels = labels, _assign(x, centres, p)
-            if torch.equal(before, labels):
-                break
-            centres = means(x, labels, p.most)[0]
-            centres = unit(centres) if cosine else centres
+        drawn = uniforms(generator, len(p.vectors), p.most, seed=seed, like=p.vectors)[..., None]
+        how = dict(metric="cosine" if cosine else "euclidean", iterations=iterations, tolerance=0.0)
+        labels = clusters(p.vectors, p.keep, mass=p.valid, chance=drawn, **how).labels
     return p.merged(labels)
-
-
-def plus_plus(x: Tensor, valid: Tensor, drawn: Tensor) -> Tensor:
-    """[B, K] int64: k-means++ centres among x [B, n, D], each drawn by its squared distance to those before.
-
-    drawn: [B, K] in [0, 1). Where all distances are 0, patches that are no centre yet are equally likely.
-    """
-    free, rows = valid.clone(), torch.arange(len(x), device=x.device)
-    chance, squares, out = valid.double(), x.square().sum(-1), []
-    for step in range(drawn.shape[1]):
-        weight = torch.where((chance.sum(1) > 0)[:, None], chance, free.double())
-        total = weight.cumsum(1)
-        at = torch.searchsorted(total, drawn[:, step, None] * total[:, -1:], right=True)[:, 0]
-        at = at.clamp(max=x.shape[1] - 1)
-        out.append(at)
-        free[rows, at] = False
-        both = squares + squares[rows, at][:, None]
-        squared = both - 2 * torch.bmm(x, x[rows, at][..., None])[..., 0]
-        squared = squared.masked_fill(squared < 1e-6 * both, 0).double()  # rounding, where vectors are equal
-        chance = (squared if step == 0 else torch.minimum(chance, squared)) * free
-    return torch.stack(out, 1)
-
-
-def _assign(x: Tensor, centres: Tensor, p: Patches) -> Tensor:
-    """[B, n]: the nearest of each clip's `keep` centres; empty ones take the patches that lie worst."""
-    own = torch.arange(p.most, device=x.device) < p.keep[:, None]
-    bias = (-0.5 * centres.square().sum(-1)).masked_fill(~own, -torch.inf)
-    near, labels = nearest(x, centres, bias)
-    labels = torch.where(p.valid, labels, -1)
-    empty = own & (counts(labels, p.most) == 0)
-    missing = empty.sum(1)
-    if not bool(missing.any()):
-        return labels
-    away = x.square().sum(-1) - 2 * near
-    guard = best_member(-away, labels, p.most)  # a cluster keeps its nearest patch
-    donor = torch.cat([p.valid, torch.zeros_like(p.valid[:, :1])], 1).scatter(1, guard, False)[:, :-1]
-    gives = top(away.masked_fill(~donor, -torch.inf), missing)
-    order = torch.argsort(empty.logical_not().to(torch.int8), dim=1, stable=True)  # empty clusters first
-    return torch.where(gives, order.gather(1, (gives.cumsum(1) - 1).clamp(min=0, max=p.most - 1)), labels)
 
 
 def peaks(x: Tensor, valid: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,12 @@ def random(
 
 
 @lru_cache(maxsize=64)
-def spread_order(h: int, w: int) -> Tensor:
+def farthest_first(h: int, w: int) -> Tensor:
     """[h * w] int64: the cells of a grid so that the first k are spread over it for every k, from the centre on.
 
-    Each next cell is the one farthest from those before (of equals the first), in a picture of sides 1.
+    Each next cell is the one farthest from those before (of equals the first), in a picture of sides 1. Few cells lie
+    farther apart so than in the quasirandom order that learned tokens have (`vtok.layers.pieces.spread_grid`), which
+    begins in a corner; that one is in trained models.
     """
     y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
     place = torch.stack([y.flatten(), x.flatten()], -1).double()
@@ -70,7 +72,7 @@ def uniform(
         nth = nth.minimum(whole[:, None] - 1)
         middle = (2 * nth + 1) * p.frames[:, None] // (2 * whole[:, None])
         order = torch.empty(p.size, dtype=torch.int64)
-        order[spread_order(*p.grid)] = torch.arange(p.size)
+        order[farthest_first(*p.grid)] = torch.arange(p.size)
         order = order.to(frame.device).repeat(p.steps).expand_as(frame)
         partial = p.keep - (whole - 1) * p.size
         allowed = torch.where(nth == whole[:, None] // 2, partial[:, None], p.size)
