@@ -129,8 +129,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "discrete": (DISCRETE, DISCRETE_FORMS),
     "flow": (FLOW, FLOW_FORMS),
 }
-# read features of a frozen tower, or texts: their laws are asked in test_temporal, test_vqtoken, test_reducer_family,
-# test_language_family, and of all in test_projector
+# read features of a frozen tower, or texts: their laws are asked in test_contract_projectors
 PROJECTORS = {"language", "reducer", "temporal", "vqtoken"}
 CASES = [(family, form) for family, (_, forms) in FAMILIES.items() for form in sorted(forms)]
 # later frames never change earlier tokens

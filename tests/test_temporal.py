@@ -1,4 +1,4 @@
-"""Compressors along time: laws that hold whatever `compressor` is, and what each one promises by itself.
+"""Compressors along time: what each one promises by itself; laws of all projectors are in test_contract_projectors.
 
 Features stand in for a tower's: no tower is loaded where the clip brings its features.
 """
@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from vtok import config as configuration
 from vtok.budget import AtaConfig, allocate_scores
 from vtok.families.temporal import COMPRESSORS, NODES, AudioConfig, Config, Model, SummaryConfig
 from vtok.layers.dynamic_context import DualConfig, FormerConfig, StaticConfig
@@ -112,12 +111,6 @@ def same(a: Tokens, b: Tokens, tolerance: float = 1e-10) -> None:
     assert torch.allclose(a.positions[a.mask], b.positions[b.mask], atol=tolerance, equal_nan=True)
 
 
-def row(tokens: Tokens, b: int) -> Tokens:
-    count = int(tokens.lengths[b])
-    cut = {n: getattr(tokens, n)[b : b + 1, :count] for n in ("embeddings", "positions", "group", "rank")}
-    return Tokens(lengths=tokens.lengths[b : b + 1], **cut)
-
-
 # --- laws of every form ---
 
 
@@ -145,37 +138,6 @@ def test_tokens_are_what_the_contract_says(form):
     assert float(span.min()) == 0.0 and float(span.max()) == 4.0  # 9 frames, two a second
 
 
-@each_form
-@torch.no_grad()
-def test_a_clip_in_a_batch_is_as_it_is_alone_whatever_its_padding_holds(form):
-    model, seen, heard = make(form), features(), ears()
-    together = model.encode(clip(seen, heard))
-    noise = torch.randn(seen.patches.shape, dtype=torch.float64) * ~seen.mask[..., None, None]
-    padded = Features(seen.patches + noise, GRID, times=seen.times, lengths=seen.lengths)
-    same(model.encode(clip(padded, heard)), together)
-    for b, length in enumerate(LENGTHS):
-        alone = Features(seen.patches[b : b + 1, :length], GRID, times=seen.times[b : b + 1, :length])
-        own = Features(heard.patches[b : b + 1, : 2 * length], (1, 2))
-        same(model.encode(clip(alone, own, [PROMPTS[b]])), row(together, b))
-
-
-@each_form
-@torch.no_grad()
-def test_budgets_are_met_exactly(form):
-    model, seen = make(form), clip(features())
-    natural = model.encode(seen).lengths
-    for budget in (1, 3, 8, model.max_tokens):
-        got = model.encode(seen, budget=budget).lengths
-        if model.nested:
-            assert got.tolist() == natural.clamp(max=budget).tolist()
-        else:
-            assert (got <= budget).all() and (got >= 1).all() and int(got[0]) >= min(budget, 9)
-    assert torch.equal(model.most_tokens(features()), natural)
-    for wrong in (0, -1, model.max_tokens + 1):
-        with pytest.raises(ValueError, match=f"budget={wrong} is out of range: this model gives 1 to max_tokens="):
-            model.encode(seen, budget=wrong)
-
-
 @each_nested
 @torch.no_grad()
 def test_a_budget_keeps_the_first_of_all_tokens(form):
@@ -189,69 +151,6 @@ def test_a_budget_keeps_the_first_of_all_tokens(form):
         share = nn.functional.one_hot(cut.group, int(everything.num_groups.max())) * cut.mask[..., None]
         same(cut, everything.truncate(share.sum(1)))
         same(cut, model.encode(seen, budget=share.sum(1)))
-
-
-@each_form
-def test_every_parameter_learns(form):
-    model, seen = make(form).train(), clip(features())
-    model.encode(seen).embeddings.square().mul(torch.rand(DIM, dtype=torch.float64)).sum().backward()
-    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # words not in the prompts, keys' and queries' shared offset, and which half of the ranks a single query is
-    assert not [n for n in without if not n.startswith("words.letters")], without
-    model.zero_grad()
-    model.encode(seen, budget=1).embeddings.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())  # a part in the loss, whatever the budget
-
-
-def calls(model: Model, seen: Clip, budget: int | None = None) -> dict[str, int]:
-    count: dict[str, int] = {}
-
-    def note(name: str):
-        return lambda *_: count.__setitem__(name, count.get(name, 0) + 1)
-
-    handles = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n]
-    with torch.no_grad():
-        model.encode(seen, budget=budget)
-    for handle in handles:
-        handle.remove()
-    return count
-
-
-@each_form
-def test_modules_are_called_as_often_whatever_the_clips_hold(form):
-    """A rank with one-frame clips must not wait for one with long clips, nor be waited for (ZeRO-3)."""
-    model = make(form)
-    wanted = calls(model, clip(features()))
-    # and none is read but inside its own module's forward, where it is whole
-    assert {n for n, m in model.named_modules() if list(m.parameters(recurse=False))} <= wanted.keys()
-    still = features([4])
-    still.patches[:] = still.patches[:, :1]
-    one = Features(features([1]).patches, GRID)
-    for seen, budget in ((one, None), (still, None), (features([9, 9, 9, 9, 9, 9]), None), (features(), 1)):
-        prompts = ["Why?"] * len(seen.patches)
-        assert calls(model, clip(seen, ears(seen.count().tolist()), prompts), budget) == wanted
-
-
-@each_form
-@torch.no_grad()
-def test_other_precisions(form):
-    model, seen, heard = make(form), features(), ears()
-    exact = model.encode(clip(seen, heard))
-    single = [Features(f.patches.float(), f.grid, times=f.times, lengths=f.lengths) for f in (seen, heard)]
-    got = model.float().encode(clip(*single))
-    assert got.lengths.tolist() == exact.lengths.tolist()
-    assert (got.embeddings - exact.embeddings).abs().max() < 1e-5
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.encode(clip(*single)).embeddings.isfinite().all()
-
-
-@each_form
-@torch.no_grad()
-def test_saved_and_loaded(form):
-    model = make(form)
-    again = Model(configuration.from_dict(Config, configuration.to_dict(model.config), where="export")).double().eval()
-    again.load_state_dict(model.state_dict(), strict=True)
-    same(again.encode(clip(features())), model.encode(clip(features())), 0 + 1e-300)
 
 
 @torch.no_grad()

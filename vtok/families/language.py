@@ -365,8 +365,11 @@ class Model(LatentReader):
     def budgets(self, features: Features | None) -> list[int | None]:
         """Budgets to measure at, where none are asked: 1, 4, 16 ... and the most a clip of this length is given; None,
         as many as there is to tell, where captions are."""
-        segments = 1 if features is None else -(-int(features.count().max()) // self.config.window)
-        most = min(self.max_tokens, segments * self.config.most_of_segment)
+        c = self.config
+        most = c.num_tokens if not c.segment_words else self.max_tokens  # of texts: nobody knows how long they are
+        if features is not None:
+            most = -(-int(features.count().max()) // c.window) * c.most_of_segment
+        most = min(self.max_tokens, most)
         few: list[int | None] = [4**i for i in range(16) if 4**i < most]
         return [*few[2:], None] if self.captioner is not None else [*few, most]
 

@@ -239,12 +239,13 @@ class Model(ProjectorModel):
             of_clips["times"] = features.times.gather(1, edges).unflatten(1, (-1, 2))
         if c.scope == "stream":
             memory = labels = None
+            # one call of what learns, however many blocks there are
+            values = self._values(seen.patches.flatten(1, 2), torch.ones_like(count), seen.grid)
+            values = values.unflatten(1, (frames, -1))
             for start in range(0, frames, c.block_frames):
-                patches, compared, real = (
-                    x[:, start : start + c.block_frames] for x in (seen.patches, keys, features.mask)
-                )
-                where = {"grid": seen.grid, "start": start, "share": share[:, 0]}
-                memory, labels = self._absorb(memory, labels, patches, compared, real, **where)
+                held, compared, real = (x[:, start : start + c.block_frames] for x in (values, keys, features.mask))
+                where = {"start": start, "share": share[:, 0]}
+                memory, labels = self._absorb(memory, labels, held, compared, real, **where)
             assert memory is not None
             live = torch.ones_like(share, dtype=torch.bool)
             sets = _Sets(memory.values, memory.mass, memory.first, count, live, labels=labels, **of_clips)
@@ -316,23 +317,23 @@ class Model(ProjectorModel):
         self,
         memory: Memory | None,
         labels: Tensor | None,
-        patches: Tensor,
+        values: Tensor,
         keys: Tensor,
         mask: Tensor,
         *,
-        grid: tuple[int, int],
         start: int,
         share: Tensor,
     ) -> tuple[Memory, Tensor]:
-        """The memory after a block [B, f, N, D] that begins at frame `start`, and the clusters of all patches so far.
+        """The memory after a block that begins at frame `start`, and the clusters of all patches so far.
 
+        values [B, f, N, P]: of its patches (`_values`). keys [B, f, N, D]: by which they are compared.
         mask [B, f], True on real frames; share [B]: clusters of each clip at most; labels None: of this block alone.
         """
-        held, size = 0 if memory is None else memory.mass.shape[1], patches.shape[2]
+        held, size = 0 if memory is None else memory.mass.shape[1], values.shape[2]
         memory, found = absorb(
             memory,
             keys.flatten(1, 2),
-            self._values(patches.flatten(1, 2), torch.ones_like(share), grid, start=start),
+            values.flatten(1, 2),
             share,
             mask=mask.repeat_interleave(size, 1),
             start=start * size,
@@ -438,8 +439,10 @@ class Model(ProjectorModel):
         """The memory with a block of patches and keys in it."""
         mask = torch.ones(block[0].shape[:2], dtype=torch.bool, device=block[0].device)
         share = torch.full((state.batch,), self.config.num_tokens, device=mask.device)
-        where = {"grid": state.cache["grid"], "start": state.done, "share": share}
-        return self._absorb(state.cache.get("memory"), None, block[0], block[1], mask, **where)[0]
+        values = self._values(block[0].flatten(1, 2), torch.ones_like(share), state.cache["grid"], start=state.done)
+        values = values.unflatten(1, block[0].shape[1:3])
+        where = {"start": state.done, "share": share}
+        return self._absorb(state.cache.get("memory"), None, values, block[1], mask, **where)[0]
 
     def flush(self, state: StreamState) -> Tokens | None:
         """Tokens of all frames so far, without `source`; None before the first. The stream may go on."""

@@ -76,11 +76,13 @@ class WordHead(nn.Module):
 
     def forward(self, x: Tensor, passed: Tensor | None = None) -> Tensor:
         """passed: [..., width], what goes by the skip."""
-        x = self.out(x.to(self.out.weight.dtype)) if self.mlp is None else self.mlp.mixed(x)
+        beside = None
         if self.skip is not None and passed is not None:
-            x = x + self.skip(passed.to(self.skip.weight.dtype))
+            beside = self.skip(passed.to(self.skip.weight.dtype))
         if self.mlp is not None:
-            return self.mlp.scaled(x)
+            return self.mlp(x, beside)
+        x = self.out(x.to(self.out.weight.dtype))
+        x = x if beside is None else x + beside
         x = nn.functional.layer_norm(x, x.shape[-1:])
         return (x * self.gain + self.shift) * self.rms
 

@@ -124,7 +124,7 @@ class PlaceMap(nn.Module):
             told = told.unflatten(1, (self.num_tokens, -1))[:, : content.shape[1]]
         if self.attention is None:
             return content + told * self.rms
-        query = content if self.norm is None else self.norm(content)
+        query = content if self.norm is None else self.norm(content.to(self.norm.weight.dtype))
         query = query.to(told.dtype)
         mixed = self.attention(query, query, told, key_padding_mask=mass <= 0, need_weights=False)[0]
         return mixed if self.norm is None else content + mixed * self.rms

@@ -89,15 +89,10 @@ class MLPProjector(nn.Module):
         self.hidden, self.out = nn.Linear(in_dim, dim), nn.Linear(dim, dim)
         self.gain, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scaled(self.mixed(x))
-
-    def mixed(self, x: Tensor) -> Tensor:
-        """The two layers alone."""
-        return self.out(nn.functional.gelu(self.hidden(self.norm(x.to(self.out.weight.dtype)))))
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """x [..., dim] at the scale of the word embeddings."""
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """beside: [..., dim], added to what the two layers make, before it is scaled."""
+        x = self.out(nn.functional.gelu(self.hidden(self.norm(x.to(self.out.weight.dtype)))))
+        x = x if beside is None else x + beside
         x = nn.functional.layer_norm(x, x.shape[-1:])
         return (x * self.gain + self.shift) * self.rms
 

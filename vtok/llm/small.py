@@ -129,7 +129,7 @@ class SmallReader(nn.Module):
         else:
             with torch.autocast(embeds.device.type, enabled=False):  # in its own precision
                 out = self.reference.model.base_model(**arguments, return_dict=True)
-        return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        return out.last_hidden_state if layer == -1 else _with_all(out.hidden_states[layer], out.last_hidden_state)
 
     def speak(
         self, embeds: Tensor, mask: Tensor, *, states: int, logits: int, cache: Any = None, caching: bool = False
@@ -152,7 +152,7 @@ class SmallReader(nn.Module):
         frozen = self.lm is None  # runs in its own precision
         with torch.autocast(embeds.device.type, enabled=False) if frozen else contextlib.nullcontext():
             out = model(**arguments, output_hidden_states=True, return_dict=True)
-        found = out.hidden_states[self.config.lm.layer][:, -states:]
+        found = _with_all(out.hidden_states[self.config.lm.layer][:, -states:], out.logits[:, -1:])
         return out.logits[:, -logits:], found, out.past_key_values if caching else None
 
     @contextlib.contextmanager
@@ -166,6 +166,12 @@ class SmallReader(nn.Module):
         finally:
             for part, training in modes:
                 part.training = training
+
+
+def _with_all(states: Tensor, last: Tensor) -> Tensor:
+    """`states` of one layer; in training the layers above it, which make `last`, have a part in the loss, of 0: engines
+    that share out gradients await those of every parameter."""
+    return states + (last * 0).sum() if last.requires_grad else states
 
 
 def fill_in(lm: SmallLM) -> Any:
