@@ -48,8 +48,10 @@ def kmeans(
     with deciding(features):
         p = Patches.of(features, budget)
         drawn = uniforms(generator, len(p.vectors), p.most, seed=seed, like=p.vectors)[..., None]
-        how = dict(metric="cosine" if cosine else "euclidean", iterations=iterations, tolerance=0.0)
-        labels = clusters(p.vectors, p.keep, mass=p.valid, chance=drawn, **how).labels
+        labels = clusters(
+            p.vectors, p.keep, mass=p.valid, metric="cosine" if cosine else "euclidean", chance=drawn,
+            iterations=iterations, tolerance=0.0,
+        ).labels  # fmt: skip
     return p.merged(labels)
 
 
