@@ -60,7 +60,7 @@ class ObjectiveConfig:
     hidden: float = 0.0  # weight of the relative distance of hidden states at the answers' tokens
     hidden_layers: list[int] = field(default_factory=lambda: [-1])  # 0 = embeddings ... -1 = the LLM's last layer
     teacher: str = ""  # export or run whose tokens, all of them, the teacher's pass reads: the stage-0 projector
-    timestamps: bool = False  # the start of each group of tokens as text before it
+    timestamps: bool = False  # the start of each group of tokens as text before it, of groups that have any
     max_answer: int = 256  # longer captions and answers are cut to so many ids, and counted in the report
     seed: int = 0  # of tasks, prompts and budgets
 
