@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ranks
+from test_llm import small_model, small_tokenizer
 from torch import nn
 
 from vtok.families.temporal import Config, Model, SummaryConfig
@@ -86,6 +87,8 @@ import deepspeed
 import torch
 from torch import nn
 import test_temporal as t
+from dataclasses import replace
+from vtok.llm import LLMConfig, ObjectiveConfig, ProjectorObjective, TaskConfig
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
@@ -93,19 +96,21 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at th
 rank = torch.distributed.get_rank()
 
 class Step(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, objective):
         super().__init__()
-        self.model = model
-    def forward(self, clip, budget):
-        tokens = self.model.encode(clip, budget=budget)
-        return (tokens.embeddings / 0.05 - 1).square().mean()
+        self.model, self.objective = model, objective
+    def forward(self, clip, step):
+        return self.objective(self.model, clip, step).total
 
+reader = ObjectiveConfig(llm=LLMConfig(name={llm!r}, dtype="float32"), tasks=TaskConfig(qa=0.0))
 whole = {{"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
 plan = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": whole}}
 for form in {forms!r}:
-    model = t.make(form, max_frames=60).float().train()
+    model = t.make(form, max_frames=60, embedding_dim=32).float().train()
+    objective = ProjectorObjective(reader, model.config)
+    objective.budget = lambda model, step: [None, 1, 7, None][step]
     optimizer = torch.optim.AdamW(model.parameters(), 0.003)
-    engine, *_ = deepspeed.initialize(model=Step(model), optimizer=optimizer, config=plan)
+    engine, *_ = deepspeed.initialize(model=Step(model, objective), optimizer=optimizer, config=plan)
     losses = []
     for step in range(4):
         frames = [1, 60][(rank + step) % 2]
@@ -113,7 +118,7 @@ for form in {forms!r}:
         for each in (seen, heard):
             each.patches = each.patches.float()
         seen.times = seen.times.float()
-        loss = engine(t.clip(seen, heard, ["Why?"]), [None, 1, 7, None][step])
+        loss = engine(replace(t.clip(seen, heard), text=["A red circle moves left."]), step)
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
@@ -128,9 +133,14 @@ for form in {forms!r}:
 
 @pytest.mark.slow
 def test_zero_3_trains_where_one_rank_holds_a_frame_and_the_other_sixty(tmp_path):
+    """Before a frozen language model that is told to say the captions, with the compressor sharded whole."""
     pytest.importorskip("deepspeed")
-    forms = ["tdc", "turing"]
-    said = ranks(tmp_path, ZERO.format(tests=str(Path(__file__).parent), forms=forms))
+    llm, forms = tmp_path / "llm", ["tdc", "turing"]
+    torch.manual_seed(3)
+    tokenizer = small_tokenizer("llama")
+    small_model("llama", len(tokenizer)).save_pretrained(llm)
+    tokenizer.save_pretrained(llm)
+    said = ranks(tmp_path, ZERO.format(tests=str(Path(__file__).parent), forms=forms, llm=str(llm)))
     assert [line for line in said[0].splitlines() if line.startswith("trained")] == [f"trained {f}" for f in forms], (
         said[0][-3000:],
         said[1][-3000:],
