@@ -204,3 +204,26 @@ def test_the_card_s_code_runs(tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, **home}
     )
     assert done.returncode == 0, f"{script}\n{done.stderr[-3000:]}"
+
+
+def test_an_export_tells_no_key_of_an_address(tmp_path, caplog):
+    run = make_projector(tmp_path / "run")
+    config = vtok_config.load(run / "config.yaml", ["data.shards='https://me:w0rd@host/x.tar?sign=w0rd'"])
+    (run / "config.yaml").write_text(vtok_config.to_yaml(config))
+    command = ["/bin/python", "/bin/vtok", "train", "data.shards=https://me:w0rd@host/x.tar", "name=run"]
+    (run / "environment.json").write_text(json.dumps({"starts": [{"command": command, "packages": {}}]}))
+    (run / "eval").mkdir()
+    shards = {"clips": 3, "family": "temporal", "shards": "https://host/val.tar?sign=w0rd", "rows": ROWS}
+    (run / "eval" / "eval.json").write_text(json.dumps(shards))
+    out = shipping.export(run, tmp_path / "out")
+    texts = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {"training.yaml", "README.md", "config.json"} <= texts.keys()
+    assert not [name for name, text in texts.items() if b"w0rd" in text]
+    card, training = texts["README.md"].decode(), texts["training.yaml"].decode()
+    assert (
+        "train data.shards=https://***@host/x.tar name=run" in card and "3 clips of `https://host/val.tar?***`" in card
+    )
+    assert "shards: https://***@host/x.tar?***" in training
+    assert ["the export tells data.shards with ***" in message for message in caplog.messages].count(True) == 1
+    kept = vtok_config.load(run / "config.yaml")
+    assert "w0rd" in kept.data.shards, "the run itself goes on reading its shards"

@@ -12,7 +12,7 @@ import pytest
 import test_train
 
 from vtok import train as training
-from vtok.training.tracking import shareable
+from vtok.shareable import shareable
 
 ROOT = Path(__file__).parent.parent
 

@@ -30,7 +30,7 @@ from torch import nn
 import vtok
 from vtok.coding.codec import main_decode, main_encode
 from vtok.coding.entropy import StaticModel, factors_of
-from vtok.config import RunConfig, load_family, to_dict, to_yaml
+from vtok.config import RunConfig, flatten, load_family, loads, to_dict, to_yaml
 from vtok.data.order import one_pass, seeded
 from vtok.data.sample import collate, load_sample
 from vtok.data.sources import BrokenSample, ShardReader, every_shard
@@ -60,6 +60,7 @@ from vtok.loading import (
     without_token,
 )
 from vtok.projecting import is_projector
+from vtok.shareable import shareable
 from vtok.shipping.bundle import bundle
 from vtok.shipping.card import model_card
 from vtok.shipping.projector_card import projector_card
@@ -197,7 +198,7 @@ def write_export(
     adapters: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """The files of an export of `model`, into an empty folder. vlm: of `named_vlm`. adapters: of `load_adapters`."""
-    who = identify(model)
+    who, config = identify(model), _without_keys(config)
     if vlm is not None and adapters:
         raise ExportError(
             f"--vlm {vlm['name']}: these tokens are read through adapters in {config.objective.llm.name} "
@@ -239,6 +240,18 @@ def write_export(
         how: dict[str, Any] = dict(run_dir=run_dir, step=step, licence=licence, no_entropy=no_entropy)
         card = model_card(model, config, facts, **how)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _without_keys(config: RunConfig) -> RunConfig:
+    """The configuration as an export tells it: no users, passwords, signatures of addresses, no shell commands."""
+    values = to_dict(config)
+    told = shareable(values)
+    if told == values:
+        return config
+    shared, before = loads(told, where="the export's configuration"), flatten(config)
+    hidden = [key for key, value in flatten(shared).items() if value != before[key]]
+    log.warning("the export tells %s with *** in the place of what may be a key", ", ".join(hidden))
+    return shared
 
 
 def modeling_source(module: ModuleType, name: str, *, joined: bool = False) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from vtok.config import RunConfig
 from vtok.metric_lines import metric_lines
+from vtok.shareable import shareable
 
 COLUMNS = (
     "budget",
@@ -157,7 +158,8 @@ def training_section(config: RunConfig, run_dir: Path | None, *, step: int | Non
         out.append(f"- started from the weights of `{config.init_from}`")
     if starts:
         last = starts[-1]
-        command = " ".join(Path(part).name if i < 2 else part for i, part in enumerate(last.get("command", [])))
+        command = shareable(last.get("command", []))
+        command = " ".join(Path(part).name if i < 2 else part for i, part in enumerate(command))
         hardware = ", ".join(last.get("gpus") or []) or f"{last.get('cpu_count')} CPU cores"
         packages = ", ".join(f"{k} {v}" for k, v in (last.get("packages") or {}).items() if v)
         out += [f"- command: `{command}`", f"- hardware: {hardware} x {last.get('world_size', 1)} process(es)"]
@@ -176,7 +178,7 @@ def measured_before(run_dir: Path | None, facts: dict[str, Any]) -> dict[str, An
     found = read_json(run_dir / "eval" / "eval.json") if run_dir else None
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         return {}
-    return found if found.get("model_id", facts["model_id"]) == facts["model_id"] else {}
+    return shareable(found) if found.get("model_id", facts["model_id"]) == facts["model_id"] else {}
 
 
 def _measurements(run_dir: Path | None, facts: dict[str, Any]) -> list[str]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 import uuid
 from pathlib import Path
 from typing import Any
+
+from vtok.shareable import shareable
 
 
 def check_installed(project: str) -> None:
@@ -23,20 +24,6 @@ def check_installed(project: str) -> None:
         raise ValueError(
             f"trainer.wandb={project!r} needs Weights & Biases: pip install 'vtok[wandb]', or set trainer.wandb=''"
         )
-
-
-def shareable(value: Any) -> Any:
-    """Plain values for others to read: in their texts `pipe:` commands, and users, passwords and queries in addresses
-    (presigned ones carry a key there), are ***."""
-    if isinstance(value, dict):
-        return {key: shareable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [shareable(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"pipe:.*", "pipe:***", value, flags=re.DOTALL)
-    value = re.sub(r"(\w://)[^/\s?#]*@", r"\1***@", value)
-    return re.sub(r"(\w://[^\s?]*\?)\S*", r"\1***", value)
 
 
 class WandbRun:
