@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from vtok.budget import AtaConfig, allocate_scores
+from vtok.config import load as load_config
 from vtok.families.temporal import COMPRESSORS, NODES, AudioConfig, Config, Model, SummaryConfig
 from vtok.layers.dynamic_context import DualConfig, FormerConfig, StaticConfig
 from vtok.layers.memory_bridge import BridgeConfig
@@ -373,3 +375,14 @@ def test_what_a_tower_cannot_give():
         make("tdc", static=StaticConfig(keep="pool", tokens=20)).encode(clip(features()))
     with pytest.raises(ValueError, match="none fits the tower's \\(3, 4\\) patches"):
         make("matryoshka", matryoshka=MatryoshkaConfig([4, 8])).encode(clip(features()))
+
+
+def test_a_preset_can_be_taken_back_by_the_defaults_that_errors_name():
+    preset, asked = Path(__file__).parents[1] / "configs" / "temporal" / "tdc_tiny.yaml", ["model.summary.num_tokens=0"]
+    for name, value in (("width", 768), ("num_heads", 12)):
+        with pytest.raises(
+            ValueError, match=f"leave it out, or where a preset says it, model.summary.{name}={value}$"
+        ) as e:
+            load_config(preset, asked)
+        asked.append(str(e.value).rpartition(" ")[2])
+    assert load_config(preset, asked).model.summary == SummaryConfig()

@@ -16,8 +16,11 @@ def refuse_unread(config: Any, unread: Iterable[tuple[str, str]], *, where: str 
     Raises: ValueError naming the first one, its value and what would read it.
     """
     for key, reader in unread:
-        for name, value in _changed(key, getattr(config, key), _usual(_field(config, key))):
-            raise ValueError(f"{where}.{name}={value!r} is read by nothing here: it is of {reader}; leave it out")
+        for name, value, usual in _changed(key, getattr(config, key), _usual(_field(config, key))):
+            raise ValueError(
+                f"{where}.{name}={value!r} is read by nothing here: it is of {reader}; leave it out, or where a preset "
+                f"says it, {where}.{name}={_as_override(usual)}"
+            )
 
 
 def _field(config: Any, key: str) -> Field[Any]:
@@ -31,10 +34,16 @@ def _usual(of: Field[Any]) -> Any:
     return of.default_factory()
 
 
-def _changed(name: str, value: Any, usual: Any) -> Iterator[tuple[str, Any]]:
-    """The settings in `value` that are not those of `usual`, by their full names."""
+def _as_override(usual: Any) -> str:
+    """A default as one writes it behind `key=`."""
+    words = {None: "null", True: "true", False: "false", "": "''"}
+    return words[usual] if isinstance(usual, bool | str | None) and usual in words else str(usual)
+
+
+def _changed(name: str, value: Any, usual: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The settings in `value` that are not those of `usual`, by their full names, with both."""
     if is_dataclass(usual) and type(value) is type(usual):
         for each in fields(usual):
             yield from _changed(f"{name}.{each.name}", getattr(value, each.name), getattr(usual, each.name))
     elif value != usual:
-        yield name, value
+        yield name, value, usual
