@@ -39,11 +39,12 @@ def make_projector(
 ) -> Path:
     """A run directory as training leaves it: config.yaml and a checkpoint with random weights."""
     widths = {"in_dim": 6, "embedding_dim": 16, "embedding_rms": 0.05}
+    small = {"max_tokens": 64} if "compressor" in model else SMALL[family]  # which are tdc's, of temporal
     config = vtok_config.loads(
         {
             "name": folder.name,
             "out": str(folder.parent),
-            "model": {"name": family, "tower": {"name": tower}, **widths, **SMALL[family], **model},
+            "model": {"name": family, "tower": {"name": tower}, **widths, **small, **model},
             "objective": {"llm": {"name": LLM, "revision": "f" * 40, "dtype": "bfloat16"}, **(objective or {})},
             "data": {"num_frames": 4, "size": [32, 32], "shards": "shards/train"},
         }

@@ -172,7 +172,7 @@ class AnsweringEvaluator:
                 "audio": self._tower("_ears"),
                 "parts": asdict(self.parts) if self.parts else None,
                 "tuned": tuned or None,
-                "reads_prompt": bool(self.model.reads_prompt),
+                "reads_prompt": bool(getattr(self.model, "reads_prompt", False)),
                 "environment": environment(self.device, seed=self.seed),
                 "benchmark": benchmark(ordered, seed=self.seed),
                 "versus": versus(ordered, self.family, seed=self.seed, without=self.shares),
