@@ -96,6 +96,7 @@ def test_training_survives_what_a_cluster_does_to_it(cluster, tmp_path, monkeypa
 
     # its user stops it, and sends it again
     assert saved() % 10 == 0
+    sent = 1 + int(cluster.about(job)["Restarts"])  # by SLURM: a slow machine may lose a start beside the three above
     cluster.call("scancel", job)
     leaves_at = time.monotonic()
     until(lambda: cluster.ended(job), "the cancelled job's end")
@@ -110,7 +111,10 @@ def test_training_survives_what_a_cluster_does_to_it(cluster, tmp_path, monkeypa
     keys = [line.split(" ")[3] for rank in (0, 1) for line in ledger(cut, rank).values()]
     assert len(keys) == len(set(keys)) == 2 * STEPS
     starts = json.loads((cut / "environment.json").read_text())["starts"]
-    assert [start["slurm_job"] for start in starts] == [job] * 4 + [again]
-    for start, folder in zip(starts, [log] * 4 + [log.parent / "002"]):  # the snapshot ran, not the checkout
+    assert [start["slurm_job"] for start in starts] == [job] * (len(starts) - 1) + [again]
+    assert 4 <= len(starts) - 1 <= sent
+    for start, folder in zip(
+        starts, [log] * (len(starts) - 1) + [log.parent / "002"]
+    ):  # the snapshot ran, not the checkout
         assert start["command"][1] == str(folder / "code" / "vtok" / "cli.py")
         assert start["commit"] == (folder / "code" / "COMMIT").read_text().strip()
