@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,29 @@ OPERATIONS = [(os, "replace"), (os, "link"), (os, "fsync"), (Path, "rename"), (P
               (shutil, "rmtree")]  # fmt: skip
 
 
+def cut_short(monkeypatch, moment: int, act: Callable[[], None]) -> bool:
+    """Acts until the power goes, before a change to the disk that follows `moment` others; whether it came to that."""
+    left = [moment]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Cut
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in OPERATIONS:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        try:
+            act()
+        except Cut:
+            return True
+    return False
+
+
 MIXED = [pytest.param(kinds, marks=pytest.mark.slow) for kinds in ((False, True), (True, False))]
 
 
@@ -78,26 +102,11 @@ def test_a_cut_at_any_moment_of_publishing_loses_nothing_older(tmp_path, monkeyp
         folder = tmp_path / str(moment)
         write(folder, 1, sharded=before, names=("last.ckpt", "best.ckpt"))
         write(folder, 2, sharded=before)
-        left = [moment]
-
-        def counted(function, left=left):
-            def call(*args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Cut
-                return function(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for owner, name in OPERATIONS:
-                patch.setattr(owner, name, counted(getattr(owner, name)))
-            try:
-                write(folder, 3, sharded=after, names=("last.ckpt", "best.ckpt"))
-            except Cut:
-                cuts += 1
-            else:
-                break
+        if not cut_short(
+            monkeypatch, moment, lambda folder=folder: write(folder, 3, sharded=after, names=("last.ckpt", "best.ckpt"))
+        ):
+            break
+        cuts += 1
         newest = step_of(folder / "last.ckpt")
         assert newest in (2, 3) and step_of(folder / "best.ckpt") in (1, 3)
         assert step_of(folder / "previous.ckpt") in ((1, 2) if newest == 2 else (2,))

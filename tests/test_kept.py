@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import test_train
 import torch
-from test_checkpoints import OPERATIONS, Cut, step_of, write
+from test_checkpoints import cut_short, step_of, write
 from test_export import make_run, shards  # noqa: F401
 
 from vtok import export as shipping
@@ -49,26 +49,11 @@ def test_a_cut_at_any_moment_leaves_as_many_as_were_promised(tmp_path, monkeypat
         write(folder, 1, sharded=sharded, names=("last.ckpt", checkpoints.KEPT.format(1)), keep=4)
         for step in range(2, 6):
             write(folder, step, sharded=sharded, keep=4)
-        left = [moment]
-
-        def counted(function, left=left):
-            def call(*args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Cut
-                return function(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for owner, name in OPERATIONS:
-                patch.setattr(owner, name, counted(getattr(owner, name)))
-            try:
-                write(folder, 6, sharded=sharded, names=kept, keep=4)
-            except Cut:
-                cuts += 1
-            else:
-                break
+        if not cut_short(
+            monkeypatch, moment, lambda folder=folder: write(folder, 6, sharded=sharded, names=kept, keep=4)
+        ):
+            break
+        cuts += 1
         found = steps(folder)
         every = {step for those in found.values() for step in those}
         assert found["last"][0] in (5, 6) and 1 in found["step"]
