@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,9 +103,8 @@ def test_a_cut_at_any_moment_of_publishing_loses_nothing_older(tmp_path, monkeyp
         folder = tmp_path / str(moment)
         write(folder, 1, sharded=before, names=("last.ckpt", "best.ckpt"))
         write(folder, 2, sharded=before)
-        if not cut_short(
-            monkeypatch, moment, lambda folder=folder: write(folder, 3, sharded=after, names=("last.ckpt", "best.ckpt"))
-        ):
+        act = partial(write, folder, 3, sharded=after, names=("last.ckpt", "best.ckpt"))
+        if not cut_short(monkeypatch, moment, act):
             break
         cuts += 1
         newest = step_of(folder / "last.ckpt")

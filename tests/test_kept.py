@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,8 @@ def test_a_cut_at_any_moment_leaves_as_many_as_were_promised(tmp_path, monkeypat
         write(folder, 1, sharded=sharded, names=("last.ckpt", checkpoints.KEPT.format(1)), keep=4)
         for step in range(2, 6):
             write(folder, step, sharded=sharded, keep=4)
-        if not cut_short(
-            monkeypatch, moment, lambda folder=folder: write(folder, 6, sharded=sharded, names=kept, keep=4)
-        ):
+        act = partial(write, folder, 6, sharded=sharded, names=kept, keep=4)
+        if not cut_short(monkeypatch, moment, act):
             break
         cuts += 1
         found = steps(folder)
